@@ -1,0 +1,81 @@
+"""docs/settings.md, generated from the settings: `python -m sft.settings > docs/settings.md`."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from sft.values import ATTENTION
+
+_GROUPS = {
+    "SFT_BASE_MODEL": "Model",
+    "SFT_USE_LORA": "LoRA",
+    "SFT_OUT_LORA_DIR": "Output",
+    "SFT_DATASET_ID": "Data",
+    "SFT_MASKED_LOSS": "Masked loss",
+    "SFT_EPOCHS": "Optimisation",
+    "SFT_LOGGING_STEPS": "Rhythm",
+    "SFT_GEN_EVAL": "Generation evaluation",
+    "MLFLOW_EXPERIMENT_NAME": "Tracking",
+}
+"""First setting of each group -> heading."""
+
+_HEAD = """# Settings
+
+Written by `python -m sft.settings` from `sft/settings.py`; change it there.
+
+A setting is read from `--set NAME=VALUE`, else the process environment, else `stageN.env`, else its default applies.
+Switches take 1/0, true/false or yes/no. `NAME=` unsets. In paths and data set ids `~` and `$VAR` are replaced.
+JSON goes between single quotes and may run over several lines. Any other name in `stageN.env` is handed to the
+process environment unless it is set there already (`HF_TOKEN`, `CUDA_VISIBLE_DEVICES`); a `SFT_` name that is not
+listed here is a mistake.
+"""
+_TABLE_HEAD = "| setting | default | values | meaning |\n|---|---|---|---|"
+_BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+
+
+def page(fields: Mapping[str, FieldInfo]) -> str:
+    """The page for {NAME: field}, in the order given."""
+    lines = [_HEAD.rstrip()]
+    for name, field in fields.items():
+        if name in _GROUPS:
+            lines.append(f"\n## {_GROUPS[name]}\n\n{_TABLE_HEAD}")
+        lines.append(f"| `{name}` | {_default(field)} | {_values(name, field)} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value or "") if value != 0 else "0"
+
+
+def _values(name: str, field: FieldInfo) -> str:
+    """The choices, the range or the kind of a value."""
+    if choices := _choices(field.annotation):
+        return ", ".join(choices)
+    if name == "SFT_ATTN":
+        return ", ".join(ATTENTION) + " or a hub kernel"
+    kinds = {bool: "0, 1", int: "whole number", float: "number", str: "text"}
+    annotation = field.annotation
+    kind = next((kinds[part] for part in (annotation, *get_args(annotation)) if part in kinds), "")
+    return f"{kind} {_range(field)}".strip()
+
+
+def _choices(annotation: Any) -> list[str]:
+    if annotation is None or isinstance(annotation, type):
+        return []
+    parts = get_args(annotation)
+    if parts and all(isinstance(part, str) for part in parts):
+        return list(parts)
+    return next((found for part in parts if (found := _choices(part))), [])
+
+
+def _range(field: FieldInfo) -> str:
+    limits = {bound: getattr(part, bound) for part in field.metadata for bound, _ in _BOUNDS if hasattr(part, bound)}
+    return ", ".join(f"{sign} {limits[bound]}" for bound, sign in _BOUNDS if bound in limits)

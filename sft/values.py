@@ -1,0 +1,202 @@
+"""From the text of a setting to its value. A `ValueError` says "what is wrong; remedy"."""
+
+import codecs
+import json
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationInfo
+
+from sft.env import closest
+
+ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "varlen")
+CHAT_TEMPLATES = ("chatml", "llama2", "alpaca", "mistral")
+TRACKERS = ("mlflow", "tensorboard", "wandb", "none")
+# The fields of document 001's task (Japanese news about offences).
+EXTRACTION_FIELDS = (
+    "person_name", "person_age_at_published", "person_position_name", "person_belongs_company", "person_address",
+    "person_violated_law", "occured_locations", "police_departments",
+)  # fmt: skip
+_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::-([^}]*))?\})")
+
+
+class NotJson(ValueError):
+    """Text that is not JSON: the reason, and where it stops making sense (counted from 1)."""
+
+    def __init__(self, reason: str, *, text: str, line: int, column: int) -> None:
+        self.reason, self.text, self.line, self.column = reason, text, line, column
+        super().__init__(reason)
+
+    @property
+    def pointer(self) -> str:
+        """The broken line with a caret under the broken position."""
+        lines = self.text.split("\n")
+        start = max(0, self.column - 60)
+        excerpt = lines[min(self.line, len(lines)) - 1].rstrip()[start : start + 100].replace("\t", " ")
+        return f"\n    {excerpt}\n    {' ' * (self.column - 1 - start)}^"
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: no NaN, no key twice."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise NotJson(str(error), text=text, line=error.lineno, column=error.colno) from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise NotJson(reason, text=text, line=1, column=1) from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f'key "{sorted(twice)[0]}" is written twice in one object')
+    return dict(pairs)
+
+
+def parse_switch(value: Any) -> Any:
+    """A boolean from 1/0/true/false/yes/no."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() not in _TRUTH:
+        raise ValueError("is neither yes nor no; write 1 or 0")
+    return _TRUTH[value.strip().lower()]
+
+
+def parse_checkpointing(value: Any) -> Any:
+    """auto, or a boolean as "0" or "1"."""
+    if isinstance(value, str) and value.strip().lower() in _TRUTH:
+        return str(int(_TRUTH[value.strip().lower()]))
+    return value
+
+
+def parse_names(value: Any) -> Any:
+    """The parts of a comma list, without the empty ones."""
+    if not isinstance(value, str):
+        return value
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not names:
+        raise ValueError("is an empty list; write names with commas between, or leave it out for the default")
+    return names
+
+
+def parse_mix(value: Any) -> Any:
+    """A JSON list of sources."""
+    if not isinstance(value, str):
+        return value
+    mix = parse_json(value)
+    if not isinstance(mix, list):
+        raise ValueError('is no JSON list; write [{"id": "..."}, ...]')
+    if not mix:
+        raise ValueError('is an empty list; name a source: [{"id": "..."}]')
+    return mix
+
+
+def parse_id_or_mix(value: Any) -> Any:
+    """An id or path, or a JSON list of sources."""
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+        return [{"id": value}]
+    return parse_mix(value)
+
+
+def parse_rules(value: Any) -> Any:
+    """A JSON object of multipliers."""
+    rules = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(rules, dict):
+        raise ValueError('is no JSON object; write {"text_to_toml": 3.0}')
+    for key, multiplier in rules.items():
+        if isinstance(multiplier, bool) or not isinstance(multiplier, int | float):
+            raise ValueError(
+                f'rule "{key}" has {json.dumps(multiplier)[:40]}, which is no number; write one, for instance 2.0'
+            )
+    return rules
+
+
+def expand(value: Any, info: ValidationInfo) -> Any:
+    """A path or id with ~ and $VAR replaced; what exists under its literal name is left alone."""
+    text = str(value)
+    if ("$" not in text and not text.startswith("~")) or Path(text).exists():
+        return value
+    variables = (info.context or {}).get("variables", os.environ)
+    expanded = _VARIABLE.sub(lambda match: _variable(match, variables), text)
+    if expanded == "~" or expanded.startswith("~/"):
+        expanded = variables.get("HOME", str(Path.home())) + expanded[1:]
+    return expanded
+
+
+def _variable(match: re.Match[str], variables: Any) -> str:
+    name, default = match[1] or match[2], match[3]
+    found = variables.get(name) or default
+    if found is None:
+        raise ValueError(f"${name} is not set; set it, or write the path out")
+    return str(found)
+
+
+def check_off_or_count(value: int) -> int:
+    """-1 for off, or a count from 1."""
+    if value == 0 or value < -1:
+        raise ValueError("is neither -1 nor a count; write -1 to leave it open, or a number from 1")
+    return value
+
+
+def check_encoding(value: str) -> str:
+    """A text encoding Python knows."""
+    try:
+        codecs.lookup(value)
+    except LookupError:
+        raise ValueError("is no text encoding; write utf-8, cp932, latin-1 or another one Python knows") from None
+    return value
+
+
+def check_attention(value: str) -> str:
+    """A known attention implementation, or a kernel of the hub (with a slash)."""
+    if value in ATTENTION or "/" in value:
+        return value
+    raise ValueError(one_of(value, ATTENTION))
+
+
+def check_chat_template(value: str, info: ValidationInfo) -> str:
+    """A template's name, or the path of a .jinja file that is there."""
+    if value in CHAT_TEMPLATES:
+        return value
+    path = str(expand(value, info))
+    if "/" not in path and not path.endswith(".jinja"):
+        raise ValueError(one_of(value, CHAT_TEMPLATES, also="the path of a .jinja file"))
+    if not Path(path).is_file():
+        raise ValueError("is no file; correct the path of the .jinja file")
+    return path
+
+
+def check_folder_name(value: Path) -> Path:
+    """A path that `_stage1` can be appended to."""
+    if value.name in ("", ".."):
+        raise ValueError("names no folder; end it with a name, such as outputs/my_model")
+    return value
+
+
+def check_report_to(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Known trackers that are installed."""
+    for tracker in value:
+        if tracker not in TRACKERS:
+            raise ValueError(one_of(tracker, TRACKERS))
+        if tracker in ("tensorboard", "wandb") and find_spec(tracker) is None:
+            raise ValueError(f"{tracker} is not installed; pip install {tracker}, or leave it out")
+    if "none" in value and len(value) > 1:
+        raise ValueError("asks for none beside others; leave one of them out")
+    return value
+
+
+def one_of(value: object, choices: tuple[str, ...], *, also: str = "") -> str:
+    """Problem text for a value that is not among the choices, with the closest one."""
+    near = closest(str(value), choices)
+    listed = ", ".join(choices) if len(choices) <= 8 else "those listed in docs/settings.md"
+    hint = f"did you mean {near}?" if near else "choose one of them"
+    return f"{str(value)[:40]!r} is not one of {listed}{' or ' + also if also else ''}; {hint}"
