@@ -48,15 +48,13 @@ def test_every_env_file_loads(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_an_env_file_says_only_what_differs_from_the_default(path):
+def test_an_env_file_says_only_what_differs_from_the_default(path, tmp_path):
     """A line that repeats a default hides what a recipe is about."""
-    record = read(path).record()
-    defaults = load_settings(
-        1, env_dir=Path("/nonexistent"), environ={"SFT_BASE_MODEL": "m", "SFT_OUT_LORA_DIR": "o", "SFT_DATASET_ID": "d"}
-    ).record()
+    (tmp_path / "stage1.env").write_text("SFT_BASE_MODEL=m\nSFT_OUT_LORA_DIR=o\nSFT_DATASET_ID=d\n", encoding="utf-8")
+    defaults = load_settings(1, env_dir=tmp_path, environ={}).record()
     repeated = [
         name
-        for name, entry in record.items()
+        for name, entry in read(path).record().items()
         if entry["origin"].startswith("stage") and entry["value"] == defaults[name]["value"]
     ]
     assert repeated == []
