@@ -47,8 +47,8 @@ def token_spans(
     """First token and end token (exclusive) of each unit; (0, 0) where a unit has no token of its own.
 
     `offsets` are the tokens' character spans in the rendered `text`, in reading order; the answer stands at character
-    `shift` of it. A token belongs to a unit when all its characters but white space lie within the child's characters:
-    one that also holds punctuation (`",` or `]`) is never masked, because punctuation never is.
+    `shift` of it. A token belongs to a unit when all its characters but spaces lie within the child's characters: one
+    that also holds punctuation (`",` or `]`) or a newline is never masked, because these never are.
     """
     starts, ends = _trimmed(np.asarray(offsets, dtype=np.int64).reshape(-1, 2), text)
     tokens = np.flatnonzero(starts < ends)
@@ -64,7 +64,7 @@ def token_spans(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EdgeMask:
     """Keep probabilities of all edges of a training set and the draws from them. No state: a draw is a pure function of
     (seed, epoch, row, occurrence), so that workers, ranks, packing and a resume see the same one."""
@@ -199,9 +199,9 @@ def token_weights(num_tokens: int, starts: ArrayLike, ends: ArrayLike, weights: 
 
 
 def _trimmed(offsets: Ints, text: str) -> tuple[Ints, Ints]:
-    """Token spans without the white space at their borders; empty (start >= end) where there is nothing else."""
+    """Token spans without the spaces at their borders; empty (start >= end) where there is nothing else."""
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
-    solid = np.flatnonzero(~_white_space()[np.minimum(codes, 0xFFFF)])
+    solid = np.flatnonzero(~_spaces()[np.minimum(codes, 0xFFFF)])
     if not len(solid):
         return offsets[:, 0], offsets[:, 0]
     first = np.searchsorted(solid, offsets[:, 0], side="left")
@@ -210,9 +210,9 @@ def _trimmed(offsets: Ints, text: str) -> tuple[Ints, Ints]:
 
 
 @cache
-def _white_space() -> NDArray[np.bool_]:
-    """For each character of the basic plane whether it is white space; beyond it there is none."""
-    return np.array([chr(code).isspace() for code in range(0x10000)])
+def _spaces() -> NDArray[np.bool_]:
+    """For each character of the basic plane whether it is a space within a line; beyond that plane there are none."""
+    return np.array([chr(code).isspace() and chr(code) not in "\r\n" for code in range(0x10000)])
 
 
 def _interned(rows: Iterable[Sequence[str] | None]) -> tuple[tuple[str, ...], Ids, Ints]:
