@@ -1,0 +1,143 @@
+"""Checkpoints of a stage: which are whole, which is the newest, what is said about them, which may go."""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.files import DamagedFile, damage, is_sealed, read_json, remove_folder
+
+if TYPE_CHECKING:
+    from sft.stages import Stage
+
+_NAME = re.compile(r"^checkpoint-(\d{1,18})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder checkpoint-<step>, whole or not."""
+
+    step: int
+    folder: Path
+
+
+@dataclass
+class Scan:
+    """The newest whole checkpoint, and the damaged ones above it: (folder, what is wrong)."""
+
+    newest: Path | None = None
+    broken: list[tuple[Path, list[str]]] = field(default_factory=list)
+
+
+def find(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint-<step> of the folder, by step from the newest down; other names are no checkpoints."""
+    if not folder.is_dir():
+        return []
+    named = ((_NAME.match(path.name), path) for path in folder.iterdir() if path.is_dir())
+    found = [Checkpoint(int(match[1]), path) for match, path in named if match]
+    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+
+def scan(folder: Path) -> Scan:
+    """Verify checkpoints from the newest down until one is whole. Reads all of it; writes nothing."""
+    result = Scan()
+    for checkpoint in find(folder):
+        faults = damage(checkpoint.folder) or _state_faults(checkpoint)
+        if not faults:
+            result.newest = checkpoint.folder
+            break
+        result.broken.append((checkpoint.folder, faults))
+    return result
+
+
+def newest_sealed(folder: Path) -> Path | None:
+    """The newest checkpoint with a completeness mark, its files not read."""
+    return next((checkpoint.folder for checkpoint in find(folder) if is_sealed(checkpoint.folder)), None)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.partition("-")[2])
+
+
+def _state_faults(checkpoint: Checkpoint) -> list[str]:
+    """A whole folder under another step's name would resume at the wrong row."""
+    step = trainer_state(checkpoint.folder).get("global_step", checkpoint.step)
+    return [] if step == checkpoint.step else [f"trainer_state.json: is of step {step}"]
+
+
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer_state.json of a checkpoint; {} when it is absent or no JSON object."""
+    try:
+        state = read_json(checkpoint / "trainer_state.json")
+    except (FileNotFoundError, DamagedFile):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def rotate(folder: Path, keep: int, *, protect: Collection[Path] = ()) -> list[Path]:
+    """Delete the oldest whole checkpoints beyond `keep` and return them; call it once the new one is sealed.
+
+    At least one is kept. Those in `protect` (such as the best) stay beyond the limit; unsealed ones don't count and
+    aren't touched. Not `Trainer`'s own rotation: that one would also delete what was set aside as broken.
+    """
+    protected = {path.resolve() for path in protect}
+    whole = [checkpoint.folder for checkpoint in find(folder) if is_sealed(checkpoint.folder)]
+    surplus = [path for path in whole[max(keep, 1) :] if path.resolve() not in protected]
+    for path in reversed(surplus):
+        remove_folder(path)
+    return surplus
+
+
+def announce(stage: "Stage", show: Callable[[str], object] = print) -> None:
+    """Say what was found in the stage's folder, in the words that scripts look for (contract section 6)."""
+    for line in notices(stage):
+        show(line)
+
+
+def notices(stage: "Stage") -> list[str]:
+    """The lines of `announce`."""
+    lines = ["Checking checkpoint status..."]
+    if stage.moved:
+        lines.append(f"The earlier output was moved to {stage.moved}")
+    if stage.broken:
+        lines += ["Invalid checkpoint state found. Please check manually.", f"Checkpoint directory: {stage.folder}"]
+        lines += [f"{place.name} is set aside: {'; '.join(faults[:3])}" for place, faults in stage.broken]
+    target = float(stage.settings.epochs)
+    if stage.decision == "complete":
+        return lines + _status_lines(stage, target) + _completed_lines(stage, target)
+    if stage.checkpoint:
+        return lines + _status_lines(stage, target)
+    if stage.existed:
+        lines += ["Checkpoint directory exists but no checkpoints found.", "Continuing with training..."]
+    return lines
+
+
+def _epoch(stage: "Stage") -> float:
+    recorded = (stage.manifest.get("metrics") or {}).get("epoch") if stage.decision == "complete" else None
+    epoch = trainer_state(stage.checkpoint).get("epoch") if stage.checkpoint and recorded is None else recorded
+    return round(float(epoch), 2) if isinstance(epoch, int | float) else float(stage.settings.epochs)
+
+
+def _status_lines(stage: "Stage", target: float) -> list[str]:
+    if not stage.checkpoint:
+        return []
+    return [
+        f"Found latest checkpoint: {stage.checkpoint.name}",
+        "Current training status:",
+        f"Current epoch: {_epoch(stage)}",
+        f"Target epochs: {target}",
+    ]
+
+
+def _completed_lines(stage: "Stage", target: float) -> list[str]:
+    line = "=" * 50
+    return [
+        line,
+        "IMPORTANT NOTICE:",
+        f"Training has already been completed at epoch {_epoch(stage)}!",
+        f"Target epochs was {target}",
+        f"Trained model is available at: {stage.folder}",
+        line,
+    ]
