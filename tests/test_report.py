@@ -1,0 +1,349 @@
+"""Reports are made from files on disk alone, say what those files say, and hold up against hostile answers."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sft import forgetting
+from sft.report import forgetting_table, score_table, write_ladder_report, write_report
+from sft.report_facts import stage_facts
+from sft.report_text import duration, figure, printable, short
+
+# Stage 2 keeps stage 1's JSON but loses 0.5 of its TOML: 0.9 -> 0.65 overall.
+FORGETTING = {
+    "models": ["base", "stage 1", "stage 2"],
+    "tasks": ["stage 1", "stage 2"],
+    "scores": [[0.1, 0.0], [0.9, None], [0.65, 0.8]],
+    "metric": "gen_score",
+    "by_task": {
+        "base": {"stage 1": {"text_to_json": 0.2, "text_to_toml": 0.0}, "stage 2": {"text_to_xml": 0.0}},
+        "stage 1": {"stage 1": {"text_to_json": 0.9, "text_to_toml": 0.9}},
+        "stage 2": {"stage 1": {"text_to_json": 0.9, "text_to_toml": 0.4}, "stage 2": {"text_to_xml": 0.8}},
+    },
+}
+LOST = "stage 2 lost 0.250 on the tasks of stage 1 (stage 1 scored 0.900, now 0.650): text_to_toml 0.900 -> 0.400"
+HOSTILE = '</pre></script><script>alert("x")</script>\x00\x1b[31m\u202e名前: 佐藤'
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Tags that stay open or close out of order, tags seen, addresses a browser would load, and visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.loaded, self.text, self.faults = [], set(), [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def manifest(number: int) -> dict:
+    values = {"SFT_LR": 0.001 / number, "SFT_LORA_R": 16, "SFT_GEN_MAX_NEW_TOKENS": 64, "HF_TOKEN": "hf_very_secret"}
+    values |= {"MLFLOW_TRACKING_URI": "http://anna:geheim@tracker/"}
+    return {
+        "stage": number,
+        "status": "complete",
+        "base_model": "demo/base",
+        "parents": [{"stage": 1, "adapter_sha256": "a" * 64}] if number == 2 else [],
+        "settings": {name: {"value": value, "origin": f"stage{number}.env"} for name, value in values.items()},
+        "sources": [
+            {"id": "rows.jsonl", "split": "train", "weight": 1.0, "rows": 95, "validation_rows": 5, "drawn": 95}
+        ],
+        "train_rows": 95,
+        "val_rows": 5,
+        "dropped": {"over-long": 3, "empty answer": 0},
+        "upsampling": [{"rule": "toml", "multiplier": 2.0, "matched": 12}],
+        "tokens": {"total": 4000, "trained": 1500},
+        "steps": {"total": 20},
+        "metrics": {"eval_loss": 0.5},
+        "masked_loss": {"units": 100, "distinct_units": 7, "mean_count": 14.25, "masked_share": 0.5},
+        "merge": {"max_abs_diff": 0.00002, "kl": 1e-9, "seconds": 2.5, "peak_rss_bytes": 2**30}
+        if number == 2
+        else None,
+        "adapter_sha256": "b" * 64,
+        "versions": {"torch": "2.0", "bitsandbytes": None},
+        "mlflow_run_id": "run7",
+        "started": "2026-01-02T03:00:00+00:00",
+        "finished": "2026-01-02T03:01:30+00:00",
+        "forgetting": FORGETTING if number == 2 else None,
+    }
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two complete stages, the second with two evaluations of eleven answers each."""
+    made = [tmp_path / "lora_stage1", tmp_path / "lora_stage2"]
+    for number, folder in enumerate(made, 1):
+        folder.mkdir()
+        (folder / "stage.json").write_text(json.dumps(manifest(number)), encoding="utf-8")
+        rows = [{"step": 10, "time": 1.0, "loss": 2.0, "learning_rate": 1e-4}, {"step": 10, "eval_loss": 1.5}]
+        rows += [{"step": 20, "time": 2.0, "loss": 1.0, "learning_rate": 0.0}, {"step": 20, "eval_loss": 0.5}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, score in ((0, 0.25), (20, 0.75)):
+        scores = {"gen_score": score, "gen_score/json": score, "gen_score/text_to_json": score}
+        metrics = {"gen_global_step": step, "gen_parse_rate/json": 1, **scores}
+        (made[1] / f"gen_metrics_step{step}.json").write_text(json.dumps(metrics))
+    samples = [sample(f"answer {number}", number / 10) for number in range(11)]
+    samples[0]["answer"] = HOSTILE + "長" * 3_000_000
+    (made[1] / "gen_samples_step20.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return made
+
+
+def sample(answer: str, score: float) -> dict:
+    prompt = [{"role": "user", "content": "Write JSON <now>"}]
+    return {"task": "text_to_json", "prompt": prompt, "answer": answer, "reference": "{}", "score": score}
+
+
+def read(folder: Path) -> tuple[dict, str]:
+    page = write_report(folder)
+    return json.loads((folder / "report.json").read_text(encoding="utf-8")), page.read_text(encoding="utf-8")
+
+
+def test_report_json_holds_what_the_files_say(folders):
+    """Every fact of report.json is the literal value of a file, or a difference of two of them."""
+    facts, _ = read(folders[1])
+    assert (facts["stage"], facts["status"], facts["base_model"]) == (2, "complete", "demo/base")
+    assert (facts["seconds"], facts["steps"], facts["tokens"]["trained"]) == (90.0, 20, 1500)
+    assert facts["curves"]["loss"] == [[10, 2.0], [20, 1.0]]
+    assert facts["curves"]["eval_loss"] == [[10, 1.5], [20, 0.5]]
+    assert facts["curves"]["gen_score/json"] == [[0, 0.25], [20, 0.75]]
+    json_row = {"name": "json", "first": 0.25, "last": 0.75, "delta": 0.5, "better": True}
+    assert facts["scores"]["formats"] == [json_row | {"detail": {"gen_parse_rate": 1}}]
+    assert [row["name"] for row in facts["scores"]["tasks"]] == ["text_to_json"]
+    assert facts["mix"]["dropped"] == {"over-long": 3}
+    assert facts["lineage"]["parents"] == [{"stage": 1, "adapter_sha256": "a" * 64}]
+    assert facts["changed_settings"] == [{"name": "SFT_LR", "values": {"before": 0.001, "now": 0.0005}}]
+    assert facts["forgetting"]["drops"] == [LOST]
+
+
+def test_page_is_well_formed_and_loads_nothing(folders):
+    """Tags nest, no script, and neither the page nor its figures name an address to fetch."""
+    for text in (read(folders[1])[1], write_ladder_report(folders, folders[0].parent / "r.html").read_text()):
+        page = Page(text)
+        assert (page.open, page.faults) == ([], [])
+        assert page.tags.isdisjoint({"script", "iframe", "img", "link", "object", "embed"})
+        links = ("#", "lora_stage1/report.html", "lora_stage2/report.html")
+        assert all(address.startswith(links) for address in page.loaded)
+        assert re.findall(r"https?://(?!…@tracker/)|url\((?!#)|@import", text) == []
+        assert text.count("<svg ") == 3
+
+
+def test_page_shows_facts_of_every_section(folders):
+    """Each part of the report is there, with its figures."""
+    text = Page(read(folders[1])[1]).text
+    for heading in ("Curves", "Forgetting matrix", "Per format", "Answers to read", "Data", "Masked loss", "Lineage"):
+        assert heading in text
+    for figure_shown in ("1 min 30 s", "1,500", "+0.500", "fell 0.250", "14.250", "not scored", "1.00e-09", "1.00 GiB"):
+        assert figure_shown in text
+    assert LOST.replace("->", "→") in text
+
+
+def test_hostile_answer_is_text_and_short(folders):
+    """Markup in an answer is shown, not obeyed; control and direction characters are named; megabytes are cut."""
+    facts, text = read(folders[1])
+    answer = facts["answers"]["worst"][0]["answer"]
+    assert answer.startswith('</pre></script><script>alert("x")</script>⟨U+0000⟩⟨U+001B⟩[31m⟨U+202E⟩名前: 佐藤')
+    assert answer.endswith("長\n… shortened: 3,000,055 characters in all")
+    assert "<script" not in text and "&lt;script&gt;" in text and "Write JSON &lt;now&gt;" in text
+    assert '<pre lang="ja">' in text and len(text) < 120_000
+
+
+def test_worst_and_best_answers(folders):
+    """Of eleven answers the five lowest and the five highest are shown, the most extreme first."""
+    answers = stage_facts(folders[1])["answers"]
+    assert [row["score"] for row in answers["worst"]] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert [row["score"] for row in answers["best"]] == [1.0, 0.9, 0.8, 0.7, 0.6]
+    assert (answers["step"], answers["count"]) == (20, 11)
+
+
+def test_no_secret_reaches_the_report(folders):
+    """A setting named like a secret is left out, a password in an address is dotted; new TOKENS are no secret."""
+    facts, text = read(folders[1])
+    for place in (text, json.dumps(facts)):
+        assert "hf_very_secret" not in place and "geheim" not in place and "anna" not in place
+    assert facts["settings"]["SFT_GEN_MAX_NEW_TOKENS"]["value"] == 64
+    assert facts["settings"]["MLFLOW_TRACKING_URI"]["value"] == "http://…@tracker/"
+
+
+@pytest.mark.parametrize("name", ["lora_stage1", "elsewhere"])
+def test_empty_folder_still_makes_a_page(tmp_path, name):
+    """Without any file of a run the report has a heading and no sections."""
+    (tmp_path / name).mkdir()
+    facts, text = read(tmp_path / name)
+    assert (facts["curves"], facts["scores"], facts["forgetting"], facts["answers"]) == ({}, None, None, None)
+    assert "<h2>" not in text and Page(text).faults == []
+
+
+def test_killed_run_is_reported_up_to_its_last_whole_line(tmp_path):
+    """A manifest without results and a metrics file cut in mid-line give the curves so far, and one notice."""
+    folder = tmp_path / "lora_stage1"
+    folder.mkdir()
+    record = {
+        "stage": 1,
+        "status": "running",
+        "started": 100,
+        "finished": None,
+        "steps": None,
+        "tokens": {"trained": None},
+    }
+    (folder / "stage.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 130, "loss": 3.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo'
+    )
+    facts, text = read(folder)
+    assert facts["curves"] == {"loss": [[1, 3.0]]}
+    assert (facts["seconds"], facts["last_step"], facts["status"]) == (30.0, 2, "running")
+    assert facts["notices"] == ["metrics.jsonl: 1 unreadable line left out"]
+    assert "so far" in text and "Forgetting" not in text
+
+
+def test_damaged_manifest_is_named(tmp_path):
+    """A stage.json that is not JSON is no crash: the report says so."""
+    folder = tmp_path / "lora_stage1"
+    folder.mkdir()
+    (folder / "stage.json").write_text('{"stage": 1')
+    assert read(folder)[0]["notices"][0].startswith("stage.json could not be read")
+
+
+def test_extraction_metrics_have_directions(tmp_path):
+    """A falling false-positive rate is better, a falling field rate worse, a count neither."""
+    folder = tmp_path / "lora_stage1"
+    folder.mkdir()
+    rate, field, count = "gen_fp_rate_on_negative", "gen_field_exact_match_rate/age", "gen_avg_pred_offender_count"
+    for step, value in ((0, 0.5), (10, 0.25)):
+        (folder / f"gen_metrics_step{step}.json").write_text(json.dumps({rate: value, field: value, count: value}))
+    scores = read(folder)[0]["scores"]
+    assert {row["name"]: row["better"] for row in scores["overall"] + scores["fields"]} == {
+        rate: True,
+        "age": False,
+        count: None,
+    }
+
+
+def test_later_line_of_a_repeated_step_counts(tmp_path):
+    """A resumed run logs steps again: the curve has each step once, with the later value."""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 5, "loss": 2.0}\n{"step": 6, "loss": 1.9}\n{"step": 5, "loss": 1.0}\n'
+    )
+    assert stage_facts(tmp_path)["curves"]["loss"] == [[5, 1.0], [6, 1.9]]
+
+
+def test_long_curve_is_averaged(tmp_path):
+    """Of 4,000 steps, groups of four become one point at the last step with the mean value."""
+    lines = (json.dumps({"step": step, "loss": float(step)}) for step in range(1, 4001))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    curve = stage_facts(tmp_path)["curves"]["loss"]
+    assert (len(curve), curve[0], curve[-1]) == (1000, [4, 2.5], [4000, 3998.5])
+
+
+def test_score_table(folders):
+    """Base and stages by overall score and format; what was not scored is a dash."""
+    assert score_table(folders).splitlines() == [
+        "model    overall   json   toml    xml",
+        "-------------------------------------",
+        "base       0.050  0.200  0.000  0.000",
+        "stage 1    0.900  0.900  0.900      –",
+        "stage 2    0.725  0.900  0.400  0.800",
+    ]
+    assert score_table(folders[:1]) == ""
+
+
+def test_forgetting_table():
+    """The fallen cell has a mark, and a line below names what fell."""
+    assert forgetting_table({"forgetting": FORGETTING}).splitlines() == [
+        "model    stage 1 tasks  stage 2 tasks",
+        "-------------------------------------",
+        "base            0.100          0.000 ",
+        "stage 1         0.900              – ",
+        "stage 2         0.650!         0.800 ",
+        "! " + LOST,
+    ]
+    assert forgetting_table({}) == ""
+
+
+@pytest.mark.parametrize(("after", "fell"), [(0.8, False), (0.74, True)])
+def test_drop_needs_more_than_the_margin(after, fell):
+    """With a margin of 0.1, 0.85 -> 0.80 is no drop and 0.85 -> 0.74 is one; the base's 0.99 taught nothing."""
+    scores = [[0.99], [0.85], [after]]
+    matrix = {"models": ["base", "stage 1", "stage 2"], "tasks": ["stage 1"], "scores": scores}
+    assert bool(forgetting.drops(matrix, margin=0.1)) is fell
+
+
+def test_slow_decline_is_measured_against_the_best_earlier_model():
+    """0.90, 0.86, 0.83: no single step falls by 0.05, stage 3 is 0.07 below stage 1."""
+    models = ["base", "stage 1", "stage 2", "stage 3"]
+    found = forgetting.drops({"models": models, "tasks": ["stage 1"], "scores": [[0.0], [0.90], [0.86], [0.83]]})
+    assert [(drop.model, drop.since, round(drop.before - drop.after, 3)) for drop in found] == [
+        ("stage 3", "stage 1", 0.07)
+    ]
+
+
+def test_joined_matrix_takes_the_later_score():
+    """Matrices of two stages become one; a cell both hold has the second one's score."""
+    first = {"models": ["base", "stage 1"], "tasks": ["stage 1"], "scores": [[0.1], [0.5]]}
+    second = {"models": ["stage 1", "stage 2"], "tasks": ["stage 1", "stage 2"], "scores": [[0.6, 0.2], [0.4, 0.9]]}
+    joined = forgetting.joined([first, None, second])
+    assert joined["models"] == ["base", "stage 1", "stage 2"]
+    assert joined["scores"] == [[0.1, None], [0.6, 0.2], [0.4, 0.9]]
+
+
+def test_ladder_report(folders):
+    """The page links the stages; its json compares them."""
+    page = write_ladder_report(folders, folders[0].parent / "lora_report.html")
+    facts = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [(stage["stage"], stage["loss"], stage["seconds"]) for stage in facts["stages"]] == [
+        (1, [2.0, 1.0], 90.0),
+        (2, [2.0, 1.0], 90.0),
+    ]
+    assert facts["seconds"] == 180.0
+    assert facts["differing_settings"] == [{"name": "SFT_LR", "values": {"stage 1": 0.001, "stage 2": 0.0005}}]
+    assert 'href="lora_stage2/report.html"' in page.read_text(encoding="utf-8")
+
+
+def test_same_files_same_page(folders):
+    """Nothing in a page depends on when or how often it was made."""
+    assert read(folders[1])[1] == read(folders[1])[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\tb\n", "a\tb\n"), ("\r\x7f", "⟨U+000D⟩⟨U+007F⟩"), ("\ud800", "⟨U+D800⟩"), ("佐藤🙂", "佐藤🙂")],
+)
+def test_printable(text, shown):
+    """Tab, newline and every letter stay; what could act on a terminal or page is named by its code."""
+    assert printable({"x": [text]}) == {"x": [shown]}
+    assert printable(float("nan")) is None
+
+
+def test_figures_and_durations():
+    """Numbers as people write them."""
+    shown = [figure(value) for value in (1234567, 0.12345, 0.0, 0.00001, 12345.6, None, True)]
+    assert shown == ["1,234,567", "0.123", "0", "1.00e-05", "12,346", "–", "true"]
+    assert [duration(value) for value in (4.25, 59, 90, 4000, None)] == [
+        "4.2 s",
+        "59 s",
+        "1 min 30 s",
+        "1 h 06 min",
+        "–",
+    ]
+    assert short("abc", 3) == "abc"
