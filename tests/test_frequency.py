@@ -76,7 +76,7 @@ def test_the_report_names_the_most_frequent_edges_and_is_json():
 
 
 def test_draws_are_these():
-    """Under seed 3407 the toy set is drawn the same on every machine; the literals were computed with plain Python ints."""
+    """Under seed 3407 the toy set is drawn the same on every machine; literals from plain Python ints."""
     mask = toy_mask()
     drawn = [[mask.draw(epoch, row, mask.ids(row)).astype(int).tolist() for row in range(5)] for epoch in (0, 1)]
     assert drawn == [[[0, 0, 1], [0, 0, 1], [0], [], [1, 1]], [[1, 0, 1], [1, 0, 0], [0], [], [1, 1]]]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sft.data.units import Unit, json_edges, label, path_edges, path_edges_from_paths, render_paths
+from sft.data.units import Unit, answer_units, json_edges, label, path_edges, path_edges_from_paths, render_paths
 
 
 def children(answer: str, units: list[Unit]) -> list[str]:
@@ -39,10 +39,10 @@ def test_structured_paths_keep_titles_with_arrows_and_newlines_whole():
 
 
 def test_odd_paths_count_as_they_are():
-    """No path, an empty one and a one-element one give no unit; duplicates and cycles count each time; a child without
-    characters counts with an empty span."""
+    """No path, an empty one (no line either) and a one-element one give no unit; duplicates and cycles count each time;
+    a child without characters counts with an empty span."""
     assert path_edges_from_paths([]) == ("", [])
-    assert path_edges_from_paths([[], ["root"]]) == ("\nroot\n", [])
+    assert path_edges_from_paths([[], ["root"]]) == ("root\n", [])
     _, cyclic = path_edges_from_paths([["a", "b", "a", "b"], ["a", "b"]])
     assert [label(unit.edge) for unit in cyclic] == ["a -> b", "b -> a", "a -> b", "a -> b"]
     answer, blank = path_edges_from_paths([["a", " ", "b"]])
@@ -71,6 +71,24 @@ def test_edge_identity_is_injective():
             assert [meant.setdefault(unit.edge, edge) for unit, edge in zip(units, edges, strict=True)] == edges
     assert len(meant) == 3 * 13 * 13 + 2 * 13
     assert all(edge.encode() for edge in meant)
+
+
+def test_own_paths_count_while_the_answer_is_their_rendering():
+    """Stripped or indented by a chat template they still fit; an edited answer is read as text; none are needed."""
+    paths = [["root", "x -> y"], ["root", "z"]]
+    for answer in ("root -> x -> y\nroot -> z\n", "root -> x -> y\nroot -> z", "\n root -> x -> y\nroot -> z"):
+        assert children(answer, answer_units(answer, "path_edge", paths=paths)) == ["x -> y", "z"]
+        assert children(answer, answer_units(answer, "path_edge")) == ["x", "y", "z"]
+    assert children("root -> z", answer_units("root -> z", "path_edge", paths=paths)) == ["z"]
+    assert answer_units("root", "path_edge", paths=[["root"]]) == []
+
+
+def test_the_unit_setting_chooses_the_reader():
+    """`json_edge` reads from the payload's start and answers None where there is no JSON."""
+    answer = "Output:\n[true]"
+    assert children(answer, answer_units(answer, "json_edge", payload_start=7)) == ["true"]
+    assert answer_units(answer, "json_edge") is None
+    assert answer_units(answer, "path_edge") == []
 
 
 # ---- units of JSON answers

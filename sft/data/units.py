@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sft.data.json_scan import canonical, payload_spans, scan
 
@@ -20,8 +20,28 @@ class Unit(NamedTuple):
 
 
 def render_paths(paths: Iterable[Sequence[str]]) -> str:
-    """The answer of an ontology row (document 003): one line `A -> B -> C` per path, each line ended by a newline."""
-    return "".join(" -> ".join(path) + "\n" for path in paths)
+    """The answer of an ontology row (document 003): a line `A -> B -> C` with a newline per path not empty."""
+    return "".join(" -> ".join(path) + "\n" for path in paths if path)
+
+
+def answer_units(
+    answer: str,
+    unit: Literal["path_edge", "json_edge"],
+    *,
+    payload_start: int = 0,
+    paths: Iterable[Sequence[str]] | None = None,
+) -> list[Unit] | None:
+    """The units of an answer by the value of SFT_MASKED_LOSS_UNIT; None where `json_edge` finds no JSON payload.
+
+    `paths` are an ontology row's own; they count where the answer is their rendering, give or take white space around.
+    """
+    if unit == "json_edge":
+        return json_edges(answer, payload_start)
+    rendered, units = path_edges_from_paths(paths or ())
+    if not units or rendered.strip() != answer.strip():
+        return path_edges(answer)
+    shift = _indent(answer) - _indent(rendered)
+    return [Unit(edge, start + shift, end + shift) for edge, start, end in units]
 
 
 def path_edges(answer: str) -> list[Unit]:
@@ -43,7 +63,7 @@ def path_edges(answer: str) -> list[Unit]:
 
 def path_edges_from_paths(paths: Iterable[Sequence[str]]) -> tuple[str, list[Unit]]:
     """The rendered answer and its units: titles with arrows or newlines in them keep their borders here."""
-    paths = list(paths)
+    paths = [path for path in paths if path]
     answer = render_paths(paths)
     units: list[Unit] = []
     start = 0
@@ -52,7 +72,7 @@ def path_edges_from_paths(paths: Iterable[Sequence[str]]) -> tuple[str, list[Uni
         for title in path:
             words.append((start, start + len(title)))
             start += len(title) + len(" -> ")
-        start += len("\n") - len(" -> ") if path else len("\n")
+        start += len("\n") - len(" -> ")
         units += _path_units(answer, words)
     return answer, units
 
@@ -105,8 +125,12 @@ def _path_units(answer: str, words: list[tuple[int, int]]) -> list[Unit]:
     for start, end in words:
         word = answer[start:end]
         child = word.strip()
-        start += len(word) - len(word.lstrip())
+        start += _indent(word)
         if parent is not None:
             units.append(Unit(f'["path", {canonical(parent)}, {canonical(child)}]', start, start + len(child)))
         parent = child
     return units
+
+
+def _indent(text: str) -> int:
+    return len(text) - len(text.lstrip())
