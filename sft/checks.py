@@ -1,13 +1,11 @@
-"""What is wrong with settings: pydantic's errors in words, and rules that join several settings."""
+"""Rules that join several settings, or a setting and what is on the disk; what is known of metrics and settings."""
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from sft.env import Place, closest, shown
-from sft.values import NotJson, one_of
+from sft.values import is_there, one_of
 
 STRUCTURED_METRICS = (
     "gen_parse_rate",
@@ -23,6 +21,7 @@ EXTRACTION_METRICS = (
     "gen_all_fields_exact_match_rate",
 )  # fmt: skip
 LOSS_METRICS = ("loss", "perplexity")
+_WITH_FLOOR = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
 _LOWER_IS_BETTER = {"loss", "perplexity", "gen_fp_rate_on_negative"}
 
 RESULT_NEUTRAL = frozenset({
@@ -43,78 +42,13 @@ def metric_direction(name: str) -> bool:
     return plain not in _LOWER_IS_BETTER
 
 
-def explain(error: Mapping[str, Any], *, name: str, field: Any, place: Place, given: str) -> str:
-    """One pydantic error as "NAME=value: what is wrong; remedy"."""
-    context, kind = error.get("ctx", {}), error["type"]
-    if isinstance(context.get("error"), NotJson):
-        return _explain_json(context["error"], name=name, place=place)
-    words = _unknown_key(error["loc"][-1], field.annotation) if kind == "extra_forbidden" else ""
-    words = words or _words(kind, context, field.annotation, error["input"])
-    within = _within(error["loc"][1:], error["input"], kind)
-    subject = f"{name} {within}" if within else shown(name, given)
-    return f"{subject}: {words or error['msg']} ({place})"
-
-
-def _explain_json(error: NotJson, *, name: str, place: Place) -> str:
-    remedy = f"write {name} as JSON, single quotes outside, double quotes inside"
-    where = f"{place.origin} line {place.line + error.line - 1}" if place.line else place.origin
-    return f"[WARNING] Failed to parse {name.removeprefix('SFT_')}: {error.reason}; {remedy} ({where}){error.pointer}"
-
-
-def _within(loc: tuple[Any, ...], value: object, kind: str) -> str:
-    """Which entry and key of a JSON value the error is about, with the value."""
-    if not loc:
-        return ""
-    entry = f"entry {loc[0] + 1}" if isinstance(loc[0], int) else f'"{loc[0]}"'
-    key = "".join(f' "{part}"' for part in loc[1:] if part != "[key]")
-    text = (
-        "" if kind in ("missing", "extra_forbidden") else f"={json.dumps(value, ensure_ascii=False, default=str)[:60]}"
-    )
-    return entry + key + text
-
-
-def _words(kind: str, context: Mapping[str, Any], annotation: Any, value: object) -> str:
-    """What is wrong and the remedy, for one kind of pydantic error."""
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "literal_error":
-        return one_of(value, _choices(annotation))
-    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    if kind in bounds:
-        asked = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}[bounds[kind]]
-        return f"is out of range; give {asked} {context[bounds[kind]]}"
-    return {
-        "missing": "is missing; write it",
-        "int_parsing": "is not a whole number; write digits only",
-        "int_from_float": "is not a whole number; write digits only",
-        "int_parsing_size": "is too large; give a smaller number",
-        "int_type": "is not a whole number; write digits without quotes",
-        "float_parsing": "is not a number; write one such as 0.1 or 1e-4",
-        "float_type": "is not a number; write it without quotes",
-        "finite_number": "is not a finite number; write one such as 0.1 or 1e-4",
-        "string_type": "is not a text; put it in double quotes",
-        "string_too_short": "is empty; write it",
-        "model_type": 'is no JSON object; write {"id": "..."}',
-        "model_attributes_type": 'is no JSON object; write {"id": "..."}',
-    }.get(kind, "")
-
-
-def _unknown_key(key: object, annotation: Any) -> str:
-    known = tuple(get_args(annotation)[0].model_fields)
-    near = closest(str(key), known)
-    return f"is an unknown key; {f'did you mean {near}?' if near else 'known are ' + ', '.join(known)}"
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:
-    choices = get_args(annotation)
-    return choices if choices and all(isinstance(choice, str) for choice in choices) else _choices(choices[0])
-
-
 class Conflict(NamedTuple):
     """Settings that do not go together: the one to name first, all involved, and what to do."""
 
     names: tuple[str, ...]
     text: str
+    absence: bool = False
+    """Whether something is missing, which goes without saying where the env file itself is."""
 
 
 def conflicts(settings: Any) -> Iterator[Conflict]:
@@ -130,6 +64,7 @@ def _data_rules(settings: Any) -> Iterator[Conflict]:
         yield Conflict(
             ("SFT_DATASET_ID", "SFT_DATASET_MIX"),
             "is not set, nor is SFT_DATASET_MIX; name the data set to train on in one of them",
+            absence=True,
         )
     if settings.use_upsampling and not settings.upsample_rules:
         yield Conflict(
@@ -150,6 +85,9 @@ def _weight_rules(settings: Any) -> Iterator[Conflict]:
 def _training_rules(settings: Any) -> Iterator[Conflict]:
     if settings.epochs == 0 and settings.max_steps < 0:
         yield Conflict(("SFT_EPOCHS", "SFT_MAX_STEPS"), "nothing would be trained; give more than 0, or SFT_MAX_STEPS")
+    if settings.min_lr_ratio > 0 and settings.lr_scheduler not in _WITH_FLOOR:
+        text = f"SFT_LR_SCHEDULER={settings.lr_scheduler} has no lowest rate; take cosine, or leave the ratio out"
+        yield Conflict(("SFT_MIN_LR_RATIO", "SFT_LR_SCHEDULER"), text)
 
 
 def _evaluation_rules(settings: Any) -> Iterator[Conflict]:
@@ -179,12 +117,12 @@ def _metric_rule(settings: Any) -> Iterator[Conflict]:
 
 def _output_rules(out: Path, stage: int) -> Iterator[Conflict]:
     folder = out.with_name(f"{out.name}_stage{stage}")
-    for path in (out, folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            yield Conflict(("SFT_OUT_LORA_DIR",), f"{path} is a file; choose a path where folders can be made")
-            return
-    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not folder.exists() and not os.access(nearest, os.W_OK):
+    present = [path for path in (out, folder, *folder.absolute().parents) if is_there(path)]
+    files = [path for path in present if not path.is_dir()]
+    nearest = present[-1] if len(present) == 1 else next(path for path in present if path != out)
+    if files:
+        yield Conflict(("SFT_OUT_LORA_DIR",), f"{files[0]} is a file; choose a path where folders can be made")
+    elif not os.access(nearest, os.W_OK):
         yield Conflict(
             ("SFT_OUT_LORA_DIR",), f"{nearest} is not writable; choose another path or change its permissions"
         )
@@ -192,9 +130,11 @@ def _output_rules(out: Path, stage: int) -> Iterator[Conflict]:
 
 def _base_model_rules(base_model: str) -> Iterator[Conflict]:
     path, names = Path(base_model), ("SFT_BASE_MODEL",)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            adapter = (path / "adapter_config.json").is_file()
+    if is_there(path) and not path.is_dir():
+        yield Conflict(names, "is a file; name the folder of a model, or a hub id")
+    elif is_there(path):
+        if not is_there(path / "config.json"):
+            adapter = is_there(path / "adapter_config.json")
             what = "is an adapter, no model" if adapter else "is no model folder: config.json is missing"
             yield Conflict(names, f"{what}; name the folder or hub id of a base model")
     elif base_model.startswith(("/", ".")) or base_model.count("/") > 1:

@@ -40,7 +40,9 @@ ALIASES = {
 _READABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _SECRET_NAME = re.compile(r"TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{20,}")
-_SWALLOWED_LINE = re.compile(r"[\r\n]\s*(?:export\s+)?((?:SFT|MLFLOW)_[A-Z0-9_]+)\s*=")
+_ASSIGNMENT = re.compile(r"[\r\n]\s*(?:export\s+)?((?:SFT|MLFLOW)_[A-Z0-9_]+)\s*=")
+_JSON_VALUE = re.compile(r"=\s*['\"]?\s*[\[{]")
+_LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 class Place(NamedTuple):
@@ -69,6 +71,26 @@ class Given:
     places: dict[str, Place] = field(default_factory=dict)
     passthrough: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unreadable: set[str] = field(default_factory=set)
+    """Names on lines that cannot be read: it would mislead to call them missing."""
+    file_name: str = ""
+    is_missing: bool = False
+    """Whether there is no env file that can be read."""
+
+    def origins(self, names: Iterable[str]) -> dict[str, str]:
+        """Name -> the place its value came from; an empty text in an env file is as good as none."""
+        set_by = {name: place.origin for name, place in self.places.items() if self.values[name] or place.rank}
+        return {name: set_by.get(name, "default") for name in names}
+
+
+def name_of(attribute: str) -> str:
+    """SFT_LORA_R for lora_r, MLFLOW_TRACKING_URI for mlflow_tracking_uri."""
+    return attribute.upper() if attribute.startswith("mlflow_") else f"SFT_{attribute.upper()}"
+
+
+def attribute_of(name: str) -> str:
+    """lora_r for SFT_LORA_R."""
+    return name.removeprefix("SFT_").lower()
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
@@ -82,12 +104,9 @@ def closest(name: str, choices: Iterable[str]) -> str:
     return by_lower[near[0]] if near else ""
 
 
-def shown(name: str, value: object, *, is_setting: bool = True) -> str:
-    """`NAME=value` on one line for a message: shortened, with tokens, passwords and credentials in URLs hidden."""
-    if not is_setting and _SECRET_NAME.search(name):
-        return f"{name}=***"
-    text = " ".join(_SECRET_TEXT.sub("***", str(value)).split())
-    return f"{name}={text if len(text) <= 80 else text[:77] + '...'}"
+def printable(value: object) -> str:
+    """The text on one line, without control characters and halves of characters."""
+    return "".join(character if character.isprintable() else " " for character in str(value))
 
 
 def hide_secrets(text: str) -> str:
@@ -95,10 +114,18 @@ def hide_secrets(text: str) -> str:
     return _SECRET_TEXT.sub("***", text)
 
 
+def shown(name: str, value: object, *, is_setting: bool = True) -> str:
+    """`NAME=value` on one line for a message: shortened, with tokens, passwords and credentials in URLs hidden."""
+    if not is_setting and _SECRET_NAME.search(name):
+        return f"{printable(name)}=***"
+    text = " ".join(printable(hide_secrets(str(value))).split())
+    return f"{printable(name)}={text if len(text) <= 80 else text[:77] + '...'}"
+
+
 def gather(names: Sequence[str], path: Path, *, overrides: Sequence[str], environ: Mapping[str, str]) -> Given:
     """Everything said about the settings `names`, the strongest place winning; mistakes are collected, not raised."""
-    given = Given()
-    for place, name, value in _file_entries(path, given.problems):
+    given = Given(file_name=path.name)
+    for place, name, value in _file_entries(path, given):
         _take(given, names, place=place, name=name, value=value)
     for name, value in sorted(environ.items()):
         if name.startswith("SFT_") or name in names:
@@ -114,15 +141,22 @@ def gather(names: Sequence[str], path: Path, *, overrides: Sequence[str], enviro
 
 
 def _take(given: Given, names: Sequence[str], *, place: Place, name: str, value: str) -> None:
-    if "\0" in value:
-        given.problems.append(Problem(place, f"{name}: its value contains a NUL character; remove it ({place})"))
+    if "\0" in value or not _is_text(value):
+        text = f"{printable(name)}: its value contains bytes that are no text; write it again ({place})"
+        given.problems.append(Problem(place, text))
+        given.unreadable.add(name)
     elif name in names:
-        given.values[name] = value.strip()
+        given.values[name] = value.rstrip().lstrip(" \t")
         given.places[name] = place
     elif hint := _unknown_name(name, names, in_file=place.rank == 0):
         given.problems.append(Problem(place, f"{shown(name, value, is_setting=False)}: {hint} ({place})"))
     else:
         given.passthrough[name] = value
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it; the environment can contain other bytes, which Python keeps as half characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _unknown_name(name: str, names: Sequence[str], *, in_file: bool) -> str:
@@ -152,34 +186,36 @@ def _is_misspelt(name: str, near: str) -> bool:
     return likeness >= 0.9 if near.startswith("MLFLOW_") else likeness >= 0.75 and head_likeness >= 0.6
 
 
-def _file_entries(path: Path, problems: list[Problem]) -> list[tuple[Place, str, str]]:
-    """(place, name, text) of every readable line of an env file."""
-    text = _file_text(path, problems)
+def _file_entries(path: Path, given: Given) -> list[tuple[Place, str, str]]:
+    """(place, name, text) of every readable line of an env file; the last one of a name that is written twice."""
     entries: dict[str, tuple[Place, str, str]] = {}
     unreadable: list[tuple[int, str]] = []
-    for binding in parse_stream(StringIO(text, newline="")):
-        line = _line_of(binding)
-        if binding.error or (binding.key is not None and not _READABLE_NAME.fullmatch(binding.key)):
-            unreadable.append((line, binding.original.string))
-        elif binding.key is not None:
-            place = Place(0, line, path.name)
-            problems += _binding_problems(binding, place, entries)
-            entries[binding.key] = (place, binding.key, binding.value or "")
-    problems += _unreadable_problems(unreadable, path.name)
+    last = ""
+    for binding in parse_stream(StringIO(_file_text(path, given), newline="")):
+        line, name = _line_of(binding), binding.key or ""
+        if binding.error or (name and not _READABLE_NAME.fullmatch(name)):
+            # What follows a JSON value without quotes belongs to it; the value is reported anyway.
+            if not last.startswith(("[", "{")):
+                unreadable.append((line, binding.original.string))
+        elif name:
+            place, last = Place(0, line, path.name), binding.value or ""
+            given.problems += _binding_problems(name, last, place=place, entries=entries)
+            entries[name] = (place, name, last)
+    _report_unreadable(unreadable, given)
     return list(entries.values())
 
 
-def _file_text(path: Path, problems: list[Problem]) -> str:
-    here = Place(0, 0, path.name)
+def _file_text(path: Path, given: Given) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         what = f"Stage env file not found: {path}; create it, or name its folder with --env-dir"
     except UnicodeDecodeError as error:
-        what = f"{path}: is not UTF-8 (byte {error.start}); save it again as UTF-8"
+        what = f"{path}: is not UTF-8 (byte {error.start + 1}); save it again as UTF-8"
     except OSError as error:
         what = f"{path}: cannot be read ({error.strerror}); make it a readable file"
-    problems.append(Problem(here, what))
+    given.problems.append(Problem(Place(0, 0, path.name), what))
+    given.is_missing = True
     return ""
 
 
@@ -187,34 +223,38 @@ def _line_of(binding: Binding) -> int:
     """The line the name stands on: python-dotenv counts from the blank lines before it."""
     text = binding.original.string
     blank = text[: len(text) - len(text.lstrip())]
-    return binding.original.line + len(re.findall(r"\r\n|\n|\r", blank))
+    return binding.original.line + len(_LINE_END.findall(blank))
 
 
-def _binding_problems(binding: Binding, place: Place, entries: Mapping[str, tuple[Place, str, str]]) -> list[Problem]:
-    name, problems = binding.key or "", []
+def _binding_problems(
+    name: str, value: str, *, place: Place, entries: Mapping[str, tuple[Place, str, str]]
+) -> list[Problem]:
+    problems = []
     if name in entries:
-        first = entries[name][0]
-        text = f"{name}: is written twice, on lines {first.line} and {place.line} of {place.origin}; keep one of them"
-        problems.append(Problem(place, text))
-    if swallowed := _SWALLOWED_LINE.search(binding.value or ""):
-        text = (
-            f"{name}: its quote swallows the line of {swallowed[1]}; close the quote at the end of the value ({place})"
-        )
+        lines = f"lines {entries[name][0].line} and {place.line}"
+        problems.append(Problem(place, f"{name}: is written twice, on {lines} of {place.origin}; keep one of them"))
+    if swallowed := _ASSIGNMENT.search(value):
+        text = f"{name}: its quote swallows the line of {swallowed[1]}; close it where the value ends ({place})"
         problems.append(Problem(place, text))
     return problems
 
 
-def _unreadable_problems(unreadable: Sequence[tuple[int, str]], file_name: str) -> list[Problem]:
-    """One problem per block of unreadable lines, which one forgotten quote causes."""
-    problems: list[Problem] = []
+def _report_unreadable(unreadable: Sequence[tuple[int, str]], given: Given) -> None:
+    """One problem per block of lines, as one forgotten quote makes several unreadable."""
     last = -1
     for line, text in unreadable:
-        if line > last + 1:
-            # Only what stands before "=": the rest may be a token.
-            start = text.strip().partition("=")[0].split("\n")[0][:60]
-            remedy = "write NAME=value, with single quotes around a value of several lines"
-            problems.append(
-                Problem(Place(0, line, file_name), f"{file_name} line {line}: {start!r} cannot be read; {remedy}")
-            )
-        last = line + text.strip().count("\n")
-    return problems
+        names = _ASSIGNMENT.findall(f"\n{text}")
+        given.unreadable |= set(names)
+        if line > last + 1 or names:
+            place = Place(0, line, given.file_name)
+            given.problems.append(Problem(place, _unreadable_text(text.strip(), names, place=place)))
+        last = line + len(_LINE_END.findall(text.strip()))
+
+
+def _unreadable_text(text: str, names: Sequence[str], *, place: Place) -> str:
+    if names and _JSON_VALUE.search(text):
+        what = f"[WARNING] Failed to parse {names[0].removeprefix('SFT_')}: its quotes do not match"
+        return f"{what}; write {names[0]} as JSON, single quotes outside, double quotes inside ({place})"
+    # Only what stands before "=": the rest may be a token.
+    start = printable(_LINE_END.split(text)[0].partition("=")[0])[:60]
+    return f"{place}: {start!r} cannot be read; write NAME=value, with a value of several lines between single quotes"

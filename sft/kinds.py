@@ -28,7 +28,8 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OffOrCount = Annotated[int, AfterValidator(values.check_off_or_count)]
-PathText = Annotated[str, AfterValidator(values.expand)]
+Processes = Annotated[AtLeastOne | None, BeforeValidator(values.parse_auto)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(values.expand)]
 
 
 class Source(BaseModel):
@@ -36,7 +37,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    id: Annotated[PathText, Field(min_length=1)]
+    id: PathText
     weight: Positive = 1.0
     split: Annotated[str, Field(min_length=1)] = "train"
     name: str | None = None

@@ -6,14 +6,15 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from sft import checks, values
+from sft import values
 from sft.checks import RESULT_NEUTRAL, metric_direction
-from sft.env import Given, Place, Problem, closest, gather, hide_secrets, shown
+from sft.env import closest, gather, name_of
 from sft.errors import Problems
+from sft.explain import validate
 from sft.kinds import (
     AtLeastOne,
     IdOrMix,
@@ -24,6 +25,7 @@ from sft.kinds import (
     Optimizer,
     PathText,
     Positive,
+    Processes,
     Scheduler,
     Share,
     Source,
@@ -37,6 +39,7 @@ __all__ = [
     "Settings",
     "Source",
     "closest",
+    "launched",
     "load_settings",
     "metric_direction",
     "settings_page",
@@ -110,7 +113,7 @@ class Settings(BaseModel):
     )
     train_on_prompt: Switch = setting(False, "Train on the prompt's tokens too, not on the answers alone.")
     deduplicate: Switch = setting(False, "Keep only the first of rows that are equal.")
-    num_proc: AtLeastOne | None = setting(None, "Processes that prepare the rows; unset chooses by cores and rows.")
+    num_proc: Processes = setting(None, "Processes that prepare the rows; unset chooses by cores and rows.")
     use_upsampling: Switch = setting(False, "Repeat training rows as SFT_UPSAMPLE_RULES says.")
     upsample_rules: Annotated[dict[str, NotNegative], BeforeValidator(values.parse_rules)] = setting(
         {}, 'Multipliers by task key, as a JSON object: {"text_to_toml": 3.0, "pack:hard": 2}.'
@@ -213,28 +216,32 @@ class Settings(BaseModel):
         """The data sets of generation evaluation; () where it answers the validation rows."""
         return self.gen_eval_dataset
 
+    def export_passthrough(self) -> None:
+        """Puts what an env file says for other programs (HF_HOME, CUDA_VISIBLE_DEVICES, ...) into the environment."""
+        for name, value in self.passthrough.items():
+            os.environ.setdefault(name, value)
+
     def record(self) -> dict[str, dict[str, Any]]:
         """{NAME: {"value": as JSON, "origin": place}} for the manifest and --check; credentials in URLs are hidden."""
-        plain = self.model_dump(mode="json", include=set(NAMES.values()), exclude_defaults=False)
-        return {
-            name: {"value": _recordable(plain[attribute]), "origin": self.origins.get(name, "default")}
-            for name, attribute in NAMES.items()
-        }
-
-
-def _recordable(value: Any) -> Any:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [{key: item for key, item in source.items() if item is not None} for source in value]
-    return hide_secrets(value) if isinstance(value, str) else value
+        plain = values.recordable(self.model_dump(mode="json", include=set(NAMES.values())))
+        return {name: {"value": plain.get(NAMES[name]), "origin": self.origins.get(name, "default")} for name in NAMES}
 
 
 _NOT_SETTINGS = {"stage", "env_dir", "origins", "passthrough"}
-NAMES = {
-    attribute.upper() if attribute.startswith("mlflow_") else f"SFT_{attribute.upper()}": attribute
-    for attribute in Settings.model_fields
-    if attribute not in _NOT_SETTINGS
-}
+NAMES = {name_of(attribute): attribute for attribute in Settings.model_fields if attribute not in _NOT_SETTINGS}
 """Name of every setting -> attribute of `Settings`, in the order of docs/settings.md."""
+
+
+class Launched(NamedTuple):
+    """This process among those that accelerate, torchrun or deepspeed started together."""
+
+    rank: int
+    processes: int
+
+
+def launched() -> Launched:
+    """Rank and number of processes as the launcher put them into the environment; (0, 1) without one."""
+    return Launched(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def load_settings(
@@ -265,7 +272,7 @@ def load_settings(
         "stage": stage,
         "env_dir": Path(env_dir),
         "passthrough": given.passthrough,
-        "origins": _origins(given),
+        "origins": given.origins(NAMES),
     }
     if strict:
         texts["strict"] = "1"
@@ -273,57 +280,10 @@ def load_settings(
     texts.setdefault("mlflow_experiment_name", f"llm-training-stage{stage}")
     texts.setdefault("mlflow_tracking_uri", f"sqlite:///{Path(__file__).resolve().parents[1] / 'mlruns' / 'mlflow.db'}")
     context = {"variables": {**given.passthrough, **environ}}
-    settings, problems = _validate(fixed, texts, given=given, context=context)
-    problems += given.problems
-    if settings is None or problems:
-        raise Problems(problem.text for problem in sorted(problems))
+    settings, problems = validate(Settings, fixed, texts=texts, given=given, context=context)
+    if problems or given.problems:
+        raise Problems(problem.text for problem in sorted(problems + given.problems))
     return settings
-
-
-def _origins(given: Given) -> dict[str, str]:
-    """Where each setting came from; an empty text in an env file is as good as none."""
-    set_by = {name: place.origin for name, place in given.places.items() if given.values[name] or place.rank}
-    return {name: set_by.get(name, "default") for name in NAMES}
-
-
-def _validate(
-    fixed: dict[str, Any], texts: dict[str, str], *, given: Given, context: dict[str, Any]
-) -> tuple[Settings, list[Problem]]:
-    """The settings and what is wrong with them. Values that fail stand aside, so that the rules see all the others."""
-    failed: set[str] = set()
-    problems: list[Problem] = []
-    try:
-        settings = Settings.model_validate({**fixed, **texts}, context=context)
-    except ValidationError as error:
-        failed = {str(mistake["loc"][0]) for mistake in error.errors()}
-        problems = [_mistake_problem(mistake, given) for mistake in error.errors()]
-        sound = {attribute: text for attribute, text in texts.items() if attribute not in failed}
-        stand_ins = dict.fromkeys(failed & {"base_model", "out_lora_dir"}, "stand-in")
-        settings = Settings.model_validate({**fixed, **sound, **stand_ins}, context=context)
-    for conflict in checks.conflicts(settings):
-        if not failed & {NAMES[name] for name in conflict.names}:
-            problems.append(_conflict_problem(conflict, settings, given))
-    return settings, problems
-
-
-def _mistake_problem(mistake: Mapping[str, Any], given: Given) -> Problem:
-    attribute = str(mistake["loc"][0])
-    name = next(name for name, value in NAMES.items() if value == attribute)
-    place = given.places.get(name, _NOWHERE)
-    text = checks.explain(
-        mistake, name=name, field=Settings.model_fields[attribute], place=place, given=given.values.get(name, "")
-    )
-    return Problem(place, text)
-
-
-def _conflict_problem(conflict: checks.Conflict, settings: Settings, given: Given) -> Problem:
-    name = conflict.names[0]
-    place = given.places.get(name, _NOWHERE)
-    value = given.values.get(name) or settings.record()[name]["value"] or ""
-    return Problem(place, f"{shown(name, value)}: {conflict.text} ({place})")
-
-
-_NOWHERE = Place(3, 0, "default")
 
 
 def settings_page() -> str:

@@ -1,10 +1,11 @@
 """docs/settings.md, generated from the settings: `python -m sft.settings > docs/settings.md`."""
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic.fields import FieldInfo
 
+from sft.explain import literals
 from sft.values import ATTENTION
 
 _GROUPS = {
@@ -57,7 +58,7 @@ def _default(field: FieldInfo) -> str:
 
 def _values(name: str, field: FieldInfo) -> str:
     """The choices, the range or the kind of a value."""
-    if choices := _choices(field.annotation):
+    if choices := literals(field.annotation):
         return ", ".join(choices)
     if name == "SFT_ATTN":
         return ", ".join(ATTENTION) + " or a hub kernel"
@@ -65,15 +66,6 @@ def _values(name: str, field: FieldInfo) -> str:
     annotation = field.annotation
     kind = next((kinds[part] for part in (annotation, *get_args(annotation)) if part in kinds), "")
     return f"{kind} {_range(field)}".strip()
-
-
-def _choices(annotation: Any) -> list[str]:
-    if annotation is None or isinstance(annotation, type):
-        return []
-    parts = get_args(annotation)
-    if parts and all(isinstance(part, str) for part in parts):
-        return list(parts)
-    return next((found for part in parts if (found := _choices(part))), [])
 
 
 def _range(field: FieldInfo) -> str:

@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 from pydantic import ValidationInfo
 
-from sft.env import closest
+from sft.env import closest, hide_secrets, printable
 
-ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "varlen")
+ATTENTION = (
+    "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+)  # fmt: skip
 CHAT_TEMPLATES = ("chatml", "llama2", "alpaca", "mistral")
 TRACKERS = ("mlflow", "tensorboard", "wandb", "none")
 # The fields of document 001's task (Japanese news about offences).
@@ -36,19 +37,24 @@ class NotJson(ValueError):
         """The broken line with a caret under the broken position."""
         lines = self.text.split("\n")
         start = max(0, self.column - 60)
-        excerpt = lines[min(self.line, len(lines)) - 1].rstrip()[start : start + 100].replace("\t", " ")
-        return f"\n    {excerpt}\n    {' ' * (self.column - 1 - start)}^"
+        excerpt = printable(lines[min(self.line, len(lines)) - 1][start : start + 100])
+        return f"\n    {excerpt.rstrip()}\n    {' ' * (self.column - 1 - start)}^"
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON: no NaN, no key twice."""
+    """Strict JSON: no NaN, no key twice, nothing that UTF-8 cannot hold."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise NotJson(str(error), text=text, line=error.lineno, column=error.colno) from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise NotJson(reason, text=text, line=1, column=1) from None
+    except UnicodeEncodeError:
+        raise NotJson("it contains half of a character", text=text, line=1, column=1) from None
+    except RecursionError:
+        raise NotJson("it is nested too deeply", text=text, line=1, column=1) from None
+    except ValueError as error:
+        raise NotJson(str(error), text=text, line=1, column=1) from None
+    return value
 
 
 def _refuse_constant(name: str) -> Any:
@@ -78,6 +84,11 @@ def parse_checkpointing(value: Any) -> Any:
     return value
 
 
+def parse_auto(value: Any) -> Any:
+    """None for "auto": the program chooses."""
+    return None if isinstance(value, str) and value.strip().lower() == "auto" else value
+
+
 def parse_names(value: Any) -> Any:
     """The parts of a comma list, without the empty ones."""
     if not isinstance(value, str):
@@ -93,10 +104,9 @@ def parse_mix(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     mix = parse_json(value)
-    if not isinstance(mix, list):
-        raise ValueError('is no JSON list; write [{"id": "..."}, ...]')
-    if not mix:
-        raise ValueError('is an empty list; name a source: [{"id": "..."}]')
+    if not isinstance(mix, list) or not mix:
+        wanted = 'a list of sources is wanted, such as [{"id": "..."}]'
+        raise NotJson(f"{wanted}, not {'an empty one' if mix == [] else 'one value'}", text=value, line=1, column=1)
     return mix
 
 
@@ -120,16 +130,33 @@ def parse_rules(value: Any) -> Any:
     return rules
 
 
+def recordable(value: Any) -> Any:
+    """JSON without the unset keys of objects, and without credentials in its texts."""
+    if isinstance(value, list):
+        return [recordable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: recordable(item) for key, item in value.items() if item is not None}
+    return hide_secrets(value) if isinstance(value, str) else value
+
+
 def expand(value: Any, info: ValidationInfo) -> Any:
     """A path or id with ~ and $VAR replaced; what exists under its literal name is left alone."""
     text = str(value)
-    if ("$" not in text and not text.startswith("~")) or Path(text).exists():
+    if ("$" not in text and not text.startswith("~")) or is_there(Path(text)):
         return value
-    variables = (info.context or {}).get("variables", os.environ)
+    variables = (info.context or {}).get("variables", {})
     expanded = _VARIABLE.sub(lambda match: _variable(match, variables), text)
     if expanded == "~" or expanded.startswith("~/"):
         expanded = variables.get("HOME", str(Path.home())) + expanded[1:]
     return expanded
+
+
+def is_there(path: Path) -> bool:
+    """Whether the path exists; False as well for one that no file system could hold or that cannot be looked at."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _variable(match: re.Match[str], variables: Any) -> str:
@@ -170,7 +197,7 @@ def check_chat_template(value: str, info: ValidationInfo) -> str:
     path = str(expand(value, info))
     if "/" not in path and not path.endswith(".jinja"):
         raise ValueError(one_of(value, CHAT_TEMPLATES, also="the path of a .jinja file"))
-    if not Path(path).is_file():
+    if not (is_there(Path(path)) and Path(path).is_file()):
         raise ValueError("is no file; correct the path of the .jinja file")
     return path
 
@@ -186,7 +213,7 @@ def check_report_to(value: tuple[str, ...]) -> tuple[str, ...]:
     """Known trackers that are installed."""
     for tracker in value:
         if tracker not in TRACKERS:
-            raise ValueError(one_of(tracker, TRACKERS))
+            raise ValueError(f"{tracker} {one_of(tracker, TRACKERS)}")
         if tracker in ("tensorboard", "wandb") and find_spec(tracker) is None:
             raise ValueError(f"{tracker} is not installed; pip install {tracker}, or leave it out")
     if "none" in value and len(value) > 1:
@@ -199,4 +226,4 @@ def one_of(value: object, choices: tuple[str, ...], *, also: str = "") -> str:
     near = closest(str(value), choices)
     listed = ", ".join(choices) if len(choices) <= 8 else "those listed in docs/settings.md"
     hint = f"did you mean {near}?" if near else "choose one of them"
-    return f"{str(value)[:40]!r} is not one of {listed}{' or ' + also if also else ''}; {hint}"
+    return f"is not one of {listed}{' or ' + also if also else ''}; {hint}"
