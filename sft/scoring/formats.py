@@ -160,7 +160,7 @@ def _check_yaml_events(text: str) -> None:
 
 
 def _read_toml(text: str) -> tuple[Any, str]:
-    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+    if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
         raise _TooLarge(f"a line with more than {MAX_DOTS} dots")
     return tomllib.loads(text), ""
 
