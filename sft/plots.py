@@ -35,15 +35,17 @@ STYLE: dict[Any, Any] = {
 Curve = Sequence[Sequence[float]]  # [step, value] pairs
 
 
-def line_chart(curves: Mapping[str, Curve], *, title: str, label: str = "step", unit: bool = False) -> str:
-    """Values over steps, one colour per curve in the order given; `unit` fixes the axis to 0..1 for scores."""
+def line_chart(curves: Mapping[str, Curve], *, title: str, unit: bool = False, zero: bool = False) -> str:
+    """Values over steps, one colour per curve in the order given; `unit` fixes the axis to 0..1, `zero` its lower end."""
 
     def draw(axes: "Axes") -> None:
         for colour, curve in zip(_colours(len(curves)), curves.values(), strict=True):
             _line(axes, curve, colour)
         if unit:
             axes.set_ylim(-0.02, 1.02)
-        axes.set_xlabel(label)
+        if zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
 
     return _svg(draw, title)
 

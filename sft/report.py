@@ -107,7 +107,7 @@ def _stage_charts(curves: Mapping[str, plots.Curve]) -> list[Facts]:
     speed = {"tokens_per_second": curves["tokens_per_second"]} if "tokens_per_second" in curves else {}
     unit = all(0 <= value <= 1 for curve in scores.values() for _, value in curve)
     charts = _lines(losses, "Loss") + _lines(scores, "Scores of generated answers", unit=unit)
-    return charts + _lines(rate, "Learning rate") + _lines(speed, "Trained tokens per second")
+    return charts + _lines(rate, "Learning rate", zero=True) + _lines(speed, "Trained tokens per second")
 
 
 def _ladder_charts(facts: Facts) -> list[Facts]:

@@ -22,7 +22,7 @@ from sft.report_scores import (
 )
 from sft.report_text import printable, redacted
 
-LONGEST_CURVE = 1_000  # points; more are averaged in equal groups
+LONGEST_CURVE = 400  # points, about the pixels of a figure; more are averaged in equal groups
 SECRET_WORDS = {"TOKEN", "KEY", "PASSWORD", "PASSWD", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
 
 
@@ -45,7 +45,7 @@ def stage_facts(folder: Path) -> Facts:
         "changed_settings": _changed_settings(folder, settings),
         "settings": settings,
         "versions": manifest.get("versions") or {},
-        "warnings": manifest.get("warnings") or [],
+        "warnings": [text for text in manifest.get("warnings") or [] if isinstance(text, str)],
         "notices": notices,
     }
     return printable(facts)
@@ -84,7 +84,7 @@ def _header(folder: Path, manifest: Facts, lines: list[Facts]) -> Facts:
     number = re.search(r"_stage(\d+)$", folder.name)
     started, finished = _moment(manifest.get("started")), _moment(manifest.get("finished"))
     ended = finished or _moment(next((line["time"] for line in reversed(lines) if "time" in line), None))
-    plain = ("base_model", "train_rows", "val_rows", "tokens", "mlflow_run_id")
+    plain = ("base_model", "train_rows", "val_rows", "mlflow_run_id")
     return {name: manifest.get(name) for name in plain} | {
         "stage": manifest.get("stage", int(number.group(1)) if number else None),
         "folder": folder.name,
@@ -92,10 +92,15 @@ def _header(folder: Path, manifest: Facts, lines: list[Facts]) -> Facts:
         "started": started.isoformat() if started else None,
         "finished": finished.isoformat() if finished else None,
         "seconds": round((ended - started).total_seconds(), 1) if started and ended else None,
+        "tokens": _picked(manifest.get("tokens"), ("total", "trained")),
         "steps": _steps(manifest.get("steps")),
         "last_step": lines[-1]["step"] if lines else None,
         "metrics": manifest.get("metrics") or {},
     }
+
+
+def _picked(record: Mapping[str, Any] | None, names: Sequence[str]) -> Facts | None:
+    return {name: record.get(name) for name in names} if record else None
 
 
 def _steps(steps: Any) -> int | None:
@@ -129,16 +134,15 @@ def _thinned(points: list[tuple[int, float]]) -> list[list[float]]:
 
 def _mix(manifest: Facts) -> Facts:
     wanted = ("id", "split", "weight", "rows", "validation_rows", "drawn", "fingerprint")
-    sources = [{name: source.get(name) for name in wanted} for source in manifest.get("sources") or []]
+    sources = [_picked(source, wanted) for source in manifest.get("sources") or [] if source]
     dropped = {reason: rows for reason, rows in (manifest.get("dropped") or {}).items() if rows}
     return {"sources": sources, "dropped": dropped, "upsampling": manifest.get("upsampling") or []}
 
 
 def _lineage(manifest: Facts) -> Facts:
-    wanted = ("stage", "adapter_sha256")
-    parents = [{name: parent.get(name) for name in wanted} for parent in manifest.get("parents") or []]
-    merge, adapter = manifest.get("merge") or None, manifest.get("adapter_sha256")
-    return {"parents": parents, "merge": merge, "adapter_sha256": adapter}
+    parents = [_picked(parent, ("stage", "adapter_sha256")) for parent in manifest.get("parents") or [] if parent]
+    merge = _picked(manifest.get("merge"), ("max_abs_diff", "kl", "seconds", "peak_rss_bytes"))
+    return {"parents": parents, "merge": merge, "adapter_sha256": manifest.get("adapter_sha256")}
 
 
 def _settings(manifest: Facts) -> dict[str, Facts]:

@@ -85,8 +85,12 @@ def _detailed(name: str, first: Mapping[str, float], last: Mapping[str, float]) 
 def recorded_matrix(manifest: Facts) -> Facts | None:
     """The forgetting record of a manifest, None when there is none or it is not complete."""
     matrix = manifest.get("forgetting")
-    complete = isinstance(matrix, dict) and all(matrix.get(name) for name in ("models", "tasks", "scores"))
-    return matrix if complete else None
+    if not isinstance(matrix, dict):
+        return None
+    models, tasks, scores = (matrix.get(name) or [] for name in ("models", "tasks", "scores"))
+    named = all(isinstance(label, str) for label in (*models, *tasks))
+    measured = bool(scores) and all(isinstance(row, list) for row in scores)
+    return matrix if models and tasks and named and measured else None
 
 
 def matrix_facts(matrix: Facts | None) -> Facts | None:

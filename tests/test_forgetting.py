@@ -1,0 +1,50 @@
+"""A drop is what a model lost of what an earlier one had learnt, no more and no less."""
+
+import pytest
+
+from sft import forgetting
+
+
+@pytest.mark.parametrize(("after", "fell"), [(0.8, False), (0.74, True)])
+def test_drop_needs_more_than_the_margin(after, fell):
+    """With a margin of 0.1, 0.85 -> 0.80 is no drop and 0.85 -> 0.74 is one; the base's 0.99 taught nothing."""
+    scores = [[0.99], [0.85], [after]]
+    matrix = {"models": ["base", "stage 1", "stage 2"], "tasks": ["stage 1"], "scores": scores}
+    assert bool(forgetting.drops(matrix, margin=0.1)) is fell
+
+
+def test_slow_decline_is_measured_against_the_best_earlier_model():
+    """0.90, 0.86, 0.83: no single step falls by 0.05, stage 3 is 0.07 below stage 1."""
+    models = ["base", "stage 1", "stage 2", "stage 3"]
+    found = forgetting.drops({"models": models, "tasks": ["stage 1"], "scores": [[0.0], [0.90], [0.86], [0.83]]})
+    assert [(drop.model, drop.since, round(drop.before - drop.after, 3)) for drop in found] == [
+        ("stage 3", "stage 1", 0.07)
+    ]
+
+
+def test_joined_matrix_takes_the_later_score():
+    """Matrices of two stages become one; a cell both hold has the second one's score."""
+    first = {"models": ["base", "stage 1"], "tasks": ["stage 1"], "scores": [[0.1], [0.5]]}
+    second = {"models": ["stage 1", "stage 2"], "tasks": ["stage 1", "stage 2"], "scores": [[0.6, 0.2], [0.4, 0.9]]}
+    joined = forgetting.joined([first, None, second])
+    assert joined["models"] == ["base", "stage 1", "stage 2"]
+    assert joined["scores"] == [[0.1, None], [0.6, 0.2], [0.4, 0.9]]
+
+
+def test_sentence_names_the_six_largest_falls():
+    """Eight tasks fell by 0.1 to 0.8: the six worst are named, two are counted, the one that rose is not a fall."""
+    before = {f"text_to_{number}": 0.9 for number in range(1, 9)} | {"text_to_csv": 0.1}
+    after = {f"text_to_{number}": 0.9 - number / 10 for number in range(1, 9)} | {"text_to_csv": 0.9, "unknown": None}
+    by_task = {"stage 1": {"stage 1": before}, "stage 2": {"stage 1": after}}
+    matrix = {"models": ["stage 1", "stage 2"], "tasks": ["stage 1"], "scores": [[0.9], [0.4]], "by_task": by_task}
+    sentence = forgetting.drops(matrix)[0].sentence()
+    assert "text_to_8 0.900 -> 0.100; text_to_7 0.900 -> 0.200;" in sentence
+    assert sentence.endswith("text_to_3 0.900 -> 0.600; and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("text_to_toml", "toml"), ("csv_to_json", "json"), ("extraction", "extraction"), ("", "other")]
+)
+def test_format_of_a_task_key(key, name):
+    """The output format is what follows the last _to_; a key without one stands for itself."""
+    assert forgetting.format_of(key) == name
