@@ -36,7 +36,7 @@ Curve = Sequence[Sequence[float]]  # [step, value] pairs
 
 
 def line_chart(curves: Mapping[str, Curve], *, title: str, unit: bool = False, zero: bool = False) -> str:
-    """Values over steps, one colour per curve in the order given; `unit` fixes the axis to 0..1, `zero` its lower end."""
+    """Values over steps, one colour per curve in order; `unit` fixes the axis to 0..1, `zero` its lower end."""
 
     def draw(axes: "Axes") -> None:
         for colour, curve in zip(_colours(len(curves)), curves.values(), strict=True):
