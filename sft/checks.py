@@ -117,15 +117,13 @@ def _metric_rule(settings: Any) -> Iterator[Conflict]:
 
 def _output_rules(out: Path, stage: int) -> Iterator[Conflict]:
     folder = out.with_name(f"{out.name}_stage{stage}")
-    present = [path for path in (out, folder, *folder.absolute().parents) if is_there(path)]
-    files = [path for path in present if not path.is_dir()]
-    nearest = present[-1] if len(present) == 1 else next(path for path in present if path != out)
-    if files:
-        yield Conflict(("SFT_OUT_LORA_DIR",), f"{files[0]} is a file; choose a path where folders can be made")
-    elif not os.access(nearest, os.W_OK):
-        yield Conflict(
-            ("SFT_OUT_LORA_DIR",), f"{nearest} is not writable; choose another path or change its permissions"
-        )
+    there = [path for path in (folder, *folder.absolute().parents) if is_there(path)]
+    blocking = [path for path in (out, *there) if is_there(path) and not path.is_dir()]
+    if blocking:
+        yield Conflict(("SFT_OUT_LORA_DIR",), f"{blocking[0]} is a file; choose a path where folders can be made")
+    elif there[0] != folder and not os.access(there[0], os.W_OK):
+        text = f"{there[0]} is not writable; choose another path or change its permissions"
+        yield Conflict(("SFT_OUT_LORA_DIR",), text)
 
 
 def _base_model_rules(base_model: str) -> Iterator[Conflict]:
