@@ -148,7 +148,7 @@ class Settings(BaseModel):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "Lowest learning rate as a share of SFT_LR.")
     warmup_ratio: Share = setting(0.03, "Share of the steps in which the learning rate rises to SFT_LR.")
     warmup_steps: Annotated[int, Field(ge=0)] = setting(
-        0, "Steps in which it rises; above 0 wins over SFT_WARMUP_RATIO."
+        0, "Steps in which it rises instead; 0 goes by SFT_WARMUP_RATIO."
     )
     weight_decay: NotNegative = setting(0.0, "Decay of the trained weights in every step.")
     adam_beta1: Share = setting(0.9, "Adam's decay of the mean gradient.")

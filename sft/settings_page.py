@@ -6,7 +6,7 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 
 from sft.explain import literals
-from sft.values import ATTENTION
+from sft.values import ATTENTION, CHAT_TEMPLATES, TRACKERS
 
 _GROUPS = {
     "SFT_BASE_MODEL": "Model",
@@ -31,6 +31,24 @@ JSON goes between single quotes and may run over several lines. Any other name i
 process environment unless it is set there already (`HF_TOKEN`, `CUDA_VISIBLE_DEVICES`); a `SFT_` name that is not
 listed here is a mistake.
 """
+_ID_OR_LIST = "id, path or JSON list"
+_SPECIAL = {
+    "SFT_BASE_MODEL": "id or path",
+    "SFT_ATTN": f"{', '.join(ATTENTION)} or a hub kernel",
+    "SFT_CHAT_TEMPLATE": f"{', '.join(CHAT_TEMPLATES)} or a path",
+    "SFT_OUT_LORA_DIR": "path",
+    "SFT_DATASET_ID": "id or path",
+    "SFT_DATASET_MIX": "JSON list",
+    "SFT_DATASET_MIX_TOTAL_SIZE": "-1 or whole number ≥ 1",
+    "SFT_EVAL_DATASET": _ID_OR_LIST,
+    "SFT_NUM_PROC": "auto or whole number ≥ 1",
+    "SFT_UPSAMPLE_RULES": "JSON object",
+    "SFT_MAX_STEPS": "-1 or whole number ≥ 1",
+    "SFT_EARLY_STOPPING_PATIENCE": "-1 or whole number ≥ 1",
+    "SFT_GEN_EVAL_DATASET": _ID_OR_LIST,
+    "SFT_REPORT_TO": ", ".join(TRACKERS),
+}
+"""Values that a type does not tell."""
 _TABLE_HEAD = "| setting | default | values | meaning |\n|---|---|---|---|"
 _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
@@ -60,8 +78,10 @@ def _values(name: str, field: FieldInfo) -> str:
     """The choices, the range or the kind of a value."""
     if choices := literals(field.annotation):
         return ", ".join(choices)
-    if name == "SFT_ATTN":
-        return ", ".join(ATTENTION) + " or a hub kernel"
+    if name in _SPECIAL:
+        return _SPECIAL[name]
+    if isinstance(field.default, tuple):
+        return "comma list"
     kinds = {bool: "0, 1", int: "whole number", float: "number", str: "text"}
     annotation = field.annotation
     kind = next((kinds[part] for part in (annotation, *get_args(annotation)) if part in kinds), "")

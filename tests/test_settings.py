@@ -533,7 +533,8 @@ def test_metric_directions():
     )} == {
         "loss": False, "eval_loss": False, "perplexity": False, "eval_perplexity": False,
         "gen_fp_rate_on_negative": False, "gen_score": True, "gen_score/text_to_toml": True,
-        "eval_gen_parse_rate": True, "gen_offender_presence_recall": True, "gen_field_exact_match_rate/person_name": True,
+        "eval_gen_parse_rate": True, "gen_offender_presence_recall": True,
+        "gen_field_exact_match_rate/person_name": True,
     }  # fmt: skip
     for unknown in ("accuracy", "loss/x", "", "eval_"):
         with pytest.raises(ValueError, match="is not one of"):
@@ -569,7 +570,7 @@ def test_every_setting_has_one_sentence():
         assert ". " not in sentence, name
 
 
-def test_the_example_file_loads(here):
+def test_the_example_file_loads():
     """.env.example works as a stage file as it stands, its commented mix included."""
     text = (ROOT / ".env.example").read_text(encoding="utf-8")
     assert load(text, base="").lr == 1e-4
