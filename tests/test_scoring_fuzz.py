@@ -25,6 +25,16 @@ YAML_MERGE_BOMB = "a: &a {x: 1}\n" + "".join(
     for name, after in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
+YAML_WIDE_MERGE_BOMB = (
+    "a: &a {"
+    + ", ".join(f"k{number}: 1" for number in range(9_000))
+    + "}\n"
+    + "".join(
+        f"{after}: &{after}\n  <<: [*{name}, *{name}, *{name}]\n"
+        for name, after in zip("abcdef", "bcdefg", strict=True)
+    )
+)
+
 HOSTILE = {
     "empty": "",
     "white space": " \n\t" * 30_000,
@@ -64,6 +74,9 @@ HOSTILE = {
     "many attributes": "<a " + " ".join(f'a{number}="1"' for number in range(8_000)) + "/>",
     "YAML alias bomb": YAML_ALIAS_BOMB,
     "YAML merge bomb": YAML_MERGE_BOMB,
+    "YAML wide merge bomb": YAML_WIDE_MERGE_BOMB,
+    "YAML merge bomb by tag": YAML_WIDE_MERGE_BOMB.replace("<<", "!!merge x"),
+    "YAML keys of one hash": "".join(f"{number * (2**61 - 1)}: 1\n" for number in range(4_000)),
     "YAML cycle": "&a [*a, *a, {b: *a}]",
     "YAML cycle of keys": "&a {? *a : 1}",
     "YAML set cycle": "&a !!omap [b: *a]",
@@ -156,6 +169,10 @@ def test_bombs_are_refused_before_they_grow():
     """Aliases and merge keys are counted before the document is composed."""
     assert score_answer(YAML_ALIAS_BOMB, "yaml").note == "more than 20 aliases"
     assert score_answer(YAML_MERGE_BOMB, "yaml").note == "more than 20 aliases"
+    assert score_answer(YAML_WIDE_MERGE_BOMB, "yaml").note == "merge keys that may grow without bound"
+    assert score_answer(
+        "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}", "yaml", reference="a: {x: 1, y: 2}\nb: {x: 1, y: 3}"
+    ).exact
     assert score_answer("&a [*a, *a]", "yaml").note == "more than 20,000 values"
     assert score_answer("&a [*a]", "yaml").note == "nested deeper than 100 levels"
 

@@ -21,7 +21,8 @@ FORMATS = ("json", "yaml", "toml", "xml", "csv")
 MAX_PAYLOAD = 100_000  # characters; the slowest reader needs 0.3 s for the worst of that length
 MAX_DEPTH = 100
 MAX_NODES = 20_000
-MAX_ALIASES = 20  # n aliases of merge keys multiply a mapping by at most e^(n/e): 1,600 times
+MAX_ALIASES = 20
+MAX_MERGED = 300_000  # n aliases used in merge keys (`<<`) multiply a mapping by at most 3^(n/3)
 MAX_NUMBER = 1_000  # characters; YAML's base-60 numbers are quadratic to read
 MAX_DOTS = 500  # per line of TOML
 # PyYAML's pure Python loader is about thirty times slower than libyaml.
@@ -66,8 +67,9 @@ def read(payload: str, output_format: str) -> Reading:
         return Reading(None, False, f"longer than {MAX_PAYLOAD:,} characters")
     if not payload.strip():
         return Reading(None, False, "empty")
+    reader = _READERS[output_format]
     try:
-        value, complaint = _READERS[output_format](payload)
+        value, complaint = reader(payload)
         check_size(value)
     except RecursionError:
         return Reading(None, False, f"nested deeper than {MAX_DEPTH} levels")
@@ -143,7 +145,7 @@ def _read_yaml(text: str) -> tuple[Any, str]:
 
 def _check_yaml_events(text: str) -> None:
     """Limits that must hold before the document is composed, which is where the C loader overflows its stack."""
-    depth = aliases = 0
+    depth = aliases = count = 0
     for count, event in enumerate(yaml.parse(text, Loader=_YamlLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
@@ -157,6 +159,8 @@ def _check_yaml_events(text: str) -> None:
             raise _TooLarge(f"more than {MAX_ALIASES} aliases")
         if count > 2 * MAX_NODES:
             raise _TooLarge(f"more than {MAX_NODES:,} values")
+    if ("<<" in text or "merge" in text) and count * 3 ** (aliases / 3) > MAX_MERGED:
+        raise _TooLarge("merge keys that may grow without bound")
 
 
 def _read_toml(text: str) -> tuple[Any, str]:
