@@ -144,7 +144,6 @@ class Stage:
             "settings": self.settings.record(),
             "sources": [source_record(source) for source in self.settings.sources],
             "inputs": inputs,
-            "versions": versions(),
         }
 
     def _refuse(self, problem: str) -> None:
@@ -197,6 +196,7 @@ class Stage:
             record = read_json(self.merged_base / "merge.json")
             digests = [adapter["sha256"] for adapter in record["adapters"]]
             same = record["base_model"] == self.start_model
+            same = same and self.settings.merge_dtype in (None, record["dtype"])
         except (FileNotFoundError, DamagedFile, AttributeError, KeyError, TypeError):
             return False
         whole = not is_sealed(self.merged_base) or not damage(self.merged_base)
@@ -206,7 +206,7 @@ class Stage:
         """Write the manifest as running. A resumed stage keeps its start, its MLflow run and metrics up to here."""
         kept = ("started", "mlflow_run_id", "merge") if self.decision == "resume" else ()
         earlier = {name: self.manifest[name] for name in kept if self.manifest.get(name)}
-        self.manifest = self._start | {"started": _now()} | earlier | {"status": "running"}
+        self.manifest = self._start | {"versions": versions(), "started": _now()} | earlier
         if self.main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save()
