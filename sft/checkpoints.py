@@ -91,14 +91,14 @@ def rotate(folder: Path, keep: int, *, protect: Collection[Path] = ()) -> list[P
 
 
 def announce(stage: "Stage", show: Callable[[str], object] = print) -> None:
-    """Say what was found in the stage's folder, in the words that scripts look for (contract section 6)."""
+    """Say what was found, warnings first, in the words that scripts look for (contract section 6)."""
     for line in notices(stage):
         show(line)
 
 
 def notices(stage: "Stage") -> list[str]:
     """The lines of `announce`."""
-    lines = ["Checking checkpoint status..."]
+    lines = [*stage.warnings, "Checking checkpoint status..."]
     if stage.moved:
         lines.append(f"The earlier output was moved to {stage.moved}")
     if stage.broken:

@@ -1,6 +1,7 @@
 """What is to be done about a stage, judged by what lies in its folder. Reads only."""
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,15 @@ def traces(folder: Path) -> set[tuple[str, int]]:
         with contextlib.suppress(FileNotFoundError):  # it may be rotating them at this moment
             found.add((str(path), path.stat().st_mtime_ns))
     return found
+
+
+def unwritable(folder: Path) -> Path | None:
+    """Which of the folder and its parent, where the lock stands, is there and can't be written by this user.
+
+    Places that can't be made at all are a matter of the settings, which check them first.
+    """
+    places = [place for place in (folder, folder.parent) if place.is_dir()]
+    return next((place for place in places if not os.access(place, os.W_OK | os.X_OK)), None)
 
 
 def decide(folder: Path, start: Mapping[str, Any], *, verify: bool) -> Verdict:

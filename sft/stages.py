@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from sft import checkpoints
 from sft.changes import source_fingerprint, stage_inputs
-from sft.decision import Decision, Verdict, decide, traces
+from sft.decision import Decision, Verdict, decide, traces, unwritable
 from sft.env import hide_secrets
 from sft.errors import Problems, RunFailed
 from sft.files import (
@@ -163,6 +163,9 @@ class Stage:
         self.problems = [*self._lineage.problems, *verdict.problems]
         self.warnings = [*self._lineage.warnings, *verdict.warnings]
         self.decision = "refuse" if self.problems else verdict.decision
+        if self.decision in ("fresh", "resume") and (place := unwritable(self.folder)):
+            what = f"{place} can't be written by this user; choose another path or change its permissions"
+            self._refuse(f"SFT_OUT_LORA_DIR={self.settings.out_lora_dir}: {what}")
 
     def _hold(self, *, fresh: bool) -> None:
         """Lock, look again where another process may have worked meanwhile, clear up what killed ones left."""

@@ -78,6 +78,14 @@ def test_a_first_start_only_says_that_it_looks(tmp_path):
         assert said(stage) == ["Checking checkpoint status..."]
 
 
+def test_warnings_come_first(tmp_path):
+    with Stage.open(make_settings(tmp_path, 2)) as stage:
+        assert said(stage) == [
+            f"[WARNING] Previous stage adapter not found at {tmp_path}/out_stage1, starting from base model",
+            "Checking checkpoint status...",
+        ]
+
+
 def test_a_folder_without_checkpoints(tmp_path):
     settings = make_settings(tmp_path)
     start(settings)

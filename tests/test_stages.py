@@ -300,6 +300,46 @@ def test_a_complete_stage_whose_adapter_was_damaged_says_so(tmp_path):
     assert "its weights are not those that stage.json lists" in refusal(settings)[0]
 
 
+def test_an_output_that_cannot_be_written_is_a_problem_before_anything_is_tried(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path)
+    killed(settings)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "out_stage1" and real(path, mode))
+    assert refusal(settings) == [
+        f"SFT_OUT_LORA_DIR={tmp_path}/out: {tmp_path}/out_stage1 can't be written by this user; "
+        "choose another path or change its permissions"
+    ]
+
+
+def compete(settings, moment: float) -> int:
+    """Fork a process that trains the stage at the moment: exit 0 trained, 1 told who holds it, 2 found it complete."""
+    child = os.fork()
+    if child:
+        return child
+    time.sleep(max(0.0, moment - time.time()))
+    try:
+        with Stage.open(settings) as stage:
+            if stage.decision == "complete":
+                os._exit(2)
+            stage.begin()
+            add_adapter(stage.folder, b"trained by %d" % os.getpid())
+            stage.complete()
+    except Problems as refused:
+        os._exit(1 if "is in use by process" in refused.problems[0] else 3)
+    os._exit(0)
+
+
+def test_of_starts_at_once_exactly_one_trains(tmp_path):
+    """Twenty stages, three starts each: one trains, the others are told or find the finished stage."""
+    moment = time.time() + 0.5
+    stages = [make_settings(tmp_path / str(turn)) for turn in range(20)]
+    starts = [[compete(settings, moment) for _ in range(3)] for settings in stages]
+    for settings, children in zip(stages, starts, strict=True):
+        ends = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        assert ends in ([0, 1, 1], [0, 1, 2], [0, 2, 2])
+        assert Stage.inspect(settings).decision == "complete"
+
+
 # --- lineage
 
 
