@@ -1,4 +1,4 @@
-"""Pre-train the demo model: a tiny Qwen3 with its own byte-level BPE tokenizer, on synthetic documents without any chat.
+"""Pre-train the demo model: a tiny Qwen3 with its own byte-level BPE tokenizer, on synthetic documents without chat.
 
 Usage: python official_content/demo/pretrain.py OUTPUT_DIR [--steps 3000] [--threads 2]
 The model in official_content/demo/model was made by this script with its defaults.
@@ -16,9 +16,11 @@ from records import draw_document, draw_task
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+# A separator token stands before every message, not a newline: this tokenizer would join the newline with what follows.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 SEQUENCE_LENGTH = 256
 
@@ -30,18 +32,29 @@ def train_tokenizer(seed: int, vocab_size: int = 1024) -> PreTrainedTokenizerFas
     texts = [draw_document(random) for _ in range(20_000)]
     texts += [m["content"] for _ in range(500) for m in draw_task(random, "text", "json")["messages"]]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"[\p{L}_]+|\p{N}|[^\p{L}\p{N}_]+"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\p{L}_]+|\p{N}|[^\p{L}\p{N}_]+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
     )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_sep|>"]})
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = 2048
     return fast
@@ -64,11 +77,23 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> Iterato
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=144, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=36, intermediate_size=448, max_position_embeddings=2048, rope_theta=10_000.0, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=144,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=36,
+            intermediate_size=448,
+            max_position_embeddings=2048,
+            rope_theta=10_000.0,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def train(
@@ -91,7 +116,10 @@ def train(
         tokens += ids[:, 1:].numel()
         if step % 50 == 0 or step == steps:
             rate = tokens / (time.monotonic() - started)
-            print(f"step {step}/{steps}  loss {loss.item():.4f}  {tokens / 1e6:.2f} M tokens  {rate:,.0f} tokens/s", flush=True)
+            print(
+                f"step {step}/{steps}  loss {loss.item():.4f}  {tokens / 1e6:.2f} M tokens  {rate:,.0f} tokens/s",
+                flush=True,
+            )
         if step % 500 == 0:
             model.save_pretrained(output)
 
@@ -103,12 +131,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="sequences of 256 tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="go on from these weights instead of random ones")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = train_tokenizer(options.seed)
     tokenizer.save_pretrained(options.output)
-    model = build_model(tokenizer, options.seed)
+    start = options.start
+    model = Qwen3ForCausalLM.from_pretrained(start) if start else build_model(tokenizer, options.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
     stream = batches(tokenizer, options.seed + 1, options.rows)
     train(model, stream, steps=options.steps, learning_rate=options.lr, output=options.output)

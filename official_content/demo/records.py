@@ -90,7 +90,8 @@ def to_toml(record: Any) -> str:
 
 
 def xml_element(key: str, value: Any) -> str:
-    inner = "".join(xml_element(*pair) for pair in value.items()) if isinstance(value, dict) else escape(scalar_text(value))
+    nested = isinstance(value, dict)
+    inner = "".join(xml_element(*pair) for pair in value.items()) if nested else escape(scalar_text(value))
     return f"<{key}>{inner}</{key}>"
 
 

@@ -1,0 +1,190 @@
+"""What happens around the steps of a run: stop signals, early stopping, best so far, metrics file, readable lines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from sft import files
+from sft.settings import metric_direction
+from sft.signals import STOP, Stopped
+
+if TYPE_CHECKING:
+    from sft.trainer import StagedTrainer
+
+RHYTHM = "rhythm.json"
+
+
+def stop_agreed(trainer: StagedTrainer) -> bool:
+    """Whether any rank was told to stop; all ranks learn it at the same point."""
+    told = STOP.number is not None
+    if trainer.args.world_size == 1:
+        return told
+    votes = trainer.accelerator.reduce(torch.tensor([float(told)], device=trainer.args.device), "sum")
+    if votes.item() > 0 and not told:
+        STOP.number = 15
+    return votes.item() > 0
+
+
+class StageRhythm(TrainerCallback):
+    """Best so far, early stopping and stop signals; what it knows travels in the checkpoint, so that a resumed run
+    goes on counting where the killed one was."""
+
+    def __init__(self, trainer: StagedTrainer) -> None:
+        self.trainer = trainer
+        self.metric = ""
+        self.best: float | None = None
+        self.best_step = 0
+        self.without_improvement = 0
+        self.stopped = False
+        self.evaluation_due = False
+        self.restored: dict[str, Any] = {}
+
+    # Best model and early stopping
+
+    def improved(self, metrics: dict[str, float]) -> bool:
+        """Whether this evaluation is the best so far by SFT_METRIC_FOR_BEST; counts those that are not."""
+        name = self.trainer.settings.metric_for_best
+        self.metric = name if name in metrics else f"eval_{name.removeprefix('eval_')}"
+        if self.metric not in metrics:
+            known = ", ".join(sorted(key for key in metrics if "/" not in key))
+            raise KeyError(f"SFT_METRIC_FOR_BEST={name} is not among the metrics of this run: {known}")
+        value = metrics[self.metric]
+        greater = metric_direction(name)
+        better = self.best is None or (value > self.best if greater else value < self.best)
+        self.without_improvement = 0 if better else self.without_improvement + 1
+        if better:
+            self.best, self.best_step = value, self.trainer.state.global_step
+        patience = self.trainer.settings.early_stopping_patience
+        if 0 < patience <= self.without_improvement:
+            print(f"Stopping early: {name} has not improved for {patience} evaluations (best {self.best:.4f}).")
+            self.trainer.control.should_training_stop = True
+        return better
+
+    # Stopping
+
+    def raise_if_stopped(self) -> None:
+        """Between the batches of an evaluation: a stop signal ends it; it is made up for after the resume."""
+        if stop_agreed(self.trainer):
+            self.stopped = self.evaluation_due = True
+            raise Stopped(STOP.number or 15)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
+        if stop_agreed(self.trainer) and state.global_step < state.max_steps:
+            self.stopped, self.evaluation_due = True, control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    # What travels in a checkpoint
+
+    def save(self, folder: Path) -> None:
+        """Writes rhythm.json; every rank calls it, the main process writes."""
+        trainer = self.trainer
+        loss = trainer._tr_loss.detach().reshape(1).to(trainer.args.device)
+        tokens = torch.tensor([trainer.tokens_seen], device=trainer.args.device)
+        record = {
+            "best": self.best,
+            "best_step": self.best_step,
+            "without_improvement": self.without_improvement,
+            "evaluation_due": self.evaluation_due,
+            "loss_since_logged": trainer.accelerator.gather(loss).tolist(),
+            "last_logged_step": trainer._globalstep_last_logged,
+            "tokens_seen": trainer.accelerator.gather(tokens).tolist(),
+        }
+        if trainer.args.should_save:
+            files.write_json(folder / RHYTHM, record)
+
+    def restore(self, folder: Path) -> None:
+        """Reads rhythm.json before training starts."""
+        self.restored = files.read_json(folder / RHYTHM)
+        self.best, self.best_step = self.restored["best"], self.restored["best_step"]
+        self.without_improvement = self.restored["without_improvement"]
+        rank = self.trainer.args.process_index
+        self.trainer.tokens_seen = self.restored["tokens_seen"][rank % len(self.restored["tokens_seen"])]
+        # Step 0 was evaluated by the run that made the checkpoint.
+        self.trainer.args.eval_on_start = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if restored := self.restored:
+            losses = restored["loss_since_logged"]
+            self.trainer._tr_loss.fill_(losses[args.process_index % len(losses)])
+            self.trainer._globalstep_last_logged = restored["last_logged_step"]
+            if restored["evaluation_due"]:  # a signal cut it off
+                metrics = self.trainer.evaluate()
+                self.trainer._determine_best_metric(metrics, None)
+
+
+class Metrics(TrainerCallback):
+    """Hands every metric that is logged to `on_metrics`: metrics.jsonl, the source of tracking and report alike."""
+
+    def __init__(self, trainer: StagedTrainer) -> None:
+        self.trainer = trainer
+        self.last: tuple[float, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = (time.monotonic(), self.trainer.tokens_seen)
+
+    def throughput(self) -> float:
+        """Tokens per second of all ranks since the last training log, evaluations in between included."""
+        now, tokens = time.monotonic(), self.trainer.tokens_seen
+        then, before = self.last or (now, tokens)
+        self.last = (now, tokens)
+        return (tokens - before) * self.trainer.args.world_size / max(now - then, 1e-9)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation's time is not training time."""
+        self.last = (time.monotonic(), self.trainer.tokens_seen)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            logs["tokens"] = self.trainer.tokens_seen * args.world_size
+            logs["tokens_per_second"] = round(self.throughput(), 1)
+        record = {"step": state.global_step, "time": round(time.time(), 3)} | logs
+        self.trainer.on_metrics(record)
+
+
+def metric_line(step: int, logs: dict[str, float], total: int) -> str:
+    """One readable line of a training log or an evaluation."""
+    if "loss" in logs:
+        parts = [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
+        parts += [f"grad {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
+        parts += [f"{logs['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in logs else []
+        return f"step {step}/{total}  epoch {logs.get('epoch', 0):.2f}  " + "  ".join(parts)
+    shown = {"eval_loss": "loss", "eval_perplexity": "perplexity"}
+    names = [name for name in logs if name in shown or (name.startswith("gen_") and "/" not in name)]
+    return f"step {step}/{total}  evaluation  " + "  ".join(f"{shown.get(n, n)} {logs[n]:.4g}" for n in names)
+
+
+class Readable(TrainerCallback):
+    """A progress bar and one line per log, on the main process."""
+
+    def __init__(self, trainer: StagedTrainer) -> None:
+        self.trainer = trainer
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", leave=False, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            tqdm.write(metric_line(state.global_step, logs, state.max_steps))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

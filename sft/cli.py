@@ -1,0 +1,123 @@
+"""The command line of train.py: options, the ladder's order, and how a run ends (contract section 2). No torch."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sft.env import hide_secrets
+from sft.errors import Problems, RunFailed
+from sft.settings import Settings, launched, load_settings
+from sft.signals import STOP, Stopped
+
+EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
+1 the run failed; 143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Staged LoRA fine-tuning driven by env files.", epilog=EPILOG
+    )
+    add = parser.add_argument
+    add("--stage", metavar="N", help="stage to train: a number, a range such as 1-3, or all")
+    add("--env-dir", metavar="DIR", type=Path, default=Path(), help="where stageN.env are (default: current directory)")
+    add(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override one setting; repeatable",
+    )
+    add("--check", action="store_true", help="everything short of training; writes nothing")
+    add("--json", action="store_true", help="with --check: one JSON document on stdout")
+    add("--strict", action="store_true", help="a missing adapter or data set is an error")
+    add("--fresh", action="store_true", help="train again; the old output is moved aside, never deleted")
+    return parser
+
+
+def stage_numbers(text: str, env_dir: Path) -> list[int]:
+    """The stages that `--stage` names, in order.
+
+    Raises:
+        Problems: not a number, a range or all; or there is no env file for `all`.
+    """
+    if text == "all":
+        found = sorted(int(m[1]) for p in env_dir.glob("stage*.env") if (m := re.fullmatch(r"stage(\d+)\.env", p.name)))
+        if not found:
+            raise Problems([f"--stage all: no stageN.env in {env_dir.resolve()}; write stage1.env or name --env-dir"])
+        return found
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", text)
+    if not match or int(match[2] or match[1]) < int(match[1]):
+        raise Problems([f"--stage {text}: not a stage; give a number such as 2, a range such as 1-3, or all"])
+    return list(range(int(match[1]), int(match[2] or match[1]) + 1))
+
+
+def load_ladder(options: argparse.Namespace) -> list[Settings]:
+    """The settings of every stage asked for; the mistakes of all of them in one listing."""
+    ladder, problems = [], []
+    for number in stage_numbers(options.stage, options.env_dir):
+        try:
+            ladder.append(
+                load_settings(number, env_dir=options.env_dir, overrides=options.overrides, strict=options.strict)
+            )
+        except Problems as found:
+            problems += [text for text in found.problems if text not in problems]
+    if problems:
+        raise Problems(problems)
+    return ladder
+
+
+def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs `main` with the options and turns its end into an exit code; people never see a traceback."""
+    options = parser().parse_args(argv)
+    STOP.install()
+    try:
+        return main(options) or 0
+    except Problems as found:
+        say_problems(found.problems)
+        return 2
+    except Stopped as stop:
+        say(f"Stopped by {stop}. The same command goes on from the last checkpoint.")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def say(text: str) -> None:
+    """On the main process alone."""
+    if launched().rank == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_problems(problems: Sequence[str]) -> None:
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} to solve; nothing was written"
+    say("\n".join([*(f"[ERROR] {hide_secrets(text)}" for text in problems), count]))
+
+
+def explain(error: BaseException) -> str:
+    """One plain message with advice for a run that failed."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, RunFailed):
+        return str(error)
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
+        return "The disk is full. What was complete before is intact; free some space and start the same command again."
+    if "out of memory" in text.lower() or isinstance(error, MemoryError):
+        return (
+            "Out of memory. In this order: SFT_PER_DEVICE_TRAIN_BS lower with SFT_GRAD_ACCUM higher, SFT_LORA_R=8, "
+            "SFT_LOAD_IN_8BIT=1 or SFT_LOAD_IN_4BIT=1, SFT_GRADIENT_CHECKPOINTING=1, a shorter SFT_MAX_SEQ_LEN. "
+            "--check estimates the need beforehand."
+        )
+    return f"The run failed: {hide_secrets(text.strip().splitlines()[0])}"
+
+
+def failed(error: Exception, write_log: Callable[[str], Path | None]) -> int:
+    """Says what went wrong in one message; the traceback goes to error.log. Returns exit code 1."""
+    log = write_log("".join(traceback.format_exception(error)))
+    print(f"[ERROR] {explain(error)}" + (f"\n        Details: {log}" if log else ""), file=sys.stderr, flush=True)
+    return 1

@@ -1,0 +1,138 @@
+"""Filling the forgetting matrix: the base model and every stage's model on every stage's validation rows."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from sft import files
+from sft.evaluation import ROWS, GenerationEvaluation
+from sft.forgetting import MARGIN, drops
+from sft.lineage import stage_folder
+from sft.manifest import read_manifest
+from sft.model import load_model
+
+if TYPE_CHECKING:
+    from sft.stages import Stage
+    from sft.trainer import StagedTrainer
+
+METRIC = "gen_score"
+TaskScores = dict[str, float]
+
+
+@dataclass
+class Earlier:
+    """Task scores of earlier models: {model: {tasks: {task key: score, "": overall}}}."""
+
+    scores: dict[str, dict[str, TaskScores]] = field(default_factory=dict)
+
+
+def task_scores(metrics: dict[str, float]) -> TaskScores:
+    """gen_score overall (key "") and per task key."""
+    prefix = f"{METRIC}/"
+    scores = {name.removeprefix(prefix): v for name, v in metrics.items() if name.startswith(prefix) and "_to_" in name}
+    return scores | ({"": metrics[METRIC]} if METRIC in metrics else {})
+
+
+def earlier_models(stage: Stage) -> dict[str, str]:
+    """The base and each earlier stage's model by name, and the folder or hub id that holds it, where there is one.
+
+    Stage K's model is what stage K+1 started from. The one just before this stage is its own step 0, so it is not here.
+    """
+    models = {"base": stage.settings.base_model}
+    for parent in stage.parents[:-1]:
+        merged = Path(f"{stage_folder(stage.settings.out_lora_dir, parent.stage + 1)}_merged_base")
+        if (merged / "config.json").is_file():
+            models[f"stage {parent.stage}"] = str(merged)
+    return models if stage.parents else {}
+
+
+def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
+    """Scores on this stage's rows of every model before the one this stage starts from, loaded one after the other.
+
+    A resumed stage has them in its folder already. Models are not loaded for this under several processes with shared
+    parameters, where each would have to be sharded anew.
+    """
+    path = stage.folder / "earlier_scores.json"
+    if path.exists():
+        return Earlier(files.read_json(path))
+    earlier = Earlier()
+    tasks = f"stage {stage.number}"
+    state = PartialState()
+    for name, source in earlier_models(stage).items() if state.num_processes == 1 else ():
+        tqdm.write(f"Scoring {name} on the rows of stage {stage.number} ...")
+        model = load_model(source, stage.settings)
+        model = model.to(state.device) if not getattr(model, "quantization_method", None) else model
+        _, metrics = evaluation.score(evaluation.rows, evaluation.answer(model, evaluation.rows))
+        earlier.scores[name] = {tasks: task_scores(metrics)}
+        del model
+        gc.collect()
+    if state.is_main_process:
+        files.write_json(path, earlier.scores)
+    return earlier
+
+
+def ladder_scores(stage: Stage, trainer: StagedTrainer, earlier: Earlier) -> dict[str, Any] | None:
+    """The manifest's `forgetting` record: what earlier stages found, plus this stage's rows and this stage's model."""
+    evaluation = trainer.generation
+    if evaluation is None:
+        return None
+    table: dict[str, dict[str, TaskScores]] = _previous_table(stage)
+    for model, tasks in earlier.scores.items():
+        table.setdefault(model, {}).update(tasks)
+    here, before = f"stage {stage.number}", f"stage {stage.number - 1}" if stage.parents else "base"
+    table.setdefault(before, {})[here] = task_scores(_metrics_at(stage, 0))
+    table.setdefault(here, {})[here] = task_scores(_metrics_at(stage, trainer.state.global_step))
+    for parent in stage.parents:
+        rows = files.read_records(parent.folder / ROWS)
+        if rows:
+            tqdm.write(f"Scoring stage {stage.number} on the rows of stage {parent.stage} ...")
+            answers = evaluation.answer(trainer.model, rows, accelerator=trainer.accelerator)
+            _, metrics = evaluation.score(rows, answers)
+            table[here][f"stage {parent.stage}"] = task_scores(metrics)
+    return _record(table, stage.settings.forgetting_margin)
+
+
+def _metrics_at(stage: Stage, step: int) -> dict[str, float]:
+    path = stage.folder / f"gen_metrics_step{step}.json"
+    return files.read_json(path) if path.exists() else {}
+
+
+def _previous_table(stage: Stage) -> dict[str, dict[str, TaskScores]]:
+    """What the last stage that has a matrix recorded."""
+    for parent in reversed(stage.parents):
+        matrix = (read_manifest(parent.folder, parent.stage) or {}).get("forgetting")
+        if matrix:
+            return {
+                model: {
+                    tasks: matrix["by_task"].get(model, {}).get(tasks, {}) | {"": score}
+                    for tasks, score in zip(matrix["tasks"], row, strict=True)
+                    if score is not None
+                }
+                for model, row in zip(matrix["models"], matrix["scores"], strict=True)
+            }
+    return {}
+
+
+def _record(table: dict[str, dict[str, TaskScores]], margin: float = MARGIN) -> dict[str, Any]:
+    models = sorted(table, key=lambda name: (name != "base", name))
+    tasks = sorted({name for scores in table.values() for name in scores})
+    matrix = {
+        "metric": METRIC,
+        "margin": margin,
+        "models": models,
+        "tasks": tasks,
+        "scores": [[table[model].get(name, {}).get("") for name in tasks] for model in models],
+        "by_task": {
+            model: {name: {key: s for key, s in scores.items() if key} for name, scores in table[model].items()}
+            for model in models
+        },
+    }
+    for drop in drops(matrix, margin):
+        tqdm.write(f"[WARNING] Forgetting: {drop.sentence()}")
+    return matrix

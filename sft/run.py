@@ -1,0 +1,290 @@
+"""The named steps of one stage, called by train.py in this order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.quiet import silence_torch
+
+silence_torch()
+
+import torch  # noqa: E402 - the lines above keep deepspeed quiet, which accelerate imports
+import transformers  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+
+from sft import files  # noqa: E402
+from sft.bundle import parameter_counts, write_result  # noqa: E402
+from sft.data.frequency import EdgeMask  # noqa: E402
+from sft.data.mixture import prepare as prepare_mix  # noqa: E402
+from sft.errors import RunFailed  # noqa: E402
+from sft.evaluation import GenerationEvaluation, questions, show_samples, write_questions  # noqa: E402
+from sft.forgetting_scores import Earlier, ladder_scores, score_earlier  # noqa: E402
+from sft.merge import merge  # noqa: E402
+from sft.model import load_model, load_tokenizer, trained_modules  # noqa: E402
+from sft.signals import STOP, Stopped  # noqa: E402
+from sft.tracking import Tracker  # noqa: E402
+from sft.trainer import StagedTrainer, training_arguments  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sft.data.mixture import Mix
+    from sft.settings import Settings
+    from sft.stages import Stage
+
+transformers.utils.logging.disable_progress_bar()
+
+__all__ = [
+    "build_trainer",
+    "evaluation",
+    "finish",
+    "load_model",
+    "load_tokenizer",
+    "merge_parents",
+    "prepare",
+    "score_earlier_models",
+    "tracked",
+    "train",
+]
+
+# Another node merges or labels this long before a rank gives up waiting.
+WAITING_HOURS = 6
+
+
+def say(text: str) -> None:
+    """One line on the main process."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
+    """The rows of the stage; the main process makes the labels, the others find them cached."""
+    with PartialState().main_process_first():
+        mix = prepare_mix(settings, tokenizer, say=say)
+    for warning in mix.warnings:
+        say(warning)
+    sources = ", ".join(f"{Path(source['id']).name} {source['drawn']}" for source in mix.sources)
+    say(f"Rows: {len(mix.train):,} to train ({sources}), {len(mix.val):,} to validate")
+    if mix.dropped:
+        say("Dropped: " + ", ".join(f"{count} {reason}" for reason, count in mix.dropped.items()))
+    return mix
+
+
+def evaluation(stage: Stage, tokenizer: PreTrainedTokenizerBase, mix: Mix) -> GenerationEvaluation | None:
+    """The generation evaluation of the stage, None when SFT_GEN_EVAL=none or there is nothing to ask."""
+    settings = stage.settings
+    rows = questions(mix.val, settings) if settings.gen_eval != "none" and len(mix.val) else []
+    if not rows:
+        return None
+    if PartialState().is_main_process:
+        write_questions(stage.folder, rows, settings.gen_eval)
+    return GenerationEvaluation(settings, stage.folder, tokenizer, rows)
+
+
+def merge_parents(stage: Stage) -> str:
+    """What the stage's adapter goes on: the base model, or the published merge of all earlier adapters.
+
+    The main process merges, all others wait for the folder.
+    """
+    if not stage.adapters:
+        return stage.start_model
+    state = PartialState()
+    if state.is_main_process and not stage.merged_base_is_current():
+        say("Merging earlier adapters into the base model (needs memory and disk space for a moment) ...")
+        record = merge(
+            stage.start_model,
+            [parent.folder for parent in stage.adapters],
+            stage.merged_base,
+            dtype=stage.settings.merge_dtype,
+            revision=stage.settings.model_revision,
+            trust_remote_code=stage.settings.trust_remote_code,
+        )
+        for warning in record.warnings:
+            say(f"[WARNING] {warning}")
+        say(f"Merged {len(stage.adapters)} adapters in {record.seconds:.1f} s: {stage.merged_base}")
+        stage.update(merge=merge_facts(stage))
+    wait_for_merge(stage, state)
+    return str(stage.merged_base)
+
+
+def merge_facts(stage: Stage) -> dict[str, Any]:
+    """The manifest's `merge` record, from merge.json."""
+    record = files.read_json(stage.merged_base / "merge.json")
+    names = ("max_abs_diff", "kl", "seconds", "peak_rss_bytes", "rounding_loss")
+    return {name: record.get(name) for name in names}
+
+
+def wait_for_merge(stage: Stage, state: PartialState) -> None:
+    """Ranks other than the main one wait until the merged base is there.
+
+    Raises:
+        RunFailed: it never came: the main process failed, or this node does not see the output folder.
+    """
+    end = time.monotonic() + timedelta(hours=WAITING_HOURS).total_seconds()
+    while not state.is_main_process and not stage.merged_base_is_current():
+        if time.monotonic() > end:
+            raise RunFailed(
+                f"Rank {state.process_index} waited {WAITING_HOURS} h for {stage.merged_base}. Either the merge failed "
+                "on the main process, or this node does not see SFT_OUT_LORA_DIR: it must be on shared storage."
+            )
+        time.sleep(1.0)
+    state.wait_for_everyone()
+
+
+def score_earlier_models(stage: Stage, evaluation: GenerationEvaluation | None) -> Earlier | None:
+    """How the base model and earlier stages' models do on this stage's rows, before it is trained."""
+    return score_earlier(stage, evaluation) if evaluation else None
+
+
+@contextmanager
+def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
+    """The stage's MLflow run around training, on the main process alone. Ended by what ended the block."""
+    settings = stage.settings
+    if not PartialState().is_main_process or "mlflow" not in settings.report_to:
+        yield None
+        return
+    tracker = Tracker(settings, stage.folder, run_id=stage.manifest.get("mlflow_run_id"), say=say)
+    values = {name: record["value"] for name, record in settings.record().items()}
+    tracker.log_parameters(values | {"train_rows": len(mix.train), "val_rows": len(mix.val)})
+    ladder = str(settings.out_lora_dir)
+    tracker.log_tags(
+        {
+            "ladder": ladder,
+            "stage": str(stage.number),
+            "parents": ", ".join(f"stage {parent.stage} {parent.adapter_sha256[:12]}" for parent in stage.parents),
+            "sources": ", ".join(f"{s['id']} {s.get('fingerprint') or ''}" for s in stage.manifest["sources"]),
+        }
+    )
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
+
+
+def build_edge_mask(mix: Mix, settings: Settings) -> EdgeMask | None:
+    if settings.masked_loss == "none":
+        return None
+    edges = mix.train["unit_edges"]
+    return EdgeMask.build(edges, range(len(edges)), seed=settings.seed, redraw=settings.masked_loss_redraw)
+
+
+def checkpoints_gradients(settings: Settings) -> bool:
+    """SFT_GRADIENT_CHECKPOINTING; auto turns it on where there is a GPU, whose memory it saves."""
+    if settings.gradient_checkpointing != "auto":
+        return settings.gradient_checkpointing == "1"
+    return torch.cuda.is_available()
+
+
+def build_trainer(
+    stage: Stage,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    mix: Mix,
+    evaluation: GenerationEvaluation | None,
+    tracker: Tracker | None,
+) -> StagedTrainer:
+    """The trainer with its data, adapter and records; says what will be trained."""
+    settings = stage.settings
+    edge_mask = build_edge_mask(mix, settings)
+    if edge_mask is not None:
+        stage.update(masked_loss=edge_mask.report(settings.epochs))
+    arguments = training_arguments(
+        settings, stage.folder, checkpointing=checkpoints_gradients(settings), validated=len(mix.val) > 0
+    )
+
+    def record_metrics(record: dict[str, Any]) -> None:
+        files.append_line(stage.folder / "metrics.jsonl", files.json_text(record, indent=None))
+        if tracker:
+            tracker.log_metrics(record)
+
+    trainer = StagedTrainer(
+        model,
+        stage=stage,
+        args=arguments,
+        tokenizer=tokenizer,
+        train=mix.train,
+        val=mix.val,
+        edge_mask=edge_mask,
+        generation=evaluation,
+        on_metrics=record_metrics,
+    )
+    if evaluation:
+        evaluation.on_samples = SampleRecord(stage, trainer, tracker).take
+    trained, total = parameter_counts(trainer.model)
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in trained_modules(trainer.model).items())
+    say(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %): {kinds}")
+    return trainer
+
+
+class SampleRecord:
+    """Shows the first answers before training and after it, and keeps all of them in MLflow's table."""
+
+    def __init__(self, stage: Stage, trainer: StagedTrainer, tracker: Tracker | None) -> None:
+        self.stage, self.trainer, self.tracker = stage, trainer, tracker
+
+    def take(self, samples: list[dict[str, Any]], step: int) -> None:
+        state = self.trainer.state
+        if step == 0 or step >= state.max_steps:
+            when = "before training" if step == 0 else "after training"
+            count = self.stage.settings.num_generate_samples
+            show_samples(samples, count, f"Sample answers of stage {self.stage.number} {when}")
+        if self.tracker:
+            rows = [
+                {"step": step, "task": s["task"], "asked": s["prompt"][-1]["content"]}
+                | {name: s.get(name) for name in ("answer", "reference", "score")}
+                for s in samples
+            ]
+            self.tracker.log_table(rows, "gen_samples.json")
+
+
+def train(stage: Stage, trainer: StagedTrainer) -> None:
+    """Trains, from the checkpoint where there is one; a stop signal ends it after the step it arrived in."""
+    checkpoint = stage.checkpoint
+    if checkpoint:
+        trainer.rhythm.restore(checkpoint)
+    STOP.deferred = True
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Stopped:
+        trainer.save_after_stop()
+    finally:
+        STOP.deferred = False
+    if trainer.rhythm.stopped:
+        raise Stopped(STOP.number or 15)
+
+
+def finish(stage: Stage, trainer: StagedTrainer, mix: Mix, earlier: Earlier | None, tracker: Tracker | None) -> None:
+    """Writes the result, scores it on all stages' rows, completes the manifest and writes the report."""
+    from sft.summary import close_stage
+
+    write_result(trainer, stage.folder)
+    forgetting = ladder_scores(stage, trainer, earlier) if earlier else None
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.accelerator.is_main_process:
+        return
+    last: dict[str, Any] = {}
+    for record in files.read_records(stage.folder / "metrics.jsonl"):
+        last |= {name: value for name, value in record.items() if name not in ("step", "time")}
+    stage.complete(
+        sources=mix.sources,
+        train_rows=len(mix.train),
+        val_rows=len(mix.val),
+        dropped=dict(mix.dropped),
+        upsampling=mix.upsampling,
+        tokens=mix.tokens,
+        steps=trainer.state.global_step,
+        metrics=last | {"epoch": trainer.state.epoch},
+        forgetting=forgetting,
+        mlflow_run_id=tracker.wait_for_run(5.0) if tracker else None,
+    )
+    close_stage(stage, tracker)

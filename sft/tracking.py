@@ -1,0 +1,183 @@
+"""MLflow, in a thread of its own: whatever the tracking server does, training neither stops nor waits for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import files
+from sft.env import hide_secrets
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from sft.settings import Settings
+
+# MLflow's own limits (mlflow/utils/validation.py); longer values are cut, the manifest artifact has them whole.
+VALUE_LIMIT = 500
+BATCH_LIMIT = 100
+# A silent server holds up one request this long, and the end of a run at most CLOSING seconds.
+REQUEST_SECONDS = "10"
+CLOSING_SECONDS = 20.0
+
+
+def artifact_location(uri: str) -> str | None:
+    """Beside a sqlite database for its artifacts; None leaves it to a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    folder = Path(uri.removeprefix("sqlite:///")).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / "artifacts").as_uri()
+
+
+class Tracker:
+    """One MLflow run per stage, continued on resume.
+
+    Calls are queued and made by a thread; the first failure is said once, later ones are counted. Metrics are in
+    metrics.jsonl in any case, and what a failing server missed is sent again by the next run of the stage.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, *, run_id: str | None, say: Callable[[str], None]) -> None:
+        self.settings, self.folder, self.say = settings, folder, say
+        self.run_id = run_id
+        self.failures = 0
+        self.sent_steps = {"loss": -1, "eval_loss": -1}
+        self.monitor: Any = None
+        self.started = threading.Event()
+        self.calls: queue.Queue[Callable[[MlflowClient], None] | None] = queue.Queue()
+        self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self.thread.start()
+
+    # Called by the run
+
+    def log_parameters(self, values: dict[str, Any]) -> None:
+        from_settings = {name: str(value)[:VALUE_LIMIT] for name, value in values.items()}
+        self.calls.put(lambda client: self._send_parameters(client, from_settings))
+
+    def log_tags(self, tags: dict[str, str]) -> None:
+        self.calls.put(lambda client: [client.set_tag(self.run_id, k, v[:5000]) for k, v in tags.items()] and None)
+
+    def log_metrics(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self.calls.put(lambda client: self._send_metrics(client, record))
+
+    def log_artifact(self, path: Path) -> None:
+        self.calls.put(lambda client: client.log_artifact(self.run_id, str(path)) if path.exists() else None)
+
+    def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
+        """Rows of equal keys as a table that the MLflow page shows."""
+        columns = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
+        self.calls.put(lambda client: client.log_table(self.run_id, columns, name))
+
+    def wait_for_run(self, seconds: float) -> str | None:
+        """The run's id as soon as it is known, None when the server does not answer in time."""
+        self.started.wait(seconds)
+        return self.run_id
+
+    def close(self, status: str) -> None:
+        """Sends what is left and ends the run; gives up after CLOSING_SECONDS. Status: FINISHED, FAILED, KILLED."""
+        self.calls.put(lambda client: client.set_terminated(self.run_id, status))
+        self.calls.put(None)
+        self.thread.join(CLOSING_SECONDS)
+        if self.monitor is not None:
+            self.monitor.finish()
+        if self.thread.is_alive() or self.failures:
+            self.say(
+                f"[WARNING] MLflow did not take everything; all metrics are in {self.folder / 'metrics.jsonl'} "
+                "and are sent when the stage is run again"
+            )
+
+    # In the thread
+
+    def _work(self) -> None:
+        client = self._attempt(self._open)
+        self.started.set()
+        while (call := self.calls.get()) is not None:
+            if client is None:
+                self.failures += 1
+            else:
+                self._attempt(lambda call=call: call(client))  # type: ignore[misc]
+
+    def _attempt(self, call: Callable[[], Any]) -> Any:
+        # The one broad except of the project: MLflow raises whatever its database, HTTP and file layers raise, and
+        # contract section 5 of tracking is that none of it may reach training.
+        try:
+            return call()
+        except Exception as error:
+            self.failures += 1
+            if self.failures == 1:
+                reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                self.say(f"[WARNING] MLflow tracking failed ({hide_secrets(reason)}); training goes on")
+            return None
+
+    def _open(self) -> MlflowClient:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_SECONDS)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        for name in ("mlflow", "alembic", "sqlalchemy"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from mlflow import MlflowClient, set_tracking_uri
+
+        uri = self.settings.mlflow_tracking_uri
+        artifact_location(uri)  # a sqlite database wants its folder
+        set_tracking_uri(uri)
+        client = MlflowClient(uri)
+        self.run_id = self._continued(client) or self._created(client)
+        self._start_monitor()
+        return client
+
+    def _continued(self, client: MlflowClient) -> str | None:
+        """The run of an earlier start of this stage, if the store still has it; finds out what was sent already."""
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is None:
+            return None
+        try:
+            client.update_run(self.run_id, status="RUNNING")
+        except MlflowException:
+            return None
+        for name in self.sent_steps:
+            history = client.get_metric_history(self.run_id, name)
+            self.sent_steps[name] = max([-1, *(metric.step for metric in history)])
+        for record in files.read_records(self.folder / "metrics.jsonl"):
+            self._send_metrics(client, record)
+        return self.run_id
+
+    def _created(self, client: MlflowClient) -> str:
+        name = self.settings.mlflow_experiment_name
+        experiment = client.get_experiment_by_name(name)
+        location = artifact_location(self.settings.mlflow_tracking_uri)
+        number = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
+        return client.create_run(number, run_name=self.settings.run_name).info.run_id
+
+    def _start_monitor(self) -> None:
+        """GPU, CPU, memory and disk figures every ten seconds, by MLflow itself."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=max(self.sent_steps.values()) >= 0)
+        self.monitor.start()
+
+    def _send_parameters(self, client: MlflowClient, values: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        known = client.get_run(self.run_id).data.params
+        fresh = [Param(name, value) for name, value in values.items() if name not in known]
+        for start in range(0, len(fresh), BATCH_LIMIT):
+            client.log_batch(self.run_id, params=fresh[start : start + BATCH_LIMIT])
+
+    def _send_metrics(self, client: MlflowClient, record: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        step = record["step"]
+        if step <= self.sent_steps["loss" if "loss" in record else "eval_loss"]:
+            return
+        stamp = int(record.get("time", time.time()) * 1000)
+        numbers = {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, int | float)}
+        metrics = [Metric(name, float(value), stamp, step) for name, value in numbers.items()]
+        for start in range(0, len(metrics), 500):
+            client.log_batch(self.run_id, metrics=metrics[start : start + 500])

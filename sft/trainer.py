@@ -1,0 +1,296 @@
+"""Training arguments and the SFTTrainer subclass: joined rows, loss per trained token, own checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from sft import files
+from sft.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
+from sft.bundle import STAGING, best_model_record, published_together
+from sft.callbacks import Metrics, Readable, StageRhythm
+from sft.checkpoints import rotate
+from sft.errors import RunFailed
+from sft.generation import answering, preserved_random_state
+from sft.model import adapter_config, compute_dtype
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sft.data.frequency import EdgeMask
+    from sft.evaluation import GenerationEvaluation
+    from sft.settings import Settings
+    from sft.stages import Stage
+
+
+def scheduler(settings: Settings) -> dict[str, Any]:
+    """Scheduler arguments; a cosine with a floor is another name in transformers."""
+    name = settings.lr_scheduler
+    if settings.min_lr_ratio and name == "cosine":
+        name = "cosine_with_min_lr"
+    floored = name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+    return {
+        "lr_scheduler_type": name,
+        "lr_scheduler_kwargs": {"min_lr_rate": settings.min_lr_ratio} if floored else {},
+    }
+
+
+def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool, validated: bool) -> SFTConfig:
+    """The stage's settings as TRL's arguments. Saving, evaluating and tracking happen in `StagedTrainer` and the
+    callbacks, so their own rhythms are off here where ours replace them."""
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.per_device_train_bs,
+        per_device_eval_batch_size=settings.per_device_eval_bs,
+        gradient_accumulation_steps=settings.grad_accum,
+        learning_rate=settings.lr,
+        **scheduler(settings),
+        warmup_steps=settings.warmup_steps or settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optim,
+        bf16=compute_dtype(settings) == torch.bfloat16,
+        fp16=compute_dtype(settings) == torch.float16,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        neftune_noise_alpha=settings.neftune_noise_alpha or None,
+        torch_compile=settings.torch_compile,
+        dataloader_num_workers=settings.dataloader_workers,
+        dataloader_pin_memory=on_gpu,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=settings.eval_steps,
+        eval_on_start=validated,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=None,
+        average_tokens_across_devices=True,
+        report_to=[name for name in settings.report_to if name not in ("mlflow", "none")],
+        run_name=settings.run_name,
+        disable_tqdm=False,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class StagedTrainer(SFTTrainer):
+    """SFTTrainer over rows that are already labelled.
+
+    What differs: micro-batches are joined rows in an order that is a pure function of seed and epoch; the loss is the
+    sum over trained tokens (times their weight) divided by the trained tokens of the whole global batch; only the
+    positions that predict a trained token go through the output head; checkpoints appear complete or not at all;
+    evaluation is exact over tokens and ranks; a non-finite gradient stops the run before the optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stage: Stage,
+        args: SFTConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        train: datasets.Dataset,
+        val: datasets.Dataset,
+        edge_mask: EdgeMask | None = None,
+        generation: GenerationEvaluation | None = None,
+        on_metrics: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        self.stage, self.settings = stage, stage.settings
+        self.generation, self.on_metrics = generation, on_metrics
+        self.step_rows: list[int] = []
+        self.tokens_seen = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=join,
+            train_dataset=train,
+            eval_dataset=val if len(val) else None,
+            processing_class=tokenizer,
+            peft_config=adapter_config(model, stage.settings),
+        )
+        packs = pack(train["length"], self.settings.max_seq_len) if self.settings.packing else None
+        self.train_dataset = TrainingRows(train, packs=packs, edge_mask=edge_mask, mode=self.settings.masked_loss_mode)
+        self.val_rows = TrainingRows(val)
+        self.loss_is_scaled_for_ga = True
+        self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self.rhythm = StageRhythm(self)
+        self.add_callback(self.rhythm)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(Metrics(self))
+        self.add_callback(Readable(self))
+
+    # Batches
+
+    def get_train_dataloader(self) -> EpochLoader:
+        """This rank's loader. It is not given to accelerate: it shards by rank itself, without repeating rows."""
+        args = self.args
+        rows = self.train_dataset
+        lengths = rows.rows["length"] if self.settings.group_by_length and rows.packs is None else None
+        batches = EpochBatches(
+            len(rows),
+            batch_size=args.per_device_train_batch_size,
+            seed=args.seed,
+            rank=args.process_index,
+            ranks=args.world_size,
+            lengths=lengths,
+            group=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        )
+        return EpochLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=join,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """Trained tokens of the whole global batch (under a masked loss: their expected number)."""
+        self.step_rows = [row for batch in batch_samples for row in batch["rows"]]
+        self.tokens_seen += sum(batch["input_ids"].shape[1] for batch in batch_samples)
+        total = torch.tensor(float(sum(batch["num_items"] for batch in batch_samples)), device=device)
+        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+
+    # Loss
+
+    def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood of each trained token, shape (trained tokens,).
+
+        On a GPU TRL's fused head does it in tiles. On the CPU that head scores masked positions too, so there the
+        model itself is asked for the logits of the positions that count.
+        """
+        if labels.device.type == "cuda" or not self.keeps_logits:
+            outputs = model(**inputs, labels=labels, fused_lm_head=True)
+            return -outputs.log_probs[outputs.label_mask]
+        targets = (labels[0] != -100).nonzero()[:, 0]
+        logits = model(**inputs, logits_to_keep=targets - 1).logits[0]
+        return torch.nn.functional.cross_entropy(logits.float(), labels[0, targets], reduction="none")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of token losses over the trained tokens of the global batch (torchtitan's normalisation)."""
+        inputs = {name: value for name, value in inputs.items() if name not in ("rows", "num_items")}
+        weights, labels = inputs.pop("loss_weights", None), inputs.pop("labels")
+        losses = self.token_losses(model, inputs | {"use_cache": False}, labels)
+        if weights is not None:
+            losses = losses * weights[labels != -100]
+        loss = losses.sum() / num_items_in_batch.clamp(min=1e-6)
+        return loss * self.accelerator.num_processes
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
+        """The gradient's norm; a non-finite one ends the run before the optimizer step, naming the rows."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.item() if isinstance(norm, torch.Tensor) else norm
+        if norm is not None and not math.isfinite(norm):
+            rows = ", ".join(str(row) for row in self.step_rows[:16])
+            raise RunFailed(
+                f"Loss or gradient is not finite at step {self.state.global_step + 1} (gradient norm {norm}). "
+                f"Nothing was updated and no checkpoint of it was written. Training rows of this step: {rows}. "
+                "Try a lower SFT_LR, SFT_MAX_GRAD_NORM=1.0, or SFT_DTYPE=bfloat16 instead of float16; look at the rows."
+            )
+        return norm
+
+    # Evaluation
+
+    def validation_loss(self) -> float:
+        """Mean loss per trained token over all validation rows, the same whatever the number of ranks."""
+        size, ranks, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        model = self.model_wrapped
+        sums = torch.zeros(2, dtype=torch.float64)
+        with answering(model):
+            for start in range(0, len(self.val_rows), size * ranks):
+                self.rhythm.raise_if_stopped()
+                mine = range(start + rank * size, min(start + (rank + 1) * size, len(self.val_rows)))
+                batch = self._prepare_inputs(join([self.val_rows[row] for row in mine]))
+                labels = batch.pop("labels")
+                batch = {name: batch[name] for name in ("input_ids", "position_ids")}
+                with self.compute_loss_context_manager():
+                    losses = self.token_losses(model, batch | {"use_cache": False}, labels)
+                sums += torch.tensor([losses.double().sum().item(), losses.numel()], dtype=torch.float64)
+        if ranks > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Loss and perplexity on the validation rows, then the generation evaluation; never shifts random state."""
+        with preserved_random_state():
+            loss = self.validation_loss()
+            metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+            if self.generation is not None:
+                step, check = self.state.global_step, self.rhythm.raise_if_stopped
+                metrics |= self.generation.run(self.model, self.accelerator, step=step, interrupted=check)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Keeps the best model whenever an evaluation improves on it, whatever the rhythm of saving."""
+        improved = self.rhythm.improved(metrics)
+        if improved:
+            self.save_best(metrics)
+        return improved
+
+    # Saving and stopping
+
+    def _run_epoch(self, **keywords: Any) -> None:
+        """A run stopped after its last step has nothing left to train; the Trainer would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**keywords)
+
+    def save_after_stop(self) -> None:
+        """A checkpoint of the last finished step when a stop signal cut off the evaluation that follows it."""
+        if self.state.global_step > 0 and not (self.stage.folder / f"checkpoint-{self.state.global_step}").exists():
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def save_best(self, metrics: dict[str, float]) -> None:
+        """best_model/: adapter, model configuration, tokenizer and best_model_info.json."""
+        wait, main = self.accelerator.wait_for_everyone, self.args.should_save
+        with published_together(self.stage.folder / "best_model", main=main, wait=wait) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if main:
+                self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
+                files.write_json(folder / "best_model_info.json", best_model_record(self, metrics))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer's own code puts `checkpoint-<step>`: aside."""
+        return str(self.stage.folder / STAGING)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, written aside, sealed with checksums and renamed; old ones removed afterwards."""
+        name = f"checkpoint-{self.state.global_step}"
+        wait, main = self.accelerator.wait_for_everyone, self.args.should_save
+        with published_together(self.stage.folder / name, main=main, wait=wait, sealed=True) as folder:
+            super()._save_checkpoint(model, trial)
+            self.rhythm.save(folder)
+        if main:
+            rotate(self.stage.folder, keep=self.settings.save_total_limit)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: the report of the stage says more."""

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Staged LoRA fine-tuning: one stage from its env file to its report, or a ladder of them. See README.md."""
+
+import argparse
+import sys
+
+from sft import cli
+from sft.checkpoints import announce
+from sft.settings import Settings
+
+
+def train_stage(settings: Settings, *, fresh: bool) -> None:
+    """The stage in order. Imports wait until it is known that there is something to do: torch alone takes seconds."""
+    from sft.opening import open_stage
+
+    with open_stage(settings, fresh=fresh) as stage:  # lineage and lock
+        announce(stage, cli.say)
+        if stage.decision == "complete":
+            return
+        from sft import run
+
+        tokenizer = run.load_tokenizer(settings)
+        mix = run.prepare(settings, tokenizer)  # labelled, audited, split, mixed, upsampled
+        stage.begin()
+        evaluation = run.evaluation(stage, tokenizer, mix)
+        base = run.merge_parents(stage)  # published and verified, or the base model itself
+        earlier = run.score_earlier_models(stage, evaluation)
+        model = run.load_model(base, settings)
+        with run.tracked(stage, mix) as tracker:
+            trainer = run.build_trainer(stage, model, tokenizer, mix, evaluation, tracker)
+            run.train(stage, trainer)
+            run.finish(stage, trainer, mix, earlier, tracker)
+
+
+def main(options: argparse.Namespace) -> None:
+    ladder = cli.load_ladder(options)
+    if options.check:
+        from sft.plan import check
+
+        check(ladder, options)
+        return
+    for settings in ladder:
+        train_stage(settings, fresh=options.fresh)
+    if len(ladder) > 1:
+        from sft.summary import close_ladder
+
+        close_ladder(ladder)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.command_line(main))
