@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from sft import files
+from sft.base_model import model_folder, read_config
 from sft.errors import Problems, RunFailed
 from sft.fold import Folded, Job, Output, copy, fold, jobs_of, written
-from sft.hub import model_folder, read_config
 from sft.layout import Layout, UnknownLayout, meta_model
 from sft.lora import Adapter, LowRank, Update, factors, read_adapter, updates_of
 from sft.merge_peft import merge_with_peft
@@ -42,6 +42,7 @@ RECORD = "merge.json"
 # What makes a model folder usable beside its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
 NOT_COPIED = {RECORD, INDEX, files.MARK, "stage.json", "training_config.json", "adapter_config.json", "config.json"}
+LARGE_LOSS = 0.5  # a shorter update than this is mostly noise once rounded
 SPARE_BYTES = 64 * 1024 * 1024  # tokenizer and other side files
 
 
@@ -49,7 +50,7 @@ SPARE_BYTES = 64 * 1024 * 1024  # tokenizer and other side files
 class MergeRecord:
     """What a merge did. `max_abs_diff` and `kl` are filled by the verification on probe prompts (sft/probe.py).
 
-    `rounding_loss` is the share of the update (by length) that the output's number format could not hold, over a
+    `rounding_loss` is the length of the error that rounding made, as a share of the length of the update, over a
     sample of every changed tensor. `path` says who merged: `streaming`, or `peft` for what only PEFT can.
     """
 
@@ -75,11 +76,13 @@ def merge(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    finish: Callable[[Path, MergeRecord], None] | None = None,
 ) -> MergeRecord:
     """Folds the adapters, in order, into the base model and publishes the result at `target`.
 
-    `dtype` is a torch name (bfloat16, ...); None keeps that of each base tensor. Raises Problems for a base or adapter
-    that cannot be used, RunFailed when an adapter tensor has no place, an adapter changes nothing or the disk is full.
+    `dtype` is a torch name (bfloat16, ...); None keeps that of each base tensor. `finish` sees the complete folder before it
+    is published; what it raises keeps it from being published. Raises Problems for a base or adapter that cannot be used,
+    RunFailed when an adapter tensor has no place, an adapter changes nothing or the disk is full.
     """
     started = time.perf_counter()
     folder, commit = model_folder(str(base), revision)
@@ -101,8 +104,11 @@ def merge(
         )
         record.dtype = record.dtype or _main_dtype(partial)
         record.seconds, record.peak_rss_bytes = time.perf_counter() - started, peak_rss_bytes()
+        if finish:
+            finish(partial, record)
         (partial / RECORD).write_text(files.json_text(asdict(record)) + "\n", encoding="utf-8")
-    record.seconds = time.perf_counter() - started
+    if not finish:
+        record.seconds = time.perf_counter() - started
     return record
 
 
@@ -113,6 +119,12 @@ def is_current(target: Path, base: str | Path, adapters: Sequence[Path], *, dtyp
     record = files.read_json(target / RECORD)
     same = [entry["sha256"] for entry in record["adapters"]] == [read_adapter(Path(a)).sha256 for a in adapters]
     return same and record["base_model"] == str(base) and dtype in (None, record["dtype"])
+
+
+def record_verification(target: Path, figures: dict[str, float]) -> None:
+    """Adds `max_abs_diff` and `kl` (sft.probe.verify) to a merged folder's merge.json."""
+    record = files.read_json(target / RECORD)
+    files.write_json(target / RECORD, record | {name: figures[name] for name in ("max_abs_diff", "kl")})
 
 
 def peak_rss_bytes() -> int:
@@ -227,6 +239,11 @@ def _conclude(
     update = sum(each.update for results in folded.values() for each in results)
     lost = sum(each.lost for results in folded.values() for each in results)
     record.rounding_loss = (lost / update) ** 0.5 if update else 0.0
+    if record.rounding_loss > LARGE_LOSS:
+        record.warnings.append(
+            f"rounding the merged weights adds an error {record.rounding_loss:.2f} times as long as the adapters' update; "
+            "SFT_MERGE_DTYPE=float32 keeps all of it"
+        )
 
 
 def _is_silent(number: int, updates: dict[str, list[Update]]) -> bool:

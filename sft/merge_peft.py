@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from sft.base_model import read_config
 from sft.errors import RunFailed
-from sft.hub import read_config
 from sft.lora import Adapter
 
 

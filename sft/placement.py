@@ -82,7 +82,8 @@ def _left_behind(layout: Layout, updates: Mapping[str, list[Update]]) -> list[st
 
 def _wanted(name: str, tensor: Stored, landed: list[tuple[Update, Place]], dtype: str | None) -> Wanted:
     """A tensor replaced by the last full copy an adapter brings, with the low-rank updates that follow it."""
-    source, terms = tensor, []
+    terms: list[Term] = []
+    source = tensor
     for update, spot in landed:
         if isinstance(update, Replacement):
             if spot.expert is not None or update.value.shape != tensor.shape:

@@ -93,7 +93,7 @@ def read_bytes(
     """`count` elements of a tensor from element `first`, flat, in the stored dtype; into `into` if given."""
     count = stored.elements - first if count is None else count
     target = torch.empty(count, dtype=DTYPES[stored.dtype]) if into is None else into[:count]
-    view = memoryview(target.view(torch.uint8).numpy())
+    view = _raw(target)
     with stored.path.open("rb", buffering=0) as file:
         position = stored.start + first * stored.item_size
         while view:
@@ -104,6 +104,10 @@ def read_bytes(
     return target
 
 
+def _raw(values: torch.Tensor) -> memoryview:
+    return memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer
+
+
 def load(stored: Stored) -> torch.Tensor:
     """The whole tensor in float32 and its shape."""
     return read_bytes(stored).reshape(stored.shape).float()
@@ -111,7 +115,7 @@ def load(stored: Stored) -> torch.Tensor:
 
 def write_bytes(descriptor: int, values: torch.Tensor, position: int) -> None:
     """All bytes of a contiguous flat tensor at an absolute position of an open file."""
-    view = memoryview(values.view(torch.uint8).numpy())
+    view = _raw(values)
     while view:
         written = os.pwrite(descriptor, view, position)
         view, position = view[written:], position + written

@@ -1,12 +1,10 @@
 """The merge against PEFT's own float32 merge, bit for bit, on models small enough to build in a moment."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -17,8 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from sft.errors import Problems, RunFailed
-from sft.merge import is_current, merge
+from sft.merge import merge
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 LLAMA = LlamaConfig(intermediate_size=80, num_key_value_heads=2, tie_word_embeddings=False, **SIZES)
@@ -107,11 +104,13 @@ def test_one_adapter_gives_the_bits_of_pefts_float32_merge(tmp_path, case, dtype
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, QWEN3_MOE], ids=["llama", "gpt2", "qwen3_moe"])
 def test_three_adapters_in_order_are_rounded_once(tmp_path, config):
-    """A lineage is folded from the original base in float32: the bits of PEFT's merges in a row without rounding between."""
+    """A lineage is folded from the original base in float32: the bits of PEFT's merges in a row, not rounded between."""
     base = make_base(config, tmp_path / "base")
     targets = ["c_attn", "c_fc"] if config is GPT2 else LINEAR
     adapters = [
-        make_adapter(base, tmp_path / f"adapter{n}", seed=n, r=2 + n, lora_alpha=7, target_modules=targets, use_dora=dora)
+        make_adapter(
+            base, tmp_path / f"adapter{n}", seed=n, r=2 + n, lora_alpha=7, target_modules=targets, use_dora=dora
+        )
         for n, dora in ((1, False), (2, config is not QWEN3_MOE), (3, False))
     ]
     merge(base, adapters, tmp_path / "merged")
