@@ -80,9 +80,9 @@ def merge(
 ) -> MergeRecord:
     """Folds the adapters, in order, into the base model and publishes the result at `target`.
 
-    `dtype` is a torch name (bfloat16, ...); None keeps that of each base tensor. `finish` sees the complete folder before it
-    is published; what it raises keeps it from being published. Raises Problems for a base or adapter that cannot be used,
-    RunFailed when an adapter tensor has no place, an adapter changes nothing or the disk is full.
+    `dtype` is a torch name (bfloat16, ...); None keeps that of each base tensor. `finish` sees the complete folder
+    before it is published; what it raises keeps it from being published. Raises Problems for a base or adapter that
+    cannot be used, RunFailed when an adapter tensor has no place, an adapter changes nothing or the disk is full.
     """
     started = time.perf_counter()
     folder, commit = model_folder(str(base), revision)
@@ -241,8 +241,8 @@ def _conclude(
     record.rounding_loss = (lost / update) ** 0.5 if update else 0.0
     if record.rounding_loss > LARGE_LOSS:
         record.warnings.append(
-            f"rounding the merged weights adds an error {record.rounding_loss:.2f} times as long as the adapters' update; "
-            "SFT_MERGE_DTYPE=float32 keeps all of it"
+            f"rounding the merged weights adds an error {record.rounding_loss:.2f} times as long as the adapters' "
+            "update; SFT_MERGE_DTYPE=float32 keeps all of it"
         )
 
 

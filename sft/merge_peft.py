@@ -37,4 +37,5 @@ def merge_with_peft(
 
 def _fingerprint(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
     """Two sums per parameter, enough to see that something changed."""
-    return {name: (float(p.double().sum()), float(p.double().square().sum())) for name, p in model.named_parameters()}
+    weights = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    return {name: (weight.sum().item(), weight.square().sum().item()) for name, weight in weights.items()}

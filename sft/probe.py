@@ -23,9 +23,9 @@ PROMPTS = (
 )
 MAX_TOKENS = 48
 POSITIONS = 2  # logits of the last tokens of each prompt; more would cost megabytes with today's vocabularies
-# The largest mean KL divergence (nats) that rounding explains, by the coarser number format of the two sides. Measured on
-# SmolLM2-135M: 2e-11 in float32, 1e-3 to 2e-3 with bfloat16 on either side, whatever the adapter's own effect. The rest is
-# room for mixtures of experts, where rounding also changes which experts answer, and for quantised stages.
+# The largest mean KL divergence (nats) that rounding explains, by the coarser number format of the two sides. Measured
+# on SmolLM2-135M: 2e-11 in float32, 1e-3 to 2e-3 with bfloat16 on either side, whatever the adapter's own effect. The
+# rest is room for mixtures of experts, where rounding also changes which experts answer, and for quantised stages.
 MAX_KL = {"float32": 1e-6, "float16": 5e-3, "bfloat16": 5e-2, "quantized": 0.5}
 
 
