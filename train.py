@@ -25,7 +25,7 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         evaluation = run.evaluation(stage, tokenizer, mix)
         base = run.merge_parents(stage)  # published and verified, or the base model itself
         earlier = run.score_earlier_models(stage, evaluation)
-        model = run.load_model(base, settings)
+        model = run.load_verified(stage, base)
         with run.tracked(stage, mix) as tracker:
             trainer = run.build_trainer(stage, model, tokenizer, mix, evaluation, tracker)
             run.train(stage, trainer)

@@ -6,7 +6,6 @@ import argparse
 import errno
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -87,12 +86,16 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # the end of the line: whatever a library raised becomes one plain message
+        say("\n".join([f"[ERROR] {explain(error)}", *getattr(error, "__notes__", [])]), every_rank=True)
+        return 1
 
 
-def say(text: str) -> None:
-    """On the main process alone."""
-    if launched().rank == 0:
-        print(text, file=sys.stderr, flush=True)
+def say(text: str, *, every_rank: bool = False) -> None:
+    """To stderr, on the main process alone or on every rank with its number."""
+    rank, processes = launched()
+    if rank == 0 or every_rank:
+        print(f"rank {rank}: {text}" if every_rank and processes > 1 else text, file=sys.stderr, flush=True)
 
 
 def say_problems(problems: Sequence[str]) -> None:
@@ -114,10 +117,3 @@ def explain(error: BaseException) -> str:
             "--check estimates the need beforehand."
         )
     return f"The run failed: {hide_secrets(text.strip().splitlines()[0])}"
-
-
-def failed(error: Exception, write_log: Callable[[str], Path | None]) -> int:
-    """Says what went wrong in one message; the traceback goes to error.log. Returns exit code 1."""
-    log = write_log("".join(traceback.format_exception(error)))
-    print(f"[ERROR] {explain(error)}" + (f"\n        Details: {log}" if log else ""), file=sys.stderr, flush=True)
-    return 1

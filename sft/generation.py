@@ -117,7 +117,7 @@ def generate_answers(
     rank = accelerator.process_index if accelerator else 0
     found: list[tuple[int, str]] = []
     rounds = -(-len(batches) // ranks)
-    show = tqdm(range(rounds), desc="generating", leave=False, disable=rank != 0 or rounds < 2)
+    show = tqdm(range(rounds), desc="generating", leave=False, disable=True if rank or rounds < 2 else None)
     with preserved_random_state(), answering(model):
         for turn in show:
             interrupted()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sft.quiet import silence_torch
@@ -16,6 +17,7 @@ silence_torch()
 import torch  # noqa: E402 - the lines above keep deepspeed quiet, which accelerate imports
 import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
+from transformers.integrations import is_deepspeed_zero3_enabled  # noqa: E402
 
 from sft import files  # noqa: E402
 from sft.bundle import parameter_counts, write_result  # noqa: E402
@@ -24,8 +26,10 @@ from sft.data.mixture import prepare as prepare_mix  # noqa: E402
 from sft.errors import RunFailed  # noqa: E402
 from sft.evaluation import GenerationEvaluation, questions, show_samples, write_questions  # noqa: E402
 from sft.forgetting_scores import Earlier, ladder_scores, score_earlier  # noqa: E402
-from sft.merge import merge  # noqa: E402
+from sft.merge import merge, record_verification  # noqa: E402
 from sft.model import load_model, load_tokenizer, trained_modules  # noqa: E402
+from sft.probe import FILE as PROBE  # noqa: E402
+from sft.probe import store_probe, verify  # noqa: E402
 from sft.signals import STOP, Stopped  # noqa: E402
 from sft.tracking import Tracker  # noqa: E402
 from sft.trainer import StagedTrainer, training_arguments  # noqa: E402
@@ -43,8 +47,8 @@ __all__ = [
     "build_trainer",
     "evaluation",
     "finish",
-    "load_model",
     "load_tokenizer",
+    "load_verified",
     "merge_parents",
     "prepare",
     "score_earlier_models",
@@ -110,6 +114,35 @@ def merge_parents(stage: Stage) -> str:
         stage.update(merge=merge_facts(stage))
     wait_for_merge(stage, state)
     return str(stage.merged_base)
+
+
+def load_verified(stage: Stage, base: str) -> PreTrainedModel:
+    """The model the stage trains on; a merged one must answer the probe prompts as its last adapter did.
+
+    Raises:
+        RunFailed: it does not.
+    """
+    model = load_model(base, stage.settings)
+    probe = stage.adapters[-1].folder / PROBE if stage.adapters else None
+    if probe is None or not probe.exists() or is_deepspeed_zero3_enabled():
+        return model
+    figures = verify(model, probe)
+    if PartialState().is_main_process:
+        record_verification(stage.merged_base, figures)
+        stage.update(merge=merge_facts(stage))
+    say(
+        f"Merged base verified: KL {figures['kl']:.1e}, largest logit difference {figures['max_abs_diff']:.1e} "
+        f"(the last adapter moved the model by KL {figures['adapter_kl']:.1e})"
+    )
+    return model
+
+
+def keep_probe(stage: Stage, trainer: StagedTrainer) -> None:
+    """Stores the trained model's logits on the probe prompts; all ranks call it, the main process keeps it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with TemporaryDirectory() as elsewhere:
+        folder = stage.folder if trainer.args.should_save else Path(elsewhere)
+        store_probe(folder, model, trainer.processing_class)
 
 
 def merge_facts(stage: Stage) -> dict[str, Any]:
@@ -268,6 +301,7 @@ def finish(stage: Stage, trainer: StagedTrainer, mix: Mix, earlier: Earlier | No
     from sft.summary import close_stage
 
     write_result(trainer, stage.folder)
+    keep_probe(stage, trainer)
     forgetting = ladder_scores(stage, trainer, earlier) if earlier else None
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import traceback
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -275,4 +276,7 @@ class Stage:
         if isinstance(error, Exception) and self._lock and self.manifest.get("status") == "running":
             with contextlib.suppress(OSError):
                 self.fail(f"{type(error).__name__}: {error}")
+        if isinstance(error, Exception) and not isinstance(error, Problems) and self._lock:
+            log = self.write_error_log("".join(traceback.format_exception(error)))
+            error.add_note(f"Details: {log}" if log else "Details could not be written: the disk is full")
         self.close()

@@ -119,10 +119,13 @@ class Tracker:
     def _open(self) -> MlflowClient:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_SECONDS)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        for name in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         from mlflow import MlflowClient, set_tracking_uri
+        from mlflow.system_metrics import system_metrics_monitor
 
+        # MLflow sets its loggers up when it is imported.
+        for name in ("mlflow", "alembic", "sqlalchemy", system_metrics_monitor.__name__):
+            logging.getLogger(name).setLevel(logging.ERROR)
         uri = self.settings.mlflow_tracking_uri
         artifact_location(uri)  # a sqlite database wants its folder
         set_tracking_uri(uri)

@@ -137,7 +137,10 @@ def draw_document(random: Random) -> str:
     record = draw_record(random, tabular)
     formats = [name for name in ("text", *FORMATS) if tabular or name != "csv"]
     chosen = random.sample(formats, random.randint(2, 4))
-    return "\n".join(f"# {name.upper()}\n{RENDER[name](record)}" for name in chosen)
+    blocks = [f"# {name.upper()}\n{RENDER[name](record)}" for name in chosen]
+    if random.random() < 0.5:  # without its heading the first block shows how a format begins
+        blocks[0] = RENDER[chosen[0]](record)
+    return "\n".join(blocks)
 
 
 def draw_task(random: Random, source: str, target: str) -> dict[str, Any]:
