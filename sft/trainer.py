@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,23 @@ def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         ddp_find_unused_parameters=False,
+    )
+
+
+def finite_norm(norm: torch.Tensor | float | None, *, step: int, rows: Sequence[int]) -> float | None:
+    """The gradient norm of a step as a number.
+
+    Raises:
+        RunFailed: it is infinite or not a number; names the step and its rows.
+    """
+    number = norm.item() if isinstance(norm, torch.Tensor) else norm
+    if number is None or math.isfinite(number):
+        return number
+    named = ", ".join(str(row) for row in rows[:16])
+    raise RunFailed(
+        f"Loss or gradient is not finite at step {step} (gradient norm {number}). Nothing was updated and no checkpoint "
+        f"of it was written. Training rows of this step: {named}. Try a lower SFT_LR, SFT_MAX_GRAD_NORM=1.0, or "
+        "SFT_DTYPE=bfloat16 instead of float16; look at the rows."
     )
 
 
@@ -179,6 +196,8 @@ class StagedTrainer(SFTTrainer):
         On a GPU TRL's fused head does it in tiles. On the CPU that head scores masked positions too, so there the
         model itself is asked for the logits of the positions that count.
         """
+        # Without this the model makes a cache, and transformers then no longer confines attention to each row.
+        inputs = inputs | {"use_cache": False}
         if labels.device.type == "cuda" or not self.keeps_logits:
             outputs = model(**inputs, labels=labels, fused_lm_head=True)
             return -outputs.log_probs[outputs.label_mask]
@@ -196,24 +215,16 @@ class StagedTrainer(SFTTrainer):
         """Sum of token losses over the trained tokens of the global batch (torchtitan's normalisation)."""
         inputs = {name: value for name, value in inputs.items() if name not in ("rows", "num_items")}
         weights, labels = inputs.pop("loss_weights", None), inputs.pop("labels")
-        losses = self.token_losses(model, inputs | {"use_cache": False}, labels)
+        losses = self.token_losses(model, inputs, labels)
         if weights is not None:
             losses = losses * weights[labels != -100]
         loss = losses.sum() / num_items_in_batch.clamp(min=1e-6)
         return loss * self.accelerator.num_processes
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """The gradient's norm; a non-finite one ends the run before the optimizer step, naming the rows."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = norm.item() if isinstance(norm, torch.Tensor) else norm
-        if norm is not None and not math.isfinite(norm):
-            rows = ", ".join(str(row) for row in self.step_rows[:16])
-            raise RunFailed(
-                f"Loss or gradient is not finite at step {self.state.global_step + 1} (gradient norm {norm}). "
-                f"Nothing was updated and no checkpoint of it was written. Training rows of this step: {rows}. "
-                "Try a lower SFT_LR, SFT_MAX_GRAD_NORM=1.0, or SFT_DTYPE=bfloat16 instead of float16; look at the rows."
-            )
-        return norm
+        return finite_norm(norm, step=self.state.global_step + 1, rows=self.step_rows)
 
     # Evaluation
 
@@ -230,7 +241,7 @@ class StagedTrainer(SFTTrainer):
                 labels = batch.pop("labels")
                 batch = {name: batch[name] for name in ("input_ids", "position_ids")}
                 with self.compute_loss_context_manager():
-                    losses = self.token_losses(model, batch | {"use_cache": False}, labels)
+                    losses = self.token_losses(model, batch, labels)
                 sums += torch.tensor([losses.double().sum().item(), losses.numel()], dtype=torch.float64)
         if ranks > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()

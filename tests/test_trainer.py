@@ -1,0 +1,100 @@
+"""The loss of joined and packed rows against plain padded batches; non-finite gradients; what is trained."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sft import trainer as trainer_module
+from sft.batches import TrainingRows, join
+from sft.errors import RunFailed
+from sft.model import adapter_config, linear_names, trained_modules
+from tests.tiny import metric_lines, run_train, tokenizer, write_model, write_rows, write_stage
+
+
+def labelled_rows() -> datasets.Dataset:
+    """Five rows of different lengths, answers trained."""
+    words = tokenizer()
+    rows = []
+    for number, text in enumerate(["red", "blue green", "small large name", "JSON", "as is and the color"]):
+        prompt = words(f"Write this {number}\n")["input_ids"]
+        answer = words(text + "<|im_end|>")["input_ids"]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return datasets.Dataset.from_list(rows)
+
+
+def padded_losses(model: torch.nn.Module, rows: datasets.Dataset) -> torch.Tensor:
+    """The independent computation: a right-padded batch with attention mask and the model's own logits."""
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+    labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows])
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    targets = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses[targets.flatten() != -100]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_joined_without_padding_have_the_losses_of_padded_rows(tmp_path: Path, attention: str):
+    """No row sees another: token by token the same loss, to 1e-5, whether rows are joined one by one or as a pack."""
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "m"), attn_implementation=attention).eval()
+    rows = labelled_rows()
+    expected = padded_losses(model, rows)
+    for packs in (None, [[0, 1, 2, 3, 4]]):
+        training = TrainingRows(rows, packs=packs)
+        batch = join([training[item] for item in range(len(training))])
+        stand_in = SimpleNamespace(keeps_logits=True)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        losses = trainer_module.StagedTrainer.token_losses(stand_in, model, inputs, batch["labels"])
+        assert losses.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_default_targets_reach_every_projection(tmp_path: Path):
+    """Seven kinds of projection in two layers, 4 x (in + out) parameters each; nothing else is trained."""
+    from peft import get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "m"))
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    settings = SimpleNamespace(
+        use_lora=True, lora_target_modules=names, lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_rslora=False,
+        lora_dora=False,
+    )  # fmt: skip
+    assert set(linear_names(model)) == set(names)
+    adapted = get_peft_model(model, adapter_config(model, settings))
+    wide, narrow, inner = 2 * 4 * (32 + 32), 2 * 4 * (32 + 16), 2 * 4 * (32 + 64)
+    assert trained_modules(adapted) == {
+        "q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide,
+        "gate_proj": inner, "up_proj": inner, "down_proj": inner,
+    }  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run():
+    """The message names step and rows; a finite norm passes as a number."""
+    assert trainer_module.finite_norm(torch.tensor(0.5), step=3, rows=[4, 7]) == 0.5
+    for bad in (math.nan, math.inf):
+        with pytest.raises(RunFailed, match=r"at step 3 .*rows of this step: 4, 7"):
+            trainer_module.finite_norm(torch.tensor(bad), step=3, rows=[4, 7])
+
+
+@pytest.mark.slow
+def test_packing_trains_the_same_tokens_in_fewer_steps(tmp_path: Path):
+    """The trained tokens of an epoch are those of the unpacked run; 36 short rows fit into a few sequences."""
+    write_model(tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", 40)
+    tokens, steps = [], []
+    for packing in (0, 1):
+        common = {"SFT_BASE_MODEL": tmp_path / "base", "SFT_OUT_LORA_DIR": tmp_path / f"out{packing}"}
+        write_stage(tmp_path, 1, common | {"SFT_DATASET_ID": rows, "SFT_PACKING": packing, "SFT_EVAL_STEPS": 100})
+        assert run_train("--stage", 1, "--env-dir", tmp_path) == 0
+        folder = tmp_path / f"out{packing}_stage1"
+        manifest = json.loads((folder / "stage.json").read_text())
+        tokens.append(metric_lines(folder, "tokens")[-1])
+        steps.append(manifest["steps"])
+    assert tokens[0] == tokens[1]
+    assert steps[1] < steps[0] == 5
