@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Talk to the model of a stage.
+
+  chat.py --stage 3
+  chat.py --stage 1 --env-dir configs/recipes/debug_gpt2 --max-new-tokens 200
+  echo 'Write this as JSON: name is Sora' | chat.py --stage 3
+
+A line is a message; one that ends in a backslash goes on in the next. /reset forgets the conversation, /quit ends it.
+Answers are greedy, as in the generation evaluation. They go to stdout, everything else to stderr.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import Problems, RunFailed
+from sft.program import run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sft.export import Origin
+    from sft.settings import Settings
+
+Messages = list[dict[str, str]]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stage", type=count, required=True, metavar="N", help="stage to talk to; it must be complete")
+    add("--env-dir", type=Path, default=Path(), metavar="DIR", help="where stageN.env are (default: current directory)")
+    add("--set", action="append", default=[], dest="overrides", metavar="NAME=VALUE", help="override one setting")
+    add("--system", default="", metavar="TEXT", help="system message at the start of the conversation (none)")
+    add("--max-new-tokens", type=count, default=512, metavar="K", help="longest answer in tokens (512)")
+    return parser.parse_args()
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def find_stage(settings: "Settings") -> "Origin":
+    """What the stage's model is made of. Raises Problems for a stage that is not complete or was outdated since."""
+    from sft.export import find_origin
+    from sft.lineage import stage_folder
+    from sft.manifest import MANIFEST
+
+    folder = stage_folder(settings.out_lora_dir, settings.stage)
+    if not (folder / MANIFEST).is_file():
+        remedy = f"train it with python train.py --stage {settings.stage}, or name its folder by --env-dir or --set"
+        raise Problems([f"{folder}: holds no trained stage; {remedy}"])
+    try:
+        return find_origin(folder)
+    except Problems as found:
+        raise Problems(text.removeprefix("--checkpoint_dir ") for text in found.problems) from found
+
+
+def load(settings: "Settings", origin: "Origin") -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """The stage's model, ready to answer, and its tokenizer."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from sft.lineage import stage_folder
+    from sft.model import load_model
+
+    merged = Path(f"{stage_folder(settings.out_lora_dir, settings.stage)}_merged_base")
+    earlier, own = origin.adapters[:-1], origin.adapters[-1:]
+    if earlier and holds(merged, origin):
+        model, earlier = load_model(merged, settings), ()
+    else:
+        model = load_model(origin.base, settings)
+    if earlier and (settings.load_in_4bit or settings.load_in_8bit):
+        remedy = "add --set SFT_LOAD_IN_4BIT=0 --set SFT_LOAD_IN_8BIT=0"
+        raise Problems([f"{merged}: is missing or outdated, and nothing is merged into quantised weights; {remedy}"])
+    for adapter in earlier:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    for adapter in own:
+        model = PeftModel.from_pretrained(model, adapter)
+    if torch.cuda.is_available() and not (settings.load_in_4bit or settings.load_in_8bit):
+        model = model.to("cuda")
+    tokenizer = AutoTokenizer.from_pretrained(
+        origin.tokenizer or origin.base, trust_remote_code=settings.trust_remote_code
+    )
+    return model.eval(), tokenizer
+
+
+def holds(merged: Path, origin: "Origin") -> bool:
+    """Whether the published merge was made from these earlier adapters."""
+    from sft.files import DamagedFile, read_json
+    from sft.lineage import result_sha256
+
+    try:
+        record = read_json(merged / "merge.json")
+        found = [adapter["sha256"] for adapter in record["adapters"]]
+        same_base = record["base_model"] == origin.base
+    except (FileNotFoundError, DamagedFile, KeyError, TypeError):
+        return False
+    return same_base and found == [(result_sha256(adapter) or ("", ""))[1] for adapter in origin.adapters[:-1]]
+
+
+def typed() -> Iterator[str]:
+    """Lines typed on a terminal, until Ctrl-D."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives input() arrow keys and a history
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def spoken(lines: Iterable[str]) -> Iterator[str]:
+    """Messages from lines: one that ends in a backslash goes on in the next, blank ones are left out."""
+    parts: list[str] = []
+    for line in lines:
+        parts.append(line.rstrip("\n"))
+        if parts[-1].endswith("\\"):
+            parts[-1] = parts[-1][:-1]
+            continue
+        if any(part.strip() for part in parts):
+            yield "\n".join(parts)
+        parts = []
+    if any(part.strip() for part in parts):
+        yield "\n".join(parts)
+
+
+def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages, max_new_tokens: int) -> str:
+    """Streams the answer to stdout and returns it."""
+    import torch
+    from transformers import TextStreamer
+
+    from sft.generation import end_tokens
+
+    ids = prompt_ids(tokenizer, messages).to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    try:
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=end_tokens(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RunFailed("Out of memory: /reset the conversation sooner, or add --set SFT_LOAD_IN_4BIT=1") from error
+    return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> Any:
+    """The rendered conversation as ids of shape (1, tokens). Raises Problems for what the template refuses."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise Problems(["the stage's tokenizer has no chat template: it was trained on plain text, not to answer"])
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise Problems([f"the model's chat template refuses the conversation ({error}); leave out --system"]) from error
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+
+
+def fitting(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages, room: int) -> Messages:
+    """The conversation without its oldest exchanges, where it would not fit the model's positions."""
+    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    while prompt_ids(tokenizer, messages).shape[1] + room > longest:
+        start = 1 if messages[0]["role"] == "system" else 0
+        if len(messages) - start < 3:
+            break
+        print("(the oldest exchange is forgotten: the model's positions are used up)", file=sys.stderr)
+        messages = messages[:start] + messages[start + 2 :]
+    return messages
+
+
+def talk(model: Any, tokenizer: "PreTrainedTokenizerBase", options: argparse.Namespace) -> None:
+    """Answers until the input ends."""
+    start: Messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages = list(start)
+    by_hand = sys.stdin.isatty()
+    if by_hand:
+        print(f"Stage {options.stage}. /reset forgets the conversation, /quit ends it.", file=sys.stderr)
+    for said in spoken(typed() if by_hand else sys.stdin):
+        if said.strip() == "/quit":
+            return
+        if said.strip() == "/reset":
+            messages = list(start)
+            continue
+        messages = fitting(model, tokenizer, [*messages, {"role": "user", "content": said}], options.max_new_tokens)
+        found = answer(model, tokenizer, messages, options.max_new_tokens)
+        messages.append({"role": "assistant", "content": found})
+
+
+def main() -> None:
+    options = arguments()
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr] - a stray byte is no reason to end
+    from sft.settings import load_settings
+
+    settings = load_settings(options.stage, env_dir=options.env_dir, overrides=options.overrides)
+    settings.export_passthrough()
+    from sft.hub import offline_unless_reachable
+    from sft.quiet import silence_libraries, silence_torch
+
+    offline_unless_reachable()
+    silence_libraries()
+    silence_torch()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    origin = find_stage(settings)
+    model, tokenizer = load(settings, origin)
+    talk(model, tokenizer, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
