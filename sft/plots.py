@@ -35,7 +35,9 @@ STYLE: dict[Any, Any] = {
 Curve = Sequence[Sequence[float]]  # [step, value] pairs
 
 
-def line_chart(curves: Mapping[str, Curve], *, title: str, unit: bool = False, zero: bool = False) -> str:
+def line_chart(
+    curves: Mapping[str, Curve], *, title: str, unit: bool = False, zero: bool = False, label: str = "step"
+) -> str:
     """Values over steps, one colour per curve in order; `unit` fixes the axis to 0..1, `zero` its lower end."""
 
     def draw(axes: "Axes") -> None:
@@ -45,7 +47,7 @@ def line_chart(curves: Mapping[str, Curve], *, title: str, unit: bool = False, z
             axes.set_ylim(-0.02, 1.02)
         if zero:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
+        axes.set_xlabel(label)
 
     return _svg(draw, title)
 

@@ -67,6 +67,11 @@ def forgetting_table(manifest: Mapping[str, Any]) -> str:
     return "\n".join([aligned(rows), *(f"! {drop.sentence()}" for drop in found)])
 
 
+def page(template: str, facts: Mapping[str, Any]) -> str:
+    """A page of the house's look from one of sft/templates, for the programs that report on something else."""
+    return _environment().get_template(template).render(facts)
+
+
 @cache
 def _environment() -> Environment:
     loader = FileSystemLoader(TEMPLATES, encoding="utf-8")
