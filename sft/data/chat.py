@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sft.data.masks import MASKED, label_row, schema, with_labels
+from sft.data.parallel import cores, in_order
 from sft.data.rendering import Rendered, render, template_of
 from sft.data.shapes import Dropped
 from sft.data.sources import Rows
@@ -30,6 +30,8 @@ __all__ = ["MASKED", "chat_template_for", "label", "preview"]
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
 VERSION = 1
 _ROWS_AT_ONCE = 512
+# Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
+_ROWS_WORTH_PROCESSES = 5000
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 
 
@@ -83,33 +85,36 @@ def _settings_key(settings: Settings) -> list[Any]:
 def _label_all(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, write: Write
 ) -> dict[str, Counter[str]]:
-    dropped: Counter[str] = Counter()
-    noted: Counter[str] = Counter()
-    for table, texts, encodings in _encoded(rows, tokenizer):
-        kept, labelled = [], []
-        for row, (rendered, encoded) in enumerate(zip(texts, encodings, strict=True)):
-            try:
-                labelled.append(label_row(rendered, encoded, settings, noted=noted))
-                kept.append(row)
-            except Dropped as reason:
-                dropped[str(reason)] += 1
-        write(with_labels(table.take(kept), labelled, schema(settings)))
-    return {"dropped": dropped, "noted": noted}
-
-
-def _encoded(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[pa.Table, list[Rendered | None], Sequence[Encoded]]]:
-    """Batches as table, text and tokens. The next batch is rendered here while another thread tokenises this one."""
+    """Label all rows in their order, batch by batch, so that memory does not grow with the rows."""
+    total = len(rows.dataset)
+    tables = rows.dataset.with_format("arrow")
     template, encode = template_of(tokenizer), encoder(tokenizer)
-    tables = rows.dataset.with_format("arrow").iter(_ROWS_AT_ONCE)
-    before: tuple[Any, ...] | None = None
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for table in tables:
-            texts = render(template, table["messages"].to_pylist(), eos=tokenizer.eos_token or "")
-            encodings = pool.submit(encode, [row.text if row else "" for row in texts])
-            if before is not None:
-                yield before[0], before[1], before[2].result()
-            before = table, texts, encodings
-        if before is not None:
-            yield before[0], before[1], before[2].result()
+
+    def label_from(start: int) -> tuple[pa.Table, dict[str, Counter[str]]]:
+        table = tables[start : start + _ROWS_AT_ONCE]
+        rendered = render(template, table["messages"].to_pylist(), eos=tokenizer.eos_token or "")
+        return _label_batch(table, rendered, encode([row.text if row else "" for row in rendered]), settings)
+
+    processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
+    starts = range(0, total, _ROWS_AT_ONCE)
+    counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
+    for labelled, counts in in_order(label_from, starts, processes=min(processes, len(starts))):
+        write(labelled)
+        for name, count in counts.items():
+            counted[name] += count
+    return counted
+
+
+def _label_batch(
+    table: pa.Table, texts: Sequence[Rendered | None], encodings: Sequence[Encoded], settings: Settings
+) -> tuple[pa.Table, dict[str, Counter[str]]]:
+    """The rows of the table that can be trained on, with labels, and counts of the others by reason."""
+    counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
+    kept, labelled = [], []
+    for row, (rendered, encoded) in enumerate(zip(texts, encodings, strict=True)):
+        try:
+            labelled.append(label_row(rendered, encoded, settings, noted=counted["noted"]))
+            kept.append(row)
+        except Dropped as reason:
+            counted["dropped"][str(reason)] += 1
+    return with_labels(table.take(kept), labelled, schema(settings)), counted

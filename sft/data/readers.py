@@ -52,7 +52,7 @@ def _read_jsonl(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
 
 def _json_lines(path: Path, lines: TextIO | list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
-        if line.isspace():
+        if not line.strip():
             continue
         try:
             row = json.loads(line)
@@ -135,7 +135,7 @@ def _read_csv(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
                     raise SourceError(f"{path}, line {reader.line_num}: more fields than the {columns} columns")
                 yield row
         except csv.Error as error:
-            raise SourceError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
+            raise SourceError(f"{path}, line {reader.reader.line_num}: broken CSV ({error})") from error
 
 
 def _read_parquet(path: Path, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:

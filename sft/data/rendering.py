@@ -46,13 +46,18 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and what a probe showed: what opens and what closes an assistant turn, and whether it marks them."""
+    """A template and what a probe showed: does it mark assistant turns, what opens one, what ends a text."""
 
     text: str
     variables: dict[str, Any]
     marked: bool
     opening: str
-    closing: str
+    ending: str
+
+    @property
+    def closing(self) -> str:
+        """The end-of-turn mark and what else follows an answer, without white space at its end."""
+        return self.ending.rstrip()
 
     def render(self, conversations: Sequence[list[Message]], *, prompt: bool = False) -> list[str]:
         """The texts of conversations; `prompt` adds what opens the next answer. Errors are the template's own."""
@@ -82,7 +87,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     text = tokenizer.get_chat_template()
     if not _MARKED.search(text):
         text = _training_version(text) or text
-    plain = ChatTemplate(text, dict(tokenizer.special_tokens_map), marked=False, opening="", closing="")
+    plain = ChatTemplate(text, dict(tokenizer.special_tokens_map), marked=False, opening="", ending="")
     try:
         return _probed(plain)
     except TEMPLATE_ERRORS as error:
@@ -98,10 +103,10 @@ def _probed(template: ChatTemplate) -> ChatTemplate:
         template.render([PROBE[:1]], prompt=True),
     )
     answer = PROBE[1]["content"]
-    closing = whole.rpartition(answer)[2].rstrip()
+    ending = whole.rpartition(answer)[2]
     spans = template.render_marked([PROBE])[0][1] if _MARKED.search(template.text) else []
-    marked = len(spans) == 1 and answer + closing in whole[slice(*spans[0])]
-    return replace(template, marked=marked, opening=prompt[_shared(asked, prompt) :], closing=closing)
+    marked = len(spans) == 1 and answer + ending.rstrip() in whole[slice(*spans[0])]
+    return replace(template, marked=marked, opening=prompt[_shared(asked, prompt) :], ending=ending)
 
 
 def _training_version(text: str) -> str | None:
@@ -152,30 +157,47 @@ def _render_chats(template: ChatTemplate, chats: list[list[Message]]) -> list[Re
 
 
 def _compared_spans(template: ChatTemplate, chats: Sequence[list[Message]]) -> list[tuple[str, list[Span]]]:
-    """By comparing the text with that of the turns before: an assistant turn is what its prompt does not hold yet."""
-    turns = [(i, k) for i, chat in enumerate(chats) for k, turn in enumerate(chat) if turn["role"] == "assistant" and k]
+    """By comparing the text with that of the turns before: an assistant turn is what its prompt does not hold yet.
+
+    A text that ends with opening, final answer and ending as the probe showed them needs no second rendering.
+    """
     texts = template.render(chats)
+    finals = [_final(template, text, chat[-1]["content"]) for text, chat in zip(texts, chats, strict=True)]
+    turns = [
+        (i, k)
+        for i, chat in enumerate(chats)
+        for k, turn in enumerate(chat)
+        if turn["role"] == "assistant" and k and (k < len(chat) - 1 or finals[i] is None)
+    ]
     prompts = template.render([chats[i][:k] for i, k in turns], prompt=True)
-    unfinished = [(i, k) for i, k in turns if k < len(chats[i]) - 1]
-    ends = dict(zip(unfinished, template.render([chats[i][: k + 1] for i, k in unfinished]), strict=True))
+    wholes = template.render([chats[i][: k + 1] for i, k in turns])
     spans: list[list[Span]] = [[] for _ in chats]
-    for (i, k), prompt in zip(turns, prompts, strict=True):
-        floor = spans[i][-1][1] if spans[i] else 0
-        span = _compared(template, texts[i], prompt, ends.get((i, k)), chats[i][k]["content"].strip(), floor)
+    for (i, k), prompt, whole in zip(turns, prompts, wholes, strict=True):
+        span = _compared(template, texts[i], prompt, whole, content=chats[i][k]["content"].strip(), before=spans[i])
         if span is not None:
             spans[i].append(span)
-    return list(zip(texts, spans, strict=True))
+        elif k == len(chats[i]) - 1:
+            spans[i].clear()  # without its final answer a row is unreadable
+    found = [earlier + ([final] if final else []) for earlier, final in zip(spans, finals, strict=True)]
+    return list(zip(texts, found, strict=True))
+
+
+def _final(template: ChatTemplate, text: str, content: str) -> Span | None:
+    for answer in (content, content.strip()):
+        if text.endswith(template.opening + answer + template.ending):
+            return len(text) - len(answer) - len(template.ending), len(text)
+    return None
 
 
 def _compared(
-    template: ChatTemplate, text: str, prompt: str, whole: str | None, content: str, floor: int
+    template: ChatTemplate, text: str, prompt: str, whole: str, *, content: str, before: Sequence[Span]
 ) -> Span | None:
     """The span of one turn; None where the template writes it differently once more turns follow: it stays context."""
     start = len(prompt)
     if not text.startswith(prompt):
-        shared = _shared(text, prompt)
-        start = text.find(content, max(floor, shared - len(template.opening)))
-    end = len(text) if whole is None else _shared(text, whole)
+        shared = _shared(text, prompt) - len(template.opening)
+        start = text.find(content, max(shared, before[-1][1] if before else 0))
+    end = _shared(text, whole)
     return (start, end) if start >= 0 and start + len(content) <= end else None
 
 
@@ -193,7 +215,7 @@ def _trimmed(template: ChatTemplate, chat: list[Message], text: str, spans: Sequ
 
 def _after_opening(opening: str, text: str, start: int, end: int) -> int:
     """Some marks begin a newline too early: in what the model is given before it answers."""
-    for extra in range(len(opening) + 1):
+    for extra in range(max(0, len(opening) - start), len(opening) + 1):
         if text.startswith(opening, start - len(opening) + extra):
             return min(start + extra, end)
     return start

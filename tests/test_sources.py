@@ -1,0 +1,395 @@
+"""Sources: every file type, every row shape, every way a file can be broken."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft.data.readers import SourceError
+from sft.data.shapes import Dropped, content_hash, read_messages, shape_of, task_key
+from sft.data.sources import Rows, load_source
+from sft.kinds import Source
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}]
+
+
+def load(path: object, **options: Any) -> Rows:
+    return load_source(Source(id=str(path), **options), None)  # type: ignore[arg-type]
+
+
+def messages(rows: Rows) -> list[list[dict[str, str]]]:
+    return list(rows.dataset["messages"])
+
+
+def write_lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def reason(path: object, **options: Any) -> str:
+    with pytest.raises(SourceError) as caught:
+        load(path, **options)
+    return str(caught.value)
+
+
+# Row shapes
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": PAIR}, PAIR),
+        ({"messages": json.dumps(PAIR)}, PAIR),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "model", "content": "Bye"}]}, PAIR),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, PAIR[1]]}, PAIR),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Bye"}]}, PAIR),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Bye"}], "system": "S"},
+            [{"role": "system", "content": "S"}, *PAIR],
+        ),
+        ({"instruction": "Hi", "input": "", "output": "Bye"}, PAIR),
+        ({"instruction": "Hi", "input": None, "response": "Bye"}, PAIR),
+        (
+            {"instruction": "Hi", "input": "x=1", "output": "Bye"},
+            [{"role": "user", "content": "Hi\n\nx=1"}, PAIR[1]],
+        ),
+        ({"instruction": "Hi", "output": "Bye", "history": [["Hi", "Bye"]]}, PAIR + PAIR),
+        ({"prompt": "Hi", "completion": "Bye"}, PAIR),
+        ({"prompt": [PAIR[0]], "completion": [PAIR[1]]}, PAIR),
+        ({"prompt": [PAIR[0]], "completion": "Bye"}, PAIR),
+        (
+            {"title": "T", "abstract": "A b.", "paths": [["x", "y"], ["x", "z -> w", "v"]]},
+            [
+                {"role": "user", "content": "Title: T\nA b."},
+                {"role": "assistant", "content": "x -> y\nx -> z -> w -> v\n"},
+            ],
+        ),
+        ({"text": "Hi Bye"}, [{"role": "text", "content": "Hi Bye"}]),
+    ],
+)
+def test_each_shape_becomes_messages(row: dict[str, Any], expected: list[dict[str, str]]):
+    """The row shapes of the contract, recognised from the columns alone."""
+    shape = shape_of(list(row))
+    assert shape is not None
+    assert read_messages(row, shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": []}, "no answer"),
+        ({"messages": None}, "no answer"),
+        ({"messages": PAIR[:1]}, "no answer"),
+        ({"messages": [*PAIR, PAIR[0]]}, "no answer"),
+        ({"messages": [PAIR[0], {"role": "assistant", "content": " \n"}]}, "empty answer"),
+        ({"messages": [PAIR[0], {"role": "assistant", "content": None}]}, "empty answer"),
+        ({"messages": [PAIR[0], {"role": "assistant", "content": 7}]}, "unreadable"),
+        ({"messages": [{"role": "user", "content": None}, PAIR[1]]}, "unreadable"),
+        ({"messages": [{"role": None, "content": "Hi"}, PAIR[1]]}, "unreadable"),
+        ({"messages": ["Hi", "Bye"]}, "unreadable"),
+        ({"messages": "Hi"}, "unreadable"),
+        ({"messages": {"role": "user"}}, "unreadable"),
+        ({"prompt": "Hi", "completion": None}, "empty answer"),
+        ({"instruction": 5, "output": "Bye"}, "unreadable"),
+        ({"instruction": "Hi", "output": "Bye", "history": ["Hi"]}, "unreadable"),
+        ({"title": "T", "abstract": "A", "paths": []}, "empty answer"),
+        ({"title": "T", "abstract": "A", "paths": [[]]}, "empty answer"),
+        ({"title": "T", "abstract": "A", "paths": ["x"]}, "unreadable"),
+        ({"text": ""}, "empty answer"),
+    ],
+)
+def test_a_row_without_an_answer_is_dropped_with_its_reason(row: dict[str, Any], expected: str):
+    """Empty, missing and unreadable answers are told apart."""
+    shape = shape_of(list(row))
+    assert shape is not None
+    with pytest.raises(Dropped, match=f"^{expected}$"):
+        read_messages(row, shape)
+
+
+def test_dropped_rows_are_counted(tmp_path: Path):
+    """Two of four rows have no answer: two are kept, two counted, nothing else is said."""
+    path = write_lines(
+        tmp_path / "rows.jsonl",
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": None},
+        {"prompt": "c", "completion": "d"},
+    )
+    rows = load(path)
+    assert [chat[-1]["content"] for chat in messages(rows)] == ["b", "d"]
+    assert rows.dropped == {"empty answer": 2}
+
+
+def test_half_a_surrogate_pair_is_unreadable(tmp_path: Path):
+    """JSON may hold what is no Unicode text; the row is counted, not the program ended."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "\\ud83d"}\n{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    rows = load(path)
+    assert (len(rows.dataset), rows.dropped) == (1, {"unreadable": 1})
+
+
+def test_unknown_columns_name_what_there_is_and_what_is_known(tmp_path: Path):
+    """The remedy is in the message: the columns, the shapes, and how to map."""
+    text = reason(write_lines(tmp_path / "rows.jsonl", {"question": "a", "answer": "b"}))
+    assert "its columns are question, answer" in text
+    assert "messages; conversations; instruction/input/output" in text
+    assert '"columns": {"prompt": "..."' in text
+
+
+def test_columns_are_mapped(tmp_path: Path):
+    """{ours: theirs}, in JSON lines and in Parquet, and before a column that already has our name."""
+    rows = {"question": "Hi", "answer": "Bye", "prompt": "no", "text": "no"}
+    columns = {"prompt": "question", "completion": "answer"}
+    lines = write_lines(tmp_path / "rows.jsonl", rows)
+    table = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist([rows]), table)
+    assert messages(load(lines, columns=columns)) == [PAIR]
+    assert messages(load(table, columns=columns)) == [PAIR]
+    assert '"columns" names reply, but the columns are' in reason(lines, columns={"completion": "reply"})
+
+
+# Task keys
+
+CONVERSION = {"metadata": {"format": "json", "type": "conversion"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "expected"),
+    [
+        ({"subcategory": "text_to_toml", "metadata": {"format": "json", "type": "generation"}}, "", "text_to_toml"),
+        ({"metadata": {"format": "json", "type": "generation"}}, "Create a JSON from CSV", "text_to_json"),
+        (CONVERSION | {"subcategory": None}, "Convert the following XML to JSON:\nCSV", "xml_to_json"),
+        (CONVERSION, "Transform this CSV data into JSON format:", "csv_to_json"),
+        ({"metadata": {"format": "YAML", "type": "conversion"}}, "Reformat the data below from TOML to YAML:",
+         "toml_to_yaml"),
+        ({"metadata": '{"format": "xml", "type": "conversion"}'}, "csv to xml", "csv_to_xml"),
+        ({"metadata": {"format": "xml", "type": "conversion"}}, "Rewrite this", "text_to_xml"),
+        ({"metadata": {"source": "web"}}, "Convert the following XML to JSON:", ""),
+        ({"metadata": "broken {"}, "", ""),
+        ({}, "", ""),
+    ],
+)  # fmt: skip
+def test_task_keys(row: dict[str, Any], prompt: str, expected: str):
+    """subcategory first, else the formats of metadata and of the prompt's first line."""
+    assert task_key(row, [{"role": "user", "content": prompt}, PAIR[1]]) == expected
+
+
+def test_equal_messages_have_equal_hashes():
+    """Different texts, roles and borders between messages give different hashes."""
+    user, answer = PAIR
+    assert content_hash(PAIR) == content_hash([dict(user), dict(answer)])
+    others = [
+        [answer, user],
+        [{**user, "content": "HiBye"}],
+        [{**user, "content": "H"}, {**answer, "content": "iBye"}],
+        [{**user, "role": "system"}, answer],
+    ]
+    assert len({content_hash(PAIR), *map(content_hash, others)}) == 5
+
+
+# File types
+
+
+@pytest.fixture
+def table() -> list[dict[str, Any]]:
+    return [{"prompt": f"question {number}", "completion": f"答え {number}"} for number in range(3)]
+
+
+def expected_answers(table: list[dict[str, Any]]) -> list[str]:
+    return [row["completion"] for row in table]
+
+
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, table: list[dict[str, Any]]):
+    """json, JSON lines, csv, parquet, and a folder written by save_to_disk with and without splits."""
+    lines = write_lines(tmp_path / "rows.jsonl", *table)
+    (tmp_path / "array.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
+    (tmp_path / "lines.json").write_text(lines.read_text(encoding="utf-8"), encoding="utf-8")
+    pyarrow.parquet.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    text = "prompt,completion\n" + "".join(f'"{row["prompt"]}",{row["completion"]}\r\n' for row in table)
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8-sig", newline="")
+    dataset = datasets.Dataset.from_list(table)
+    dataset.save_to_disk(tmp_path / "flat")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(tmp_path / "splits")
+    for name in ("rows.jsonl", "array.json", "lines.json", "rows.parquet", "rows.csv", "flat", "splits"):
+        assert [chat[-1]["content"] for chat in messages(load(tmp_path / name))] == expected_answers(table), name
+    assert len(load(tmp_path / "splits", split="test").dataset) == 1
+    assert 'no split "val"; there are train, test' in reason(tmp_path / "splits", split="val")
+
+
+def test_limit_takes_the_first_rows(tmp_path: Path, table: list[dict[str, Any]]):
+    """Counted before rows are dropped; more than there are is all of them."""
+    path = write_lines(tmp_path / "rows.jsonl", *table)
+    assert [len(load(path, limit=limit).dataset) for limit in (1, 2, 9)] == [1, 2, 3]
+
+
+def test_an_edited_file_is_noticed(tmp_path: Path):
+    """The cache goes by content: the same path with another text gives the other rows, the old text the old key."""
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    before = load(path)
+    write_lines(path, {"prompt": "a", "completion": "c"})
+    after = load(path)
+    assert [messages(rows)[0][-1]["content"] for rows in (before, after)] == ["b", "c"]
+    assert before.fingerprint != after.fingerprint
+    write_lines(path, {"prompt": "a", "completion": "b"})
+    assert load(path).fingerprint == before.fingerprint
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path):
+    """Nothing to read is no error of the file; the mix says that nothing is left."""
+    for name in ("empty.jsonl", "empty.json", "empty.csv"):
+        (tmp_path / name).write_text("\n", encoding="utf-8")
+        assert len(load(tmp_path / name).dataset) == 0
+
+
+def test_columns_of_any_kind_beside_the_wanted_ones(tmp_path: Path):
+    """Metadata whose fields change their type from row to row breaks Arrow's own JSON reader, not this one."""
+    path = write_lines(
+        tmp_path / "rows.jsonl",
+        {"messages": PAIR, "metadata": {"format": "json", "score": 1, "type": "generation"}},
+        {"messages": PAIR, "metadata": {"format": "csv", "score": "high", "tags": [1, "a"]}, "extra": None},
+        {"messages": PAIR, "metadata": None, "pack": 3},
+    )
+    rows = load(path)
+    assert rows.dataset["task_key"][:] == ["text_to_json", "text_to_csv", ""]
+    assert rows.dataset["pack"][:] == ["", "", "3"]
+
+
+# Broken files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "line 2: broken JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n\n[1]\n', "line 4: a row is an object with columns, this is list"),
+        ("a.jsonl", b'{"text": "a"}\n\x00\n', "line 2: broken JSON"),
+        ("a.json", b'[{"text": "a"},\n {"text": }]', "line 2: broken JSON"),
+        ("a.json", b'[{"text": "a"}\n {"text": "b"}]', "line 2: broken JSON (a comma or the end"),
+        ("a.json", b'[{"text": "a"},\n', "line 2: broken JSON"),
+        ("a.json", b'[{"text": "a"}', "broken JSON (a comma or the end"),
+        ("a.json", b"[1, 2]", "row 1: a row is an object with columns, this is int"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "one JSON value where a list of rows belongs"),
+        ("a.json", b'{"text": "a"}\n{"text": \n', "line 2: broken JSON"),
+        ("a.csv", b'prompt,completion\na,b\na,"b\n', "line 3: broken CSV"),
+        ("a.csv", b"prompt,completion\na,b\na,b,c\n", "line 3: more fields than the 2 columns"),
+        ("a.parquet", b"no parquet", "not a readable Parquet file"),
+        ("a.txt", b"text", "the file types known are .csv, .json, .jsonl, .parquet"),
+    ],
+)
+def test_a_broken_file_names_file_and_line(tmp_path: Path, name: str, content: bytes, expected: str):
+    """One line that says where and what, for every file type."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    text = reason(path)
+    assert str(path) in text
+    assert expected in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_another_encoding_is_named_and_can_be_given(tmp_path: Path, suffix: str):
+    """A cp932 file: the byte, the encoding that would read it, and then it is read with it."""
+    rows = {".jsonl": '{"text": "日本語"}\n', ".json": '[{"text": "日本語"}]', ".csv": "text\n日本語\n"}
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(rows[suffix].encode("cp932"))
+    offset = rows[suffix].index("日")
+    assert f'byte {offset} is not utf-8; give the source "encoding": "cp932"' in reason(path)
+    assert messages(load(path, encoding="cp932")) == [[{"role": "text", "content": "日本語"}]]
+    path.write_bytes(rows[suffix].encode("utf-16"))
+    assert '"encoding": "utf-16"' in reason(path)
+    assert messages(load(path, encoding="utf-16")) == [[{"role": "text", "content": "日本語"}]]
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path):
+    """Files from Windows begin with one."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
+    assert messages(load(path)) == [[{"role": "text", "content": "a"}]]
+
+
+def test_missing_things_are_told_apart(tmp_path: Path):
+    """A file's ending or a path's beginning make it a path; a folder must be one of save_to_disk."""
+    assert reason(tmp_path / "none.jsonl") == f"there is no file {tmp_path / 'none.jsonl'}"
+    assert reason("none.csv") == "there is no file none.csv"
+    assert reason(tmp_path / "none") == f"there is no file or folder {tmp_path / 'none'}"
+    assert "not a folder written by save_to_disk" in reason(tmp_path)
+
+
+# The hub
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "no such data set on the hub"),
+        (datasets.exceptions.DatasetNotFoundError("'a/b' is a gated dataset. Log in"), "it is gated or private"),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "there is no such file or folder here and the hub cannot"),
+        (ValueError('Unknown split "x". There is [train].\nmore'), 'Unknown split "x". There is [train].'),
+    ],
+)  # fmt: skip
+def test_hub_errors_in_plain_words(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str):
+    """Not found, gated and unreachable are three different things to do."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert expected in reason("a/b")
+
+
+def test_hub_options_reach_load_dataset(monkeypatch: pytest.MonkeyPatch):
+    """id, name, revision and split are passed on as they are."""
+    asked = []
+
+    def answer(source: str, **options: object) -> datasets.Dataset:
+        asked.append((source, options))
+        return datasets.Dataset.from_list([{"messages": PAIR}])
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    assert messages(load("a/b", name="en", revision="v1", split="test")) == [PAIR]
+    assert asked == [("a/b", {"name": "en", "revision": "v1", "split": "test"})]
+
+
+# Properties
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TEXTS, TEXTS), max_size=6))
+def test_no_row_is_lost_silently(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]):
+    """Rows kept and rows counted as dropped are together the rows of the file; kept texts are unchanged."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = load(write_lines(path, *({"prompt": prompt, "completion": answer} for prompt, answer in pairs)))
+    assert len(rows.dataset) + rows.dropped.total() == len(pairs)
+    assert [(chat[0]["content"], chat[1]["content"]) for chat in messages(rows)] == [
+        pair for pair in pairs if pair[1].strip()
+    ]
+
+
+# Real data
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_real_data_sets_are_read_whole():
+    """Row counts and conversions of the data sets the source documents name."""
+    columns = {"prompt": "question", "completion": "answer"}
+    kept = {
+        "structured_cot_512_v2.jsonl": 3933, "structured_cot_512.jsonl": 3445, "doid_paths_train.jsonl": 2808,
+        "socratic_ja_dialogues.json": 2660, "gpteacher_roleplay.json": 1923, "ner_wikipedia_ja.json": 5343,
+    }  # fmt: skip
+    loaded = {name: load(SHARED / name) for name in kept}
+    assert {name: len(rows.dataset) for name, rows in loaded.items()} == kept
+    assert loaded["socratic_ja_dialogues.json"].dropped == {"empty answer": 2}
+    assert len(load(SHARED / "gsm8k_train.jsonl", columns=columns).dataset) == 7473
+    keys = loaded["structured_cot_512_v2.jsonl"].dataset["task_key"][:]
+    assert sum(not key.startswith("text_to_") for key in keys) == 1485
+    assert (keys.count("text_to_toml"), keys.count("toml_to_yaml"), keys.count("csv_to_json")) == (500, 39, 23)
