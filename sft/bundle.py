@@ -4,45 +4,52 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft import files
+from sft import files, ranks
 
 if TYPE_CHECKING:
     from sft.trainer import StagedTrainer
 
 # Where the ranks write before a folder gets its name.
 STAGING = ".saving"
-# Pickles that the Trainer adds and nobody needs to use a result, and peft's model card (the report says more).
+# A pickle that the Trainer adds and nothing reads, and peft's model card (the report says more).
 UNWANTED = ("training_args.bin", "README.md")
 
 
 @contextmanager
-def published_together(target: Path, *, main: bool, wait: Callable[[], None], sealed: bool = False) -> Iterator[Path]:
+def published_together(target: Path, *, main: bool, sealed: bool = False) -> Iterator[Path]:
     """A folder that all ranks fill and that appears at `target` when all are done (`files.published_folder` is for one
-    process alone). `wait` is the barrier; `sealed` adds checksums, by which damage is noticed before use.
+    process alone). `sealed` adds checksums, by which damage is noticed before use.
     """
     staging = target.parent / STAGING / target.name
     if main:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging.parent, ignore_errors=True)  # also what a killed process left there
         staging.mkdir(parents=True)
-    wait()
-    yield staging
-    wait()
-    if main:
-        with files.published_folder(target) as folder:
-            for path in staging.iterdir():
-                if path.name not in UNWANTED or (sealed and path.name != "README.md"):
-                    path.rename(folder / path.name)
-            if sealed:
-                files.seal(folder)
-        shutil.rmtree(staging.parent)
-    wait()
+    ranks.wait(f"the folder for {target.name}")
+    try:
+        yield staging
+        ranks.wait(f"all processes to write {target.name}")
+        if main:
+            _publish(staging, target, sealed=sealed)
+    finally:
+        if main:  # on a full disk what was half written makes room again
+            shutil.rmtree(staging.parent, ignore_errors=True)
+    ranks.wait(f"the main process to publish {target.name}")
+
+
+def _publish(staging: Path, target: Path, *, sealed: bool) -> None:
+    with files.published_folder(target) as folder:
+        for path in staging.iterdir():
+            if path.name not in UNWANTED:
+                path.rename(folder / path.name)
+        if sealed:
+            files.seal(folder)
 
 
 def serializable(value: Any) -> Any:
@@ -96,7 +103,7 @@ def best_model_record(trainer: StagedTrainer, metrics: dict[str, float]) -> dict
 def write_result(trainer: StagedTrainer, folder: Path) -> None:
     """Puts the final adapter (or model) and tokenizer into `folder`, each file whole; all ranks call it together."""
     result = folder / ".result"
-    with published_together(result, main=trainer.args.should_save, wait=trainer.accelerator.wait_for_everyone) as aside:
+    with published_together(result, main=trainer.args.should_save) as aside:
         trainer.save_model(str(aside), _internal_call=True)
     if trainer.args.should_save:
         # The weights come last: whoever finds them finds the rest as well.

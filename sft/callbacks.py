@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from sft import files
+from sft.checkpoints import RHYTHM
 from sft.settings import metric_direction
 from sft.signals import STOP, Stopped
 
 if TYPE_CHECKING:
     from sft.trainer import StagedTrainer
-
-RHYTHM = "rhythm.json"
 
 
 def stop_agreed(trainer: StagedTrainer) -> bool:
@@ -26,8 +26,8 @@ def stop_agreed(trainer: StagedTrainer) -> bool:
     if trainer.args.world_size == 1:
         return told
     votes = trainer.accelerator.reduce(torch.tensor([float(told)], device=trainer.args.device), "sum")
-    if votes.item() > 0 and not told:
-        STOP.number = 15
+    if votes.item() > 0:
+        STOP.agree()
     return votes.item() > 0
 
 
@@ -56,15 +56,23 @@ class StageRhythm(TrainerCallback):
             raise KeyError(f"SFT_METRIC_FOR_BEST={name} is not among the metrics of this run: {known}")
         value = metrics[self.metric]
         greater = metric_direction(name)
-        better = self.best is None or (value > self.best if greater else value < self.best)
+        better = math.isfinite(value) and (
+            self.best is None or (value > self.best if greater else value < self.best)
+        )
         self.without_improvement = 0 if better else self.without_improvement + 1
         if better:
             self.best, self.best_step = value, self.trainer.state.global_step
+        self.stop_when_patience_ends()
+        return better
+
+    def stop_when_patience_ends(self) -> None:
+        """Early stopping; also when a run resumes from the checkpoint at which an earlier one had stopped."""
         patience = self.trainer.settings.early_stopping_patience
         if 0 < patience <= self.without_improvement:
-            print(f"Stopping early: {name} has not improved for {patience} evaluations (best {self.best:.4f}).")
+            if self.trainer.args.should_save:
+                best = f"best {self.best:.4f} at step {self.best_step}" if self.best is not None else "no best"
+                print(f"Stopping early: {self.metric} has not improved for {patience} evaluations ({best}).")
             self.trainer.control.should_training_stop = True
-        return better
 
     # Stopping
 
@@ -91,6 +99,7 @@ class StageRhythm(TrainerCallback):
         loss = trainer._tr_loss.detach().reshape(1).to(trainer.args.device)
         tokens = torch.tensor([trainer.tokens_seen], device=trainer.args.device)
         record = {
+            "metric": self.metric,
             "best": self.best,
             "best_step": self.best_step,
             "without_improvement": self.without_improvement,
@@ -105,6 +114,7 @@ class StageRhythm(TrainerCallback):
     def restore(self, folder: Path) -> None:
         """Reads rhythm.json before training starts."""
         self.restored = files.read_json(folder / RHYTHM)
+        self.metric = self.restored["metric"]
         self.best, self.best_step = self.restored["best"], self.restored["best_step"]
         self.without_improvement = self.restored["without_improvement"]
         rank = self.trainer.args.process_index
@@ -120,6 +130,9 @@ class StageRhythm(TrainerCallback):
             if restored["evaluation_due"]:  # a signal cut it off
                 metrics = self.trainer.evaluate()
                 self.trainer._determine_best_metric(metrics, None)
+                self.evaluation_due = False
+            else:
+                self.stop_when_patience_ends()
 
 
 class Metrics(TrainerCallback):

@@ -11,6 +11,8 @@ from sft.files import DamagedFile, damage, is_sealed, read_json, remove_folder
 if TYPE_CHECKING:
     from sft.stages import Stage
 
+RHYTHM = "rhythm.json"
+"""What the run's own counters were: best so far, evaluations without improvement, loss since the last log."""
 _NAME = re.compile(r"^checkpoint-(\d{1,18})$")
 
 
@@ -74,6 +76,14 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
     except (FileNotFoundError, DamagedFile):
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def evaluation_due(checkpoint: Path) -> bool:
+    """Whether a stop signal cut off the evaluation of the checkpoint's step, which is then made up for."""
+    try:
+        return bool(read_json(checkpoint / RHYTHM)["evaluation_due"])
+    except (FileNotFoundError, DamagedFile, KeyError, TypeError):
+        return False
 
 
 def rotate(folder: Path, keep: int, *, protect: Collection[Path] = ()) -> list[Path]:

@@ -75,32 +75,39 @@ def load_ladder(options: argparse.Namespace) -> list[Settings]:
 def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs `main` with the options and turns its end into an exit code; people never see a traceback."""
     options = parser().parse_args(argv)
-    STOP.install()
+    STOP.install(processes=launched().processes)
     try:
         return main(options) or 0
     except Problems as found:
-        say_problems(found.problems)
+        say_problems(found.problems, every_rank=found.every_rank)
         return 2
     except Stopped as stop:
-        say(f"Stopped by {stop}. The same command goes on from the last checkpoint.")
-        return stop.exit_code
+        return stopped(stop)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the end of the line: whatever a library raised becomes one plain message
         say("\n".join([f"[ERROR] {explain(error)}", *getattr(error, "__notes__", [])]), every_rank=True)
-        return 1
+        # A signal that also reached a library's own processes shows as their failure.
+        return 1 if STOP.number is None else stopped(Stopped(STOP.number))
+    finally:
+        STOP.deferred = True  # nothing is left to interrupt
+
+
+def stopped(stop: Stopped) -> int:
+    say(f"Stopped by {stop}. The same command goes on from the last checkpoint.")
+    return stop.exit_code
 
 
 def say(text: str, *, every_rank: bool = False) -> None:
     """To stderr, on the main process alone or on every rank with its number."""
-    rank, processes = launched()
+    rank, processes = launched()[:2]
     if rank == 0 or every_rank:
         print(f"rank {rank}: {text}" if every_rank and processes > 1 else text, file=sys.stderr, flush=True)
 
 
-def say_problems(problems: Sequence[str]) -> None:
+def say_problems(problems: Sequence[str], *, every_rank: bool = False) -> None:
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} to solve; nothing was written"
-    say("\n".join([*(f"[ERROR] {hide_secrets(text)}" for text in problems), count]))
+    say("\n".join([*(f"[ERROR] {hide_secrets(text)}" for text in problems), count]), every_rank=every_rank)
 
 
 def explain(error: BaseException) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from transformers.integrations import is_deepspeed_zero3_enabled  # noqa: E402
 
-from sft import files  # noqa: E402
+from sft import files, ranks  # noqa: E402
 from sft.bundle import parameter_counts, write_result  # noqa: E402
+from sft.callbacks import stop_agreed  # noqa: E402
 from sft.data.frequency import EdgeMask  # noqa: E402
 from sft.data.mixture import prepare as prepare_mix  # noqa: E402
 from sft.errors import RunFailed  # noqa: E402
@@ -56,10 +56,6 @@ __all__ = [
     "train",
 ]
 
-# Another node merges or labels this long before a rank gives up waiting.
-WAITING_HOURS = 6
-
-
 def say(text: str) -> None:
     """One line on the main process."""
     if PartialState().is_main_process:
@@ -68,7 +64,7 @@ def say(text: str) -> None:
 
 def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     """The rows of the stage; the main process makes the labels, the others find them cached."""
-    with PartialState().main_process_first():
+    with ranks.main_first("the main process to read the data"):
         mix = prepare_mix(settings, tokenizer, say=say)
     for warning in mix.warnings:
         say(warning)
@@ -97,8 +93,7 @@ def merge_parents(stage: Stage) -> str:
     """
     if not stage.adapters:
         return stage.start_model
-    state = PartialState()
-    if state.is_main_process and not stage.merged_base_is_current():
+    if PartialState().is_main_process and not stage.merged_base_is_current():
         say("Merging earlier adapters into the base model (needs memory and disk space for a moment) ...")
         record = merge(
             stage.start_model,
@@ -112,7 +107,7 @@ def merge_parents(stage: Stage) -> str:
             say(f"[WARNING] {warning}")
         say(f"Merged {len(stage.adapters)} adapters in {record.seconds:.1f} s: {stage.merged_base}")
         stage.update(merge=merge_facts(stage))
-    wait_for_merge(stage, state)
+    wait_for_merge(stage)
     return str(stage.merged_base)
 
 
@@ -152,21 +147,20 @@ def merge_facts(stage: Stage) -> dict[str, Any]:
     return {name: record.get(name) for name in names}
 
 
-def wait_for_merge(stage: Stage, state: PartialState) -> None:
+def wait_for_merge(stage: Stage) -> None:
     """Ranks other than the main one wait until the merged base is there.
 
     Raises:
-        RunFailed: it never came: the main process failed, or this node does not see the output folder.
+        RunFailed: the merge did not end in time, or this node does not see the output folder.
     """
-    end = time.monotonic() + timedelta(hours=WAITING_HOURS).total_seconds()
-    while not state.is_main_process and not stage.merged_base_is_current():
-        if time.monotonic() > end:
-            raise RunFailed(
-                f"Rank {state.process_index} waited {WAITING_HOURS} h for {stage.merged_base}. Either the merge failed "
-                "on the main process, or this node does not see SFT_OUT_LORA_DIR: it must be on shared storage."
-            )
-        time.sleep(1.0)
-    state.wait_for_everyone()
+    record = stage.merged_base / "merge.json"
+    main = PartialState().is_main_process
+    made = ranks.from_main(record.read_text(encoding="utf-8") if main else None, "the merge of earlier adapters")
+    if not ranks.sees(record, made):
+        raise RunFailed(
+            f"{stage.merged_base} was merged by the main process, but {socket.gethostname()} does not see it: "
+            "SFT_OUT_LORA_DIR must be on storage that all nodes share."
+        )
 
 
 def score_earlier_models(stage: Stage, evaluation: GenerationEvaluation | None) -> Earlier | None:
@@ -178,9 +172,24 @@ def score_earlier_models(stage: Stage, evaluation: GenerationEvaluation | None) 
 def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
     """The stage's MLflow run around training, on the main process alone. Ended by what ended the block."""
     settings = stage.settings
-    if not PartialState().is_main_process or "mlflow" not in settings.report_to:
-        yield None
-        return
+    tracker = start_tracking(stage, mix) if PartialState().is_main_process and "mlflow" in settings.report_to else None
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker:
+            tracker.close(status)
+        if status == "KILLED" and STOP.agreed:
+            ranks.leave()
+
+
+def start_tracking(stage: Stage, mix: Mix) -> Tracker:
+    """The stage's MLflow run with its parameters and tags."""
+    settings = stage.settings
     tracker = Tracker(settings, stage.folder, run_id=stage.manifest.get("mlflow_run_id"), say=say)
     values = {name: record["value"] for name, record in settings.record().items()}
     tracker.log_parameters(values | {"train_rows": len(mix.train), "val_rows": len(mix.val)})
@@ -193,15 +202,7 @@ def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
             "sources": ", ".join(f"{s['id']} {s.get('fingerprint') or ''}" for s in stage.manifest["sources"]),
         }
     )
-    status = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except Stopped:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close(status)
+    return tracker
 
 
 def build_edge_mask(mix: Mix, settings: Settings) -> EdgeMask | None:
@@ -292,7 +293,8 @@ def train(stage: Stage, trainer: StagedTrainer) -> None:
         trainer.save_after_stop()
     finally:
         STOP.deferred = False
-    if trainer.rhythm.stopped:
+    # A signal after the last step had nothing to cut short in there.
+    if trainer.rhythm.stopped or stop_agreed(trainer):
         raise Stopped(STOP.number or 15)
 
 

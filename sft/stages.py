@@ -222,6 +222,8 @@ class Stage:
         if path.exists():
             last = checkpoints.step_of(self.checkpoint) if self.checkpoint else -1
             kept = [record for record in read_records(path) if _is_at_most(record.get("step"), last)]
+            if self.checkpoint and checkpoints.evaluation_due(self.checkpoint):
+                kept = [record for record in kept if record["step"] < last or "eval_loss" not in record]
             write_text(path, "".join(json_text(record, indent=None) + "\n" for record in kept))
 
     def _save(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ from sft.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
 from sft.bundle import STAGING, best_model_record, published_together
 from sft.callbacks import Metrics, Readable, StageRhythm
 from sft.checkpoints import rotate
-from sft.errors import RunFailed
+from sft.finite import finite_norm, named_rows, require_finite
 from sft.generation import answering, preserved_random_state
 from sft.model import adapter_config, compute_dtype
+from sft.signals import follow_parent
 
 if TYPE_CHECKING:
     import datasets
@@ -93,23 +94,6 @@ def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool,
     )
 
 
-def finite_norm(norm: torch.Tensor | float | None, *, step: int, rows: Sequence[int]) -> float | None:
-    """The gradient norm of a step as a number.
-
-    Raises:
-        RunFailed: it is infinite or not a number; names the step and its rows.
-    """
-    number = norm.item() if isinstance(norm, torch.Tensor) else norm
-    if number is None or math.isfinite(number):
-        return number
-    named = ", ".join(str(row) for row in rows[:16])
-    raise RunFailed(
-        f"Loss or gradient is not finite at step {step} (gradient norm {number}). Nothing was updated and no checkpoint "
-        f"of it was written. Training rows of this step: {named}. Try a lower SFT_LR, SFT_MAX_GRAD_NORM=1.0, or "
-        "SFT_DTYPE=bfloat16 instead of float16; look at the rows."
-    )
-
-
 class StagedTrainer(SFTTrainer):
     """SFTTrainer over rows that are already labelled.
 
@@ -178,6 +162,7 @@ class StagedTrainer(SFTTrainer):
             batch_sampler=batches,
             collate_fn=join,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=follow_parent,
             pin_memory=args.dataloader_pin_memory,
         )
 
@@ -224,7 +209,7 @@ class StagedTrainer(SFTTrainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """The gradient's norm; a non-finite one ends the run before the optimizer step, naming the rows."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return finite_norm(norm, step=self.state.global_step + 1, rows=self.step_rows)
+        return finite_norm(norm, step=self.state.global_step + 1, rows=named_rows(self))
 
     # Evaluation
 
@@ -268,9 +253,14 @@ class StagedTrainer(SFTTrainer):
 
     # Saving and stopping
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer does; weights that are not finite are never written."""
+        require_finite(self.model, self.state.global_step)
+        super().save_model(output_dir, _internal_call=_internal_call)
+
     def _run_epoch(self, **keywords: Any) -> None:
-        """A run stopped after its last step has nothing left to train; the Trainer would take one step more."""
-        if self.state.global_step >= self.state.max_steps:
+        """A run resumed after its last step has nothing left to train; the Trainer would take one step more."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**keywords)
@@ -282,8 +272,8 @@ class StagedTrainer(SFTTrainer):
 
     def save_best(self, metrics: dict[str, float]) -> None:
         """best_model/: adapter, model configuration, tokenizer and best_model_info.json."""
-        wait, main = self.accelerator.wait_for_everyone, self.args.should_save
-        with published_together(self.stage.folder / "best_model", main=main, wait=wait) as folder:
+        main = self.args.should_save
+        with published_together(self.stage.folder / "best_model", main=main) as folder:
             self.save_model(str(folder), _internal_call=True)
             if main:
                 self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
@@ -296,8 +286,8 @@ class StagedTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, written aside, sealed with checksums and renamed; old ones removed afterwards."""
         name = f"checkpoint-{self.state.global_step}"
-        wait, main = self.accelerator.wait_for_everyone, self.args.should_save
-        with published_together(self.stage.folder / name, main=main, wait=wait, sealed=True) as folder:
+        main = self.args.should_save
+        with published_together(self.stage.folder / name, main=main, sealed=True) as folder:
             super()._save_checkpoint(model, trial)
             self.rhythm.save(folder)
         if main:
