@@ -183,6 +183,8 @@ def measure(name: str, load: Load, folder: Path) -> dict[str, Any]:
     """Train on random rows and return the figures, the same on every rank. `folder` takes a checkpoint and is spent."""
     config = model_config(name)
     config.eos_token_id = config.pad_token_id = 0  # as the stand-in tokenizer has them
+    # Before the arguments: from then on ZeRO-3 would share out every model that is made, counted ones too.
+    total, active = matmul_parameters(config)
     args = training_arguments(load, folder)
     state, dtype = PartialState(), getattr(torch, load.dtype)
     rate = matrix_rate(state.device, dtype)
@@ -196,7 +198,6 @@ def measure(name: str, load: Load, folder: Path) -> dict[str, Any]:
     trainer.train()
     # peft puts the adapter into the model it is given; ZeRO-3 leaves empty shapes and the real size beside them.
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    total, active = matmul_parameters(config)
     figures = {
         "step_seconds": float(np.median(clock.seconds[load.warmup :])),
         "peak_memory_bytes": peak_memory(),
@@ -255,11 +256,13 @@ def conditions(trainer: BenchmarkTrainer) -> dict[str, Any]:
 
     names: Sequence[str] = ("torch", "transformers", "peft", "trl", "accelerate")
     on_gpu = torch.cuda.is_available()
+    kind = str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]
+    plugin = trainer.accelerator.state.deepspeed_plugin
     return {
         "processes": trainer.args.world_size,
         "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
         "threads_per_process": torch.get_num_threads(),
-        "distributed": str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1],
+        "distributed": f"ZeRO-{plugin.zero_stage}" if plugin else kind,
         "attention": trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation,
         "versions": {name: version(name) for name in names},
     }

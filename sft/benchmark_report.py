@@ -14,7 +14,7 @@ Summary = Mapping[str, Any]
 NEEDED = {"model", "nodes", "processes", "tokens_per_second", "step_seconds", "load"}
 SPEED = (
     "model",
-    "device",
+    "device, launch",
     "nodes",
     "devices",
     "tokens/s",
@@ -82,7 +82,7 @@ def speed_rows(runs: Sequence[Summary]) -> list[list[str]]:
     return [
         [
             run["series"],
-            str(run.get("device", "–")),
+            f"{run.get('device', '–')}, {run.get('distributed', '–')}",
             str(run["nodes"]),
             str(run["processes"]),
             f"{run['tokens_per_second']:,.0f}",
