@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from sft import files
+from sft.attention import confine_rows
 from sft.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
 from sft.bundle import STAGING, best_model_record, published_together
 from sft.callbacks import Metrics, Readable, StageRhythm
@@ -120,6 +121,7 @@ class StagedTrainer(SFTTrainer):
         self.generation, self.on_metrics = generation, on_metrics
         self.step_rows: list[int] = []
         self.tokens_seen = 0
+        confine_rows(model, stage.settings)
         super().__init__(
             model=model,
             args=args,

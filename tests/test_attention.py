@@ -1,0 +1,146 @@
+"""Row-wise attention: what joined rows give under it, against padded batches under transformers' own attention."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from sft.attention import NAME, RowsUnknown, attend, confine_rows, row_lengths
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+LENGTHS = (5, 1, 9, 3)
+
+
+def llama() -> Any:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.5))
+
+
+def mistral(window: int | None) -> Any:
+    torch.manual_seed(1)
+    return MistralForCausalLM(MistralConfig(**SIZES, initializer_range=0.5, sliding_window=window))
+
+
+def gpt2() -> Any:
+    torch.manual_seed(1)
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.5}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **sizes))
+
+
+def rows() -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    return [torch.randint(0, 50, (length,)) for length in LENGTHS]
+
+
+def joined(model: Any) -> torch.Tensor:
+    """Logits of the rows joined into one sequence, (19, 50)."""
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    return model(input_ids=torch.cat(rows())[None], position_ids=positions, use_cache=False).logits[0]
+
+
+def padded(model: Any) -> torch.Tensor:
+    """Logits of the same tokens in a padded batch under sdpa, in the same order."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows(), batch_first=True)
+    seen = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
+    return model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits[seen]
+
+
+def test_a_row_ends_where_positions_restart():
+    """Rows of 3, 1 and 2 tokens; a single row is whole, also when its positions do not start at 0."""
+    assert row_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
+    assert row_lengths(torch.tensor([[7, 8, 9]])) == [3]
+
+
+@pytest.mark.parametrize("build", [llama, lambda: mistral(None), lambda: mistral(4), gpt2])
+def test_logits_and_gradients_are_those_of_the_padded_batch(build: Callable[[], Any], make_settings: Any):
+    """Grouped heads, no window and one shorter than a row, learnt positions: differences below 1e-4 of the largest."""
+    reference, model = build(), build()
+    assert confine_rows(model, make_settings())
+    assert model.config._attn_implementation == NAME
+    weights = torch.randn(sum(LENGTHS), 50, generator=torch.Generator().manual_seed(3))
+    expected, found = padded(reference), joined(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        largest = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=2e-4 * largest, msg=name)
+
+
+def test_no_row_sees_another():
+    """Another first row leaves the logits of the rows after it bit-identical."""
+    model = llama()
+    model.set_attn_implementation(NAME)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    ids = torch.cat(rows())[None]
+    changed = ids.clone()
+    changed[0, : LENGTHS[0]] = 7
+    first, second = (
+        model(input_ids=each, position_ids=positions, use_cache=False).logits[0] for each in (ids, changed)
+    )
+    assert torch.equal(first[LENGTHS[0] :], second[LENGTHS[0] :])
+    assert not torch.equal(first[: LENGTHS[0]], second[: LENGTHS[0]])
+
+
+def test_no_mask_is_made_for_joined_rows(monkeypatch: pytest.MonkeyPatch):
+    """The T x T mask is what costs; only a window or padding still asks for one."""
+    made = []
+    monkeypatch.setattr("sft.attention.sdpa_mask", lambda **keywords: made.append(keywords["q_length"]))
+    model = llama()
+    model.set_attn_implementation(NAME)
+    joined(model)
+    assert made == []
+    padded(model)
+    assert made == [max(LENGTHS)]
+
+
+def test_left_padded_generation_is_that_of_sdpa():
+    """Batched greedy answers to prompts of 5, 1, 9 and 3 tokens."""
+    batch = torch.full((4, max(LENGTHS)), 0)
+    seen = torch.zeros_like(batch)
+    for number, row in enumerate(rows()):
+        batch[number, -len(row) :] = row
+        seen[number, -len(row) :] = 1
+    model = llama()
+    answers = []
+    for name in ("sdpa", NAME):
+        model.set_attn_implementation(name)
+        answers.append(model.generate(batch, attention_mask=seen, max_new_tokens=8, do_sample=False, pad_token_id=0))
+    assert torch.equal(*answers)
+
+
+def test_a_model_that_hides_positions_keeps_its_attention(make_settings: Any, monkeypatch: pytest.MonkeyPatch):
+    """Without positions rows cannot be told apart: an error in the attention, sdpa for the model."""
+    states = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(RowsUnknown):
+        attend(torch.nn.Module(), states, states, states, None)
+    model = llama()
+    for layer in model.model.layers:
+        attention = layer.self_attn.forward
+        monkeypatch.setattr(
+            layer.self_attn, "forward", lambda *a, position_ids, forward=attention, **k: forward(*a, **k)
+        )
+    assert not confine_rows(model, make_settings())
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("setting", [{"attn": "sdpa"}, {"attn": "eager"}, {"torch_compile": True}])
+def test_what_the_person_chose_stands(setting: dict[str, Any], make_settings: Any):
+    """Only SFT_ATTN=auto without compilation is ours to decide."""
+    model = llama()
+    assert not confine_rows(model, make_settings(**setting))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_saved_configuration_does_not_name_it(tmp_path: Path, make_settings: Any):
+    """Anybody's transformers loads best_model/config.json."""
+    model = llama()
+    assert confine_rows(model, make_settings())
+    model.config.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
