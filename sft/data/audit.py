@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sft.data.chat_template import PROBE, TEMPLATE_ERRORS, ChatTemplate, template_of
 from sft.data.masks import MASKED
-from sft.data.rendering import PROBE, TEMPLATE_ERRORS, ChatTemplate, Rendered, is_plain, template_of
+from sft.data.rendering import Rendered, is_plain
 from sft.data.shapes import Message
 from sft.data.sources import Rows
 from sft.data.tokens import encoder

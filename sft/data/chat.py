@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from sft.data.builtin_templates import chat_template_for
+from sft.data.chat_template import template_of
 from sft.data.masks import MASKED, label_row, schema, with_labels
 from sft.data.parallel import cores, in_order
-from sft.data.rendering import Rendered, render, template_of
+from sft.data.rendering import Rendered, render
 from sft.data.shapes import Dropped
-from sft.data.sources import Rows
+from sft.data.sources import SCHEMA, Rows
 from sft.data.store import Write, key_of, stored
-from sft.data.templates import chat_template_for
 from sft.data.tokens import Encoded, encoder
 
 if TYPE_CHECKING:
@@ -92,7 +93,11 @@ def _label_all(
 
     def label_from(start: int) -> tuple[pa.Table, dict[str, Counter[str]]]:
         table = tables[start : start + _ROWS_AT_ONCE]
-        rendered = render(template, table["messages"].to_pylist(), eos=tokenizer.eos_token or "")
+        chats = table["messages"].to_pylist()
+        if template is not None and not template.takes_system:
+            chats = [template.fitted(chat) for chat in chats]
+            table = table.set_column(0, SCHEMA.field("messages"), pa.array(chats, SCHEMA.field("messages").type))
+        rendered = render(template, chats, eos=tokenizer.eos_token or "")
         return _label_batch(table, rendered, encode([row.text if row else "" for row in rendered]), settings)
 
     processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)

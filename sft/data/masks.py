@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from sft.data import frequency
-from sft.data.rendering import Rendered, Span
+from sft.data.chat_template import Span
+from sft.data.rendering import Rendered
 from sft.data.shapes import Dropped
 from sft.data.sources import SCHEMA
 from sft.data.tokens import Encoded
