@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-
 from sft.errors import Problems
 
 # A repository often carries the same weights in several formats: safetensors first, pickles only without them.
@@ -18,6 +15,9 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder, None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         snapshot = Path(
             snapshot_download(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from sft.base_model import model_folder
 from sft.errors import Problems
@@ -131,6 +132,7 @@ def check_target(target: Path) -> None:
 
 def export(origin: Origin, target: Path) -> MergeRecord:
     """Merges, verifies and publishes the model with tokenizer and card at `target`."""
+    disable_progress_bar()
 
     def finish(folder: Path, record: MergeRecord) -> None:
         if origin.tokenizer:

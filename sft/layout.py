@@ -6,7 +6,6 @@ The model is built without memory (meta device) and transformers' own conversion
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,20 +23,8 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from sft.errors import Problems
+from sft.places import Place, PlainLayout, UnknownLayout
 from sft.weights import Stored
-
-
-class UnknownLayout(Exception):
-    """This adapter cannot be placed on the checkpoint tensor by tensor; PEFT itself has to merge it."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One tensor on disk that holds a parameter: all of it, or rows `first_row`... of its slice `expert`."""
-
-    key: str
-    expert: int | None = None
-    first_row: int = 0
 
 
 def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -52,10 +39,11 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
         ) from error
 
 
-class Layout:
+class Layout(PlainLayout):
     """Parameter names of `model` to the places that hold them on disk, and which parameters share one."""
 
     def __init__(self, model: PreTrainedModel, stored: Iterable[Stored]) -> None:
+        super().__init__(stored)
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
@@ -63,29 +51,30 @@ class Layout:
         self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._meta = dict(model.state_dict(keep_vars=True))
-        self.keys = {tensor.name: tensor for tensor in stored}
         self.places: dict[str, list[Place]] = {}
         self._unknown: set[str] = set()
         self._find(self.keys)
 
+    def module(self, name: str) -> nn.Module | None:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            return None
+
     def parameter_name(self, key: str) -> tuple[str, str | None]:
-        """The name in memory of a name on disk, and the pattern of the conversion it goes through, if any."""
         prefix = self.model.base_model_prefix
         return rename_source_key(key, self._renamings, self._converters, prefix, self._meta)
 
     def whereabouts(self, parameter: str) -> list[Place]:
-        """Where a parameter lies on disk; [] when it is not there, UnknownLayout when its conversion is a rarer one."""
         if parameter in self._unknown:
             raise UnknownLayout(f"the checkpoint stores {parameter} in a form that is not plain")
         return self.places.get(parameter, [])
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """The shape in memory of a parameter, or of a checkpoint key that is none."""
         found = self.parameters.get(parameter)
         return self.keys[parameter].shape if found is None else tuple(found.shape)
 
     def is_transposed(self, parameter: str) -> bool:
-        """True when the weight is stored (in, out), so that an adapter's B A has to be turned."""
         module, _, leaf = parameter.rpartition(".")
         if parameter not in self.parameters:
             return False

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from sft.errors import Problems, RunFailed
 from sft.files import sha256
-from sft.layout import Layout, UnknownLayout
+from sft.places import PlainLayout, UnknownLayout
 from sft.weights import Stored, load, read_header
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -84,6 +83,12 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, tensors, sha256(folder / WEIGHTS))
 
 
+def modules_of(adapter: Adapter) -> list[str]:
+    """Names of everything the adapter changes, as PEFT has them; tensors saved in full by their own name."""
+    saved = [name for name in adapter.tensors if not LORA_KEY.match(name)]
+    return [*_modules(adapter.tensors), *saved]
+
+
 def is_plain(adapter: Adapter) -> bool:
     """True when the adapter is LoRA or DoRA and changes nothing but weights."""
     config = adapter.config
@@ -91,7 +96,7 @@ def is_plain(adapter: Adapter) -> bool:
     return config.get("peft_type") == "LORA" and initialised and not any(config.get(name) for name in SPECIAL)
 
 
-def updates_of(adapters: Iterable[Adapter], layout: Layout) -> dict[str, list[Update]]:
+def updates_of(adapters: Iterable[Adapter], layout: PlainLayout) -> dict[str, list[Update]]:
     """Parameter (or, for experts stored one by one, checkpoint key) -> its updates in the order of the adapters.
 
     Raises UnknownLayout where PEFT has to do it, RunFailed naming every adapter tensor that has no place in the model.
@@ -109,7 +114,7 @@ def updates_of(adapters: Iterable[Adapter], layout: Layout) -> dict[str, list[Up
     return dict(updates)
 
 
-def _place(number: int, adapter: Adapter, layout: Layout, updates: dict[str, list[Update]]) -> list[str]:
+def _place(number: int, adapter: Adapter, layout: PlainLayout, updates: dict[str, list[Update]]) -> list[str]:
     homeless = []
     for module, parts in _modules(adapter.tensors).items():
         parameter = _target(module, adapter.config, layout)
@@ -140,21 +145,14 @@ def _modules(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     return dict(modules)
 
 
-def _target(module: str, config: dict[str, Any], layout: Layout) -> str | None:
+def _target(module: str, config: dict[str, Any], layout: PlainLayout) -> str | None:
     """The parameter a pair of factors belongs to, None when there is none."""
     plain = re.sub(r"(\.base_layer)+$", "", module)
     depth = module.count(".base_layer")
-    try:
-        owner = layout.model.get_submodule(plain)
-    except AttributeError:
-        key = f"{plain}.weight"
-        if key in layout.keys:  # experts trained one by one, on a version that kept them so
-            return key
-        renamed, conversion = layout.parameter_name(key)
-        if conversion is not None:
-            raise UnknownLayout(f"{key} is fused into {renamed}") from None
-        return renamed if renamed in layout.parameters else None
-    if isinstance(owner, nn.Linear | Conv1D | nn.Embedding):
+    owner = layout.module(plain)
+    if owner is None:
+        return _stored_alone(f"{plain}.weight", layout)
+    if isinstance(owner, nn.Linear | nn.Embedding) or type(owner).__name__ == "Conv1D":
         return f"{plain}.weight"
     wanted = [f"{plain}.{name}" for name, _ in owner.named_parameters(recurse=False)]
     wanted = [name for name in wanted if _is_targeted(name, config.get("target_parameters") or ())]
@@ -165,17 +163,27 @@ def _target(module: str, config: dict[str, Any], layout: Layout) -> str | None:
     raise UnknownLayout(f"{plain} is a {type(owner).__name__}")
 
 
+def _stored_alone(key: str, layout: PlainLayout) -> str | None:
+    """A weight by its name on disk: in plain models, and for experts trained one by one where they were kept so."""
+    if key in layout.keys:
+        return key
+    renamed, conversion = layout.parameter_name(key)
+    if conversion is not None:
+        raise UnknownLayout(f"{key} is fused into {renamed}")
+    return renamed if renamed in layout.parameters else None
+
+
 def _is_targeted(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _full_name(name: str, layout: Layout) -> str | None:
+def _full_name(name: str, layout: PlainLayout) -> str | None:
     """The parameter that a tensor saved in full stands for."""
     plain = name.removeprefix(PREFIX).replace(".modules_to_save.default", "").replace(".base_layer.", ".")
     return plain if plain in layout.parameters else None
 
 
-def _low_rank(number: int, adapter: Adapter, parameter: str, parts: dict[str, Stored], layout: Layout) -> LowRank:
+def _low_rank(number: int, adapter: Adapter, parameter: str, parts: dict[str, Stored], layout: PlainLayout) -> LowRank:
     where = f"{adapter.folder}: {parameter}"
     if missing := {"lora_A", "lora_B"} - parts.keys():
         raise RunFailed(f"{where} has no {missing.pop()}: the adapter file is incomplete. Train the stage again.")

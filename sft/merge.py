@@ -20,10 +20,9 @@ from sft import files
 from sft.base_model import model_folder, read_config
 from sft.errors import Problems, RunFailed
 from sft.fold import Folded, Job, Output, copy, fold, jobs_of, written
-from sft.layout import Layout, UnknownLayout, meta_model
-from sft.lora import Adapter, LowRank, Update, factors, read_adapter, updates_of
-from sft.merge_peft import merge_with_peft
+from sft.lora import Adapter, LowRank, Update, factors, modules_of, read_adapter, updates_of
 from sft.placement import Wanted, place
+from sft.places import PlainLayout, UnknownLayout, is_plain
 from sft.weights import (
     DTYPES,
     FLOATS,
@@ -91,11 +90,13 @@ def merge(
     identities = [{"path": str(adapter.folder), "sha256": adapter.sha256} for adapter in loaded]
     record = MergeRecord(str(base), commit, identities, dtype or "")
     with _disk_full_explained(target), files.published_folder(target) as partial:
-        model = meta_model(folder, trust_remote_code=trust_remote_code)
         try:
             with _shards(folder, target) as shards:
-                untied = _stream(model, shards, loaded, partial, record)
+                layout = _layout(folder, config, loaded, shards, trust_remote_code=trust_remote_code)
+                untied = _stream(layout, shards, loaded, partial, record)
         except UnknownLayout as reason:
+            from sft.merge_peft import merge_with_peft
+
             record.path = "peft"
             record.warnings.append(f"merged by PEFT, with the whole model in memory: {reason}")
             untied = merge_with_peft(folder, loaded, partial, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -159,11 +160,27 @@ def _shards(folder: Path, target: Path) -> Iterator[dict[str, list[Stored]]]:
         yield {path.name.replace("pytorch_model", "model"): read_header(path) for path in paths}
 
 
+def _layout(
+    folder: Path,
+    config: dict[str, Any],
+    adapters: list[Adapter],
+    shards: dict[str, list[Stored]],
+    *,
+    trust_remote_code: bool,
+) -> PlainLayout:
+    """Where parameters lie: known for plain models, else asked of transformers, whose import takes seconds."""
+    stored = [tensor for tensors in shards.values() for tensor in tensors]
+    if is_plain(config, [name for a in adapters for name in modules_of(a)], [tensor.name for tensor in stored]):
+        return PlainLayout(stored)
+    from sft.layout import Layout, meta_model
+
+    return Layout(meta_model(folder, trust_remote_code=trust_remote_code), stored)
+
+
 def _stream(
-    model: Any, shards: dict[str, list[Stored]], adapters: list[Adapter], partial: Path, record: MergeRecord
+    layout: PlainLayout, shards: dict[str, list[Stored]], adapters: list[Adapter], partial: Path, record: MergeRecord
 ) -> bool:
     """Writes the merged shards into `partial`; True when tied embeddings had to be parted."""
-    layout = Layout(model, [tensor for tensors in shards.values() for tensor in tensors])
     updates = updates_of(adapters, layout)
     dtype = NAMES[getattr(torch, record.dtype)] if record.dtype else None
     wanted, untied = place(layout, shards, updates, dtype)

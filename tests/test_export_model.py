@@ -1,0 +1,230 @@
+"""export_model.py: the whole lineage of a stage, verified, with tokenizer and card; mistakes named before any merge."""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from sft.manifest import blank_manifest
+from sft.probe import FILE as PROBE
+from sft.probe import store_probe
+from sft.program import run
+
+PROGRAM = Path(__file__).resolve().parents[1] / "official_content" / "export_model.py"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 130}
+CONFIG = LlamaConfig(intermediate_size=48, num_key_value_heads=1, initializer_range=0.2, **SIZES)
+
+
+def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    words = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet())[:129])}
+    tokenizer = Tokenizer(WordLevel(words | {"?": 129}, unk_token="?"))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", chat_template="{{ messages }}")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def save_manifest(folder: Path, number: int, base: Path, parents: list[Path], **fields) -> None:
+    digests = [hashlib.sha256((p / "adapter_model.safetensors").read_bytes()).hexdigest() for p in [*parents, folder]]
+    settings = {"SFT_LR": 1e-4, "SFT_LORA_R": 2, "SFT_LORA_ALPHA": 4}
+    manifest = blank_manifest() | {
+        "stage": number,
+        "status": "complete",
+        "base_model": str(base),
+        "parents": [{"stage": n, "adapter_sha256": digests[n - 1]} for n in range(1, number)],
+        "settings": {name: {"value": value, "origin": "default"} for name, value in settings.items()},
+        "sources": [{"id": f"org/rows{number}", "drawn": 70, "fingerprint": None}],
+        "train_rows": 70,
+        "steps": 9,
+        "metrics": {"eval_loss": 1.25},
+        "adapter_sha256": digests[-1],
+    }
+    (folder / "stage.json").write_text(json.dumps(manifest | fields))
+
+
+@pytest.fixture
+def ladder(tmp_path) -> tuple[Path, list[Path]]:
+    """(base, [out_stage1, out_stage2]): two stages trained one on the other, the second with a probe."""
+    base, stages = tmp_path / "base", [tmp_path / "out_stage1", tmp_path / "out_stage2"]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(base)
+    save_tokenizer(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for number, folder in enumerate(stages, start=1):
+        adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn_like(parameter) * 0.3
+        adapted.save_pretrained(folder)
+        store_probe(folder, adapted, save_tokenizer(folder))
+        save_manifest(folder, number, base, stages[: number - 1])
+        model = adapted.merge_and_unload()
+    return base, stages
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """Runs the program; (exit code, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("export_model", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = run(module.main)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def expected_weights(base: Path, adapters: list[Path]) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.state_dict()
+
+
+def assert_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_stage_is_exported_with_all_stages_before_it(export, ladder):
+    """D/merged is base + adapter 1 + adapter 2, loads with its tokenizer, and was verified by the probe."""
+    base, stages = ladder
+    code, out, err = export("--checkpoint_dir", stages[1])
+    assert (code, err) == (0, "")
+    assert_weights(stages[1] / "merged", expected_weights(base, stages))
+    assert AutoTokenizer.from_pretrained(stages[1] / "merged").chat_template == "{{ messages }}"
+    assert f"Merging 2 adapters into {base} ..." in out
+    assert "Verified: KL " in out
+    record = json.loads((stages[1] / "merged" / "merge.json").read_text())
+    assert record["kl"] < 1e-9
+    assert len(record["adapters"]) == 2
+
+
+def test_the_card_names_base_stages_data_and_no_path(export, ladder, tmp_path):
+    """What a reader of the hub needs: base, one line per stage, how it was verified, licence unknown."""
+    export("--checkpoint_dir", ladder[1][1], "--output", tmp_path / "served")
+    card = (tmp_path / "served" / "README.md").read_text(encoding="utf-8")
+    assert "`base` with 2 LoRA adapters folded into its weights" in card
+    assert "| 1 | org/rows1 (70) | 70 | 9 | 0.0001 | 2, 4 | 1.25 |" in card
+    assert "| 2 | org/rows2 (70) | 70 | 9 | 0.0001 | 2, 4 | 1.25 |" in card
+    assert "Verified on probe prompts against base + adapters: mean KL" in card
+    assert "## Licence\nNot stated" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_checkpoint_is_exported_on_its_stages_parents(export, ladder):
+    """checkpoint-X has no manifest of its own: the parents are those of the stage, the adapter is its own."""
+    base, stages = ladder
+    checkpoint = stages[1] / "checkpoint-5"
+    checkpoint.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (checkpoint / name).write_bytes((stages[0] / name).read_bytes())
+    code, out, _ = export("--checkpoint_dir", checkpoint)
+    assert code == 0
+    assert_weights(checkpoint / "merged", expected_weights(base, [stages[0], stages[0]]))
+    assert "Verified: KL " in out
+
+
+def test_a_plain_adapter_goes_into_the_base_it_names(export, ladder):
+    """Without stage.json the base is the one of adapter_config.json, and the card says that stages are not known."""
+    base, stages = ladder
+    for name in ("stage.json", PROBE):
+        (stages[0] / name).unlink()
+    code, out, _ = export("--checkpoint_dir", stages[0])
+    assert code == 0
+    assert_weights(stages[0] / "merged", expected_weights(base, [stages[0]]))
+    assert "Verified: KL " in out
+    assert "Not known: the adapter came without" in (stages[0] / "merged" / "README.md").read_text()
+
+
+def test_a_second_export_replaces_the_first(export, ladder):
+    """An earlier export may be replaced, a folder of something else may not."""
+    stage = ladder[1][0]
+    assert export("--checkpoint_dir", stage)[0] == 0
+    assert export("--checkpoint_dir", stage)[0] == 0
+    code, _, err = export("--checkpoint_dir", stage, "--output", ladder[0])
+    assert code == 2
+    assert err == f"[ERROR] {ladder[0]}: exists and is no earlier export; name another --output\n"
+
+
+def test_weights_that_do_not_answer_like_the_stage_are_not_published(export, ladder):
+    """A probe of another training: exit 1 with the figures, and no folder appears."""
+    stages = ladder[1]
+    (stages[1] / PROBE).write_bytes((stages[0] / PROBE).read_bytes())
+    code, _, err = export("--checkpoint_dir", stages[1])
+    assert code == 1
+    assert err.startswith("[ERROR] The merged model does not answer as base + adapter did: KL ")
+    assert [path.name for path in stages[1].iterdir() if "merged" in path.name] == []
+
+
+def test_a_retrained_parent_is_refused(export, ladder):
+    """Stage 2 does not fit an adapter 1 that was trained again later."""
+    stages = ladder[1]
+    weights = stages[0] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    code, _, err = export("--checkpoint_dir", stages[1])
+    assert code == 2
+    assert f"{stages[0]}: was trained again after stage 2; train stage 2 again with --fresh" in err
+
+
+def test_a_missing_parent_is_refused(export, ladder):
+    """The folder that is not there is named."""
+    stages = ladder[1]
+    stages[0].rename(stages[0].with_name("elsewhere"))
+    code, _, err = export("--checkpoint_dir", stages[1])
+    assert code == 2
+    assert f"{stages[0]}: holds no adapter, but stage 2 was trained on it" in err
+
+
+def test_an_unfinished_stage_is_refused(export, ladder):
+    """A running stage has no result yet; its checkpoints are named as the way out."""
+    base, stages = ladder
+    save_manifest(stages[1], 2, base, stages[:1], status="running")
+    code, _, err = export("--checkpoint_dir", stages[1])
+    assert code == 2
+    assert "stage 2 is running; wait for its end, resume it, or name one of its checkpoints" in err
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_folders_without_a_result_are_refused(export, tmp_path, name):
+    """A folder that is missing, or holds no adapter and no model."""
+    code, _, err = export("--checkpoint_dir", tmp_path / name)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "--checkpoint_dir" in err
+
+
+def test_a_push_that_cannot_work_is_refused_before_merging(export, ladder):
+    """Without network, and for a name that is none, nothing is merged; --private alone is a mistake."""
+    stage = ladder[1][0]
+    for arguments in (["--push", "me/model"], ["--push", "no such/name"], ["--private"]):
+        code, _, err = export("--checkpoint_dir", stage, *arguments)
+        assert (code, err[:9]) == (2, "[ERROR] -")
+    assert not (stage / "merged").exists()
+
+
+def test_help_comes_without_torch():
+    """--help is read before anything heavy is imported."""
+    program = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    check = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {program}"
+    started = time.process_time()
+    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False"
+    assert time.process_time() - started < 1
