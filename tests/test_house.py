@@ -1,0 +1,260 @@
+"""The house is kept: imports go one way, files and functions stay small, nothing of a machine or a person is inside."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sft"
+HEAVY = {
+    "accelerate", "bitsandbytes", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "mlflow", "pandas", "peft",
+    "pyarrow", "torch", "transformers", "trl",
+}  # fmt: skip
+LIGHT = ("sft.settings", "sft.stages", "sft.cli", "sft.checkpoints", "sft.files", "sft.errors", "sft.data.frequency")
+LATE = {
+    "sft.trainer",
+    "sft.callbacks",
+    "sft.evaluation",
+    "sft.tracking",
+    "sft.plan",
+    "sft.report",
+    "sft.summary",
+    "sft.run",
+}
+READS_ENVIRONMENT = {
+    "sft.settings": "the settings",
+    "sft.launched": "what a launcher says to the processes it starts",
+    "sft.launch_checks": "whether that agrees with the settings",
+    "sft.hub": "the hub client's own variables, before the client is imported",
+}
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 8
+DEMO_BYTES = 12 * 2**20
+# Hosts anybody can reach, and stand-ins of tests, which have no dot.
+PUBLIC_HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "huggingface.co", "www.apache.org", "www.w3.org"}
+FORBIDDEN = {
+    "a path of a machine": re.compile(r"(?<![\w.~])/(?:work|root|home|Users|mnt|tmp)/[\w.-]"),
+    "a token": re.compile(r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_\w{30,}|\bsk-[\w-]{30,}|\bAKIA[0-9A-Z]{16}"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE" + " KEY"),
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PROGRAMS = [ROOT / "train.py", *sorted((ROOT / "official_content").rglob("*.py"))]
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def at_import(node: ast.AST) -> Iterator[ast.stmt]:
+    """The imports that run when a module is imported: not those in functions or for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            yield from (found for part in child.orelse for found in at_import(part))
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from at_import(child)
+
+
+def names_of(statement: ast.stmt) -> set[str]:
+    """Dotted names an import may load: `from sft import files` is both `sft` and `sft.files`."""
+    if isinstance(statement, ast.Import):
+        return {alias.name for alias in statement.names}
+    assert isinstance(statement, ast.ImportFrom)
+    assert statement.level == 0, "imports name the whole path"
+    return {statement.module or "", *(f"{statement.module}.{alias.name}" for alias in statement.names)}
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    found = {name for statement in at_import(tree_of(MODULES[module])) for name in names_of(statement)}
+    return frozenset(found)
+
+
+@cache
+def closure(module: str) -> frozenset[str]:
+    """Every module of ours that importing this one imports, itself included."""
+    seen, waiting = {module}, [module]
+    while waiting:
+        fresh = (imported(waiting.pop()) & MODULES.keys()) - seen
+        seen |= fresh
+        waiting += fresh
+    return frozenset(seen)
+
+
+def outside(modules: frozenset[str]) -> set[str]:
+    """Packages of others that these modules import."""
+    return {name.split(".")[0] for module in modules for name in imported(module)} - {"sft"}
+
+
+@pytest.mark.parametrize("module", [*LIGHT, *(name for name in MODULES if name.startswith("sft.scoring"))])
+def test_the_lightest_modules_import_nothing_heavy(module: str):
+    """Settings, stages, scoring and the command line answer without torch, transformers or datasets."""
+    assert outside(closure(module)) & HEAVY == set()
+
+
+def test_numpy_is_imported_by_none_of_them_but_frequency():
+    """A settings mistake is answered before numpy is read from the disk."""
+    users = [name for name in MODULES if name in LIGHT or name.startswith("sft.scoring")]
+    assert [name for name in users if "numpy" in outside(closure(name))] == ["sft.data.frequency"]
+
+
+def test_a_process_that_has_read_the_settings_has_loaded_no_heavy_package():
+    """The same by trying: lazily loaded packages would show here."""
+    program = "import sys, sft.cli, sft.settings, sft.stages, sft.scoring, train; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert set(loaded.split()) & HEAVY == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [name for name in MODULES if name.startswith("sft.data") or name in ("sft.model", "sft.merge", "sft.export")],
+)
+def test_data_model_and_merge_know_nothing_of_training_and_reports(module: str):
+    """The second layer imports the first, never the third."""
+    assert closure(module) & LATE == set()
+
+
+def test_imports_run_in_no_circle():
+    """They go one way: graphlib raises CycleError otherwise."""
+    TopologicalSorter({name: (imported(name) & MODULES.keys()) - {name} for name in MODULES}).prepare()
+
+
+def test_nobody_imports_the_programs():
+    """train.py and official_content are entries, not libraries; the demo's scripts share their own records.py."""
+    programs = {program.stem for program in PROGRAMS} - {"records"} | {"official_content"}
+    found = []
+    for path in (*MODULES.values(), *PROGRAMS):
+        imports = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        heads = {name.split(".")[0] for statement in imports for name in names_of(statement)}
+        found += [f"{path.relative_to(ROOT)} imports {name}" for name in heads & programs]
+    assert found == []
+
+
+def reads_environment(tree: ast.Module) -> list[int]:
+    """Lines where the process environment is read; `setdefault` and assignments only write."""
+    writes = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr == "setdefault")
+        or (isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load))
+    }
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "os"
+        and (node.attr == "getenv" or (node.attr == "environ" and id(node) not in writes))
+    ]
+
+
+def test_only_the_settings_read_the_environment():
+    """With the exceptions named above, each with its reason."""
+    readers = {name for name, path in MODULES.items() if reads_environment(tree_of(path))}
+    assert readers - READS_ENVIRONMENT.keys() == set()
+
+
+def test_the_search_for_reads_tells_reading_from_writing():
+    """Three reads, three writes."""
+    reads = "import os\nos.environ['A']\nos.getenv('A')\n'A' in os.environ\n"
+    writes = "os.environ['A'] = '1'\nos.environ.setdefault('A', '1')\ndel os.environ['A']\n"
+    assert reads_environment(ast.parse(reads + writes)) == [2, 3, 4]
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many there are, self and cls left out."""
+    taken = function.args
+    named = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs]
+    return len([each for each in named if each.arg not in ("self", "cls")]) + bool(taken.vararg) + bool(taken.kwarg)
+
+
+def test_files_functions_and_parameter_lists_stay_small():
+    """300 lines a file, 50 a function, 8 parameters."""
+    found = []
+    for path in (*MODULES.values(), *PROGRAMS):
+        name = path.relative_to(ROOT)
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LINES_OF_A_FILE:
+            found.append(f"{name}: {lines} lines")
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LINES_OF_A_FUNCTION or parameters(node) > PARAMETERS:
+                    found.append(f"{name}: {node.name} has {lines} lines, {parameters(node)} parameters")
+    assert found == []
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """The files git keeps; a copy without git skips what needs them."""
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return tuple(path for name in listed.split("\0") if name and (path := ROOT / name).is_file())
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    for path in tracked():
+        content = path.read_bytes()
+        if b"\0" not in content[:1024]:
+            yield str(path.relative_to(ROOT)), content.decode("utf-8")
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_tracked_file_holds(what: str):
+    """Paths of a machine, tokens, private keys."""
+    pattern = FORBIDDEN[what]
+    found = [f"{name}: {match.group()}" for name, text in texts() for match in pattern.finditer(text)]
+    assert found == []
+
+
+def test_the_forbidden_patterns_find_what_they_are_for():
+    """One example each, put together here so that this file does not hold them."""
+    examples = ["/" + "home/me/rows", "hf_" + "a1" * 17, "-----BEGIN RSA PRIVATE" + " KEY-----"]
+    found = [bool(pattern.search(text)) for pattern, text in zip(FORBIDDEN.values(), examples, strict=True)]
+    assert found == [True, True, True]
+
+
+def test_every_host_named_is_a_public_one():
+    """No package registry, mirror or tracking server of one workplace; stand-ins of tests have no dot."""
+    urls = re.compile(r"\bhttps?://(?:[^\s/@\"'`)]*@)?([A-Za-z0-9.-]+)")
+    hosts = {(host.rstrip("."), name) for name, text in texts() for host in urls.findall(text)}
+    assert {(host, name) for host, name in hosts if "." in host} - {
+        (h, n) for h, n in hosts if h in PUBLIC_HOSTS
+    } == set()
+
+
+def test_the_constraints_are_exact_versions_and_nothing_else():
+    """`name==version` on every line: no address of an index, no path."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert [line for line in pins if not re.fullmatch(r"[\w.-]+==[\w.!+]+", line)] == []
+
+
+def test_the_embedded_demo_stays_small():
+    """Model, tokenizer and data together at most 12 MB."""
+    files = [path for path in (ROOT / "official_content" / "demo").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if "__pycache__" not in path.parts) <= DEMO_BYTES
+
+
+def test_the_licence_is_the_plain_apache_text():
+    """201 lines, its appendix not filled in."""
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 201
+    assert "Version 2.0, January 2004" in text
+    assert "Copyright [yyyy] [name of copyright owner]" in text
