@@ -122,4 +122,4 @@ def _label_batch(
             kept.append(row)
         except Dropped as reason:
             counted["dropped"][str(reason)] += 1
-    return with_labels(table.take(kept), labelled, schema(settings)), counted
+    return with_labels(table.take(pa.array(kept, pa.int64())), labelled, schema(settings)), counted

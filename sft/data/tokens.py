@@ -34,7 +34,7 @@ class FastEncoded:
         self.text, self.encoding, self.ids = text, encoding, encoding.ids
 
     def first(self, char: int) -> int:
-        token = bisect_left(range(len(self.ids)), char, key=lambda token: self._span(token)[0])
+        token = bisect_left(range(len(self.ids)), char, key=self._begin) if char else 0
         return token - 1 if token and self._joins_space(token - 1, char) else token
 
     def end(self, char: int) -> int:
@@ -42,6 +42,11 @@ class FastEncoded:
 
     def offsets(self) -> Sequence[tuple[int, int]]:
         return self.encoding.offsets
+
+    def _begin(self, token: int) -> float:
+        """Spaces whose offsets were trimmed away (GPT-2, Llama 3) stand empty behind themselves."""
+        start, end = self._span(token)
+        return start if start < end else start - 0.5
 
     def _joins_space(self, token: int, char: int) -> bool:
         """Whether this token is the word at `char` and only white space before it ("▁word")."""
