@@ -4,10 +4,13 @@ from collections.abc import Iterable
 
 
 class Problems(Exception):
-    """The person must change something (exit code 2). Carries every problem found, each with name, value and remedy."""
+    """The person must change something (exit code 2). Carries every problem found, each with name, value and remedy.
 
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
+    `every_rank`: of several processes not only the main one says it; others may not have the problem.
+    """
+
+    def __init__(self, problems: Iterable[str], *, every_rank: bool = False) -> None:
+        self.problems, self.every_rank = list(problems), every_rank
         super().__init__("\n".join(self.problems))
 
 

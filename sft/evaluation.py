@@ -15,7 +15,7 @@ from sft.generation import generate_answers
 
 if TYPE_CHECKING:
     import datasets
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from transformers import PreTrainedTokenizerBase
 
     from sft.settings import Settings
@@ -53,7 +53,7 @@ class GenerationEvaluation:
         model: Any,
         rows: Sequence[dict[str, Any]],
         *,
-        accelerator: Accelerator | None = None,
+        accelerator: Accelerator | PartialState | None = None,
         interrupted: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """One greedy answer per row."""

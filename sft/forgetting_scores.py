@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from sft import files
+from sft import files, ranks
 from sft.evaluation import ROWS, GenerationEvaluation
 from sft.forgetting import MARGIN, drops
 from sft.lineage import stage_folder
 from sft.manifest import read_manifest
 from sft.model import load_model
+from sft.settings import launched
 
 if TYPE_CHECKING:
     from sft.stages import Stage
@@ -30,6 +31,11 @@ class Earlier:
     """Task scores of earlier models: {model: {tasks: {task key: score, "": overall}}}."""
 
     scores: dict[str, dict[str, TaskScores]] = field(default_factory=dict)
+
+
+def say(text: str) -> None:
+    if PartialState().is_main_process:
+        tqdm.write(text)
 
 
 def task_scores(metrics: dict[str, float]) -> TaskScores:
@@ -55,20 +61,22 @@ def earlier_models(stage: Stage) -> dict[str, str]:
 def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
     """Scores on this stage's rows of every model before the one this stage starts from, loaded one after the other.
 
-    A resumed stage has them in its folder already. Models are not loaded for this under several processes with shared
-    parameters, where each would have to be sharded anew.
+    A resumed stage has them in its folder already. Several processes share the rows; each loads the whole model, so
+    this is left out where the weights are split because they may not fit (ZeRO-3, FSDP).
     """
     path = stage.folder / "earlier_scores.json"
-    if path.exists():
-        return Earlier(files.read_json(path))
+    state = PartialState()
+    known = ranks.from_main(files.read_json(path) if state.is_main_process and path.exists() else None)
+    if known is not None:
+        return Earlier(known)
     earlier = Earlier()
     tasks = f"stage {stage.number}"
-    state = PartialState()
-    for name, source in earlier_models(stage).items() if state.num_processes == 1 else ():
-        tqdm.write(f"Scoring {name} on the rows of stage {stage.number} ...")
+    for name, source in earlier_models(stage).items() if launched().sharding not in ("zero3", "fsdp") else ():
+        say(f"Scoring {name} on the rows of stage {stage.number} ...")
         model = load_model(source, stage.settings)
         model = model.to(state.device) if not getattr(model, "quantization_method", None) else model
-        _, metrics = evaluation.score(evaluation.rows, evaluation.answer(model, evaluation.rows))
+        answers = evaluation.answer(model, evaluation.rows, accelerator=state)
+        _, metrics = evaluation.score(evaluation.rows, answers)
         earlier.scores[name] = {tasks: task_scores(metrics)}
         del model
         gc.collect()
@@ -91,7 +99,7 @@ def ladder_scores(stage: Stage, trainer: StagedTrainer, earlier: Earlier) -> dic
     for parent in stage.parents:
         rows = files.read_records(parent.folder / ROWS)
         if rows:
-            tqdm.write(f"Scoring stage {stage.number} on the rows of stage {parent.stage} ...")
+            say(f"Scoring stage {stage.number} on the rows of stage {parent.stage} ...")
             answers = evaluation.answer(trainer.model, rows, accelerator=trainer.accelerator)
             _, metrics = evaluation.score(rows, answers)
             table[here][f"stage {parent.stage}"] = task_scores(metrics)
@@ -134,5 +142,5 @@ def _record(table: dict[str, dict[str, TaskScores]], margin: float = MARGIN) -> 
         },
     }
     for drop in drops(matrix, margin):
-        tqdm.write(f"[WARNING] Forgetting: {drop.sentence()}")
+        say(f"[WARNING] Forgetting: {drop.sentence()}")
     return matrix

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -83,6 +83,11 @@ def answer_batch(
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def is_split(model: torch.nn.Module) -> bool:
+    """Whether each rank holds only a part of the weights: ZeRO-3 marks them with `ds_id`, FSDP2 has a `device_mesh`."""
+    return any(hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in model.parameters())
+
+
 def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Positions in batches of `size`, longest first: little padding, and running out of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
@@ -97,13 +102,13 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     expected_lengths: Sequence[int] | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
     interrupted: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """One greedy answer per prompt, in the order of `prompts`, the same on every rank.
 
     Work is dealt to the ranks batch by batch; ranks that have none left answer the first prompt once more, so that
-    all of them call the model equally often (ZeRO-3 and FSDP hang otherwise).
+    all of them call the model equally often where each holds a part of it (ZeRO-3 and FSDP hang otherwise).
 
     Args:
         prompts: message lists without the answer.
@@ -115,18 +120,20 @@ def generate_answers(
     batches = batches_by_length(expected_lengths or [len(text) for text in texts], batch_size)
     ranks = accelerator.num_processes if accelerator else 1
     rank = accelerator.process_index if accelerator else 0
+    together = ranks > 1 and is_split(model)
     found: list[tuple[int, str]] = []
     rounds = -(-len(batches) // ranks)
     show = tqdm(range(rounds), desc="generating", leave=False, disable=True if rank or rounds < 2 else None)
     with preserved_random_state(), answering(model):
         for turn in show:
             interrupted()
-            mine = batches[turn * ranks + rank] if turn * ranks + rank < len(batches) else [0]
-            answers = answer_batch(
-                model, tokenizer, [texts[p] for p in mine], max_new_tokens=max_new_tokens, together=ranks > 1
-            )
-            if turn * ranks + rank < len(batches):
-                found += zip(mine, answers, strict=True)
+            idle = turn * ranks + rank >= len(batches)
+            if idle and not together:
+                continue
+            mine = [0] if idle else batches[turn * ranks + rank]
+            asked = [texts[position] for position in mine]
+            answers = answer_batch(model, tokenizer, asked, max_new_tokens=max_new_tokens, together=together)
+            found += [] if idle else zip(mine, answers, strict=True)
     if ranks > 1:
         found = gather_object(found)
     return [answer for _, answer in sorted(found)]

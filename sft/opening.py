@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+from typing import Any
+
+from sft.errors import Problems
+from sft.launch_checks import launch_problems
+from sft.lineage import lock_path
 from sft.quiet import silence_libraries, silence_torch
 from sft.settings import Settings, launched
 from sft.stages import Stage
@@ -11,19 +18,52 @@ def open_stage(settings: Settings, *, fresh: bool) -> Stage:
     """The stage, held by the main process; the others look at it after the main process has decided.
 
     Raises:
-        Problems: anything wrong with lineage, output folder or lock (said by the main process).
+        Problems: anything wrong with lineage, output folder or lock (said by the main process), with how the run was
+            launched, or a node that does not see the output folder (said by its ranks).
     """
     silence_libraries()
     settings.export_passthrough()
+    if problems := launch_problems(settings):
+        raise Problems(problems)
     processes = launched().processes
-    if processes == 1:
-        stage = Stage.open(settings, fresh=fresh, processes=1)
-    else:
-        silence_torch()
-        from accelerate import PartialState
+    return Stage.open(settings, fresh=fresh, processes=1) if processes == 1 else _open_together(settings, fresh=fresh)
 
-        state = PartialState()
-        with state.main_process_first():
-            main = state.is_main_process
-            stage = Stage.open(settings, fresh=fresh and main, main_process=main, processes=processes)
+
+def _open_together(settings: Settings, *, fresh: bool) -> Stage:
+    silence_torch()
+    from sft import ranks
+
+    state = ranks.join()
+    what = f"the main process to open stage {settings.stage}"
+    if state.is_main_process:
+        stage = Stage.open(settings, fresh=fresh, processes=state.num_processes)
+        ranks.from_main(_findings(stage), what)
+    else:
+        found = ranks.from_main(None, what)
+        if found["holder"] is not None and not ranks.sees(Path(found["lock"]), found["holder"]):
+            raise _other_storage(settings)
+        stage = Stage.open(settings, main_process=False, processes=state.num_processes)
+        if any(found[name] != value for name, value in _findings(stage).items() if name != "holder"):
+            raise _other_storage(settings)
+    # Nobody writes there before all have looked.
+    ranks.wait("all processes to open the stage")
     return stage
+
+
+def _findings(stage: Stage) -> dict[str, Any]:
+    """What every rank must find alike, and the holder that stands in the lock file."""
+    lock = lock_path(stage.folder)
+    return {
+        "decision": stage.decision,
+        "checkpoint": stage.checkpoint.name if stage.checkpoint else None,
+        "lock": str(lock),
+        "holder": lock.read_text(encoding="utf-8") if stage.decision != "complete" and lock.exists() else None,
+    }
+
+
+def _other_storage(settings: Settings) -> Problems:
+    text = (
+        f"SFT_OUT_LORA_DIR={settings.out_lora_dir}: {socket.gethostname()} does not see there what the main process "
+        "wrote; name a folder on storage that all nodes share"
+    )
+    return Problems([text], every_rank=True)

@@ -34,5 +34,5 @@ def silence_torch() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # accelerate launch gives each process one thread on the CPU: share the cores instead.
-        if (processes := launched().processes) > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        if (launch := launched()).processes > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_processes))
