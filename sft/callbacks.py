@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,6 @@ class StageRhythm(TrainerCallback):
         """Writes rhythm.json; every rank calls it, the main process writes."""
         trainer = self.trainer
         loss = trainer._tr_loss.detach().reshape(1).to(trainer.args.device)
-        tokens = torch.tensor([trainer.tokens_seen], device=trainer.args.device)
         record = {
             "metric": self.metric,
             "best": self.best,
@@ -106,7 +106,7 @@ class StageRhythm(TrainerCallback):
             "evaluation_due": self.evaluation_due,
             "loss_since_logged": trainer.accelerator.gather(loss).tolist(),
             "last_logged_step": trainer._globalstep_last_logged,
-            "tokens_seen": trainer.accelerator.gather(tokens).tolist(),
+            "tokens_seen": trainer.tokens_seen,
         }
         if trainer.args.should_save:
             files.write_json(folder / RHYTHM, record)
@@ -117,15 +117,15 @@ class StageRhythm(TrainerCallback):
         self.metric = self.restored["metric"]
         self.best, self.best_step = self.restored["best"], self.restored["best_step"]
         self.without_improvement = self.restored["without_improvement"]
-        rank = self.trainer.args.process_index
-        self.trainer.tokens_seen = self.restored["tokens_seen"][rank % len(self.restored["tokens_seen"])]
+        self.trainer.tokens_seen = self.restored["tokens_seen"]
         # Step 0 was evaluated by the run that made the checkpoint.
         self.trainer.args.eval_on_start = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if restored := self.restored:
             losses = restored["loss_since_logged"]
-            self.trainer._tr_loss.fill_(losses[args.process_index % len(losses)])
+            same = len(losses) == args.world_size
+            self.trainer._tr_loss.fill_(losses[args.process_index] if same else sum(losses) / len(losses))
             self.trainer._globalstep_last_logged = restored["last_logged_step"]
             if restored["evaluation_due"]:  # a signal cut it off
                 metrics = self.trainer.evaluate()
@@ -133,6 +133,16 @@ class StageRhythm(TrainerCallback):
                 self.evaluation_due = False
             else:
                 self.stop_when_patience_ends()
+
+
+class AtStart(TrainerCallback):
+    """Calls `action` with the model when training is set up: weights split over the ranks can't answer before."""
+
+    def __init__(self, action: Callable[[Any], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.action(kwargs["model"])
 
 
 class Metrics(TrainerCallback):
@@ -150,17 +160,17 @@ class Metrics(TrainerCallback):
         now, tokens = time.monotonic(), self.trainer.tokens_seen
         then, before = self.last or (now, tokens)
         self.last = (now, tokens)
-        return (tokens - before) * self.trainer.args.world_size / max(now - then, 1e-9)
+        return (tokens - before) / max(now - then, 1e-9)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation's time is not training time."""
         self.last = (time.monotonic(), self.trainer.tokens_seen)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
         if "loss" in logs:
-            logs["tokens"] = self.trainer.tokens_seen * args.world_size
+            logs["tokens"] = self.trainer.tokens_seen
             logs["tokens_per_second"] = round(self.throughput(), 1)
         record = {"step": state.global_step, "time": round(time.time(), 3)} | logs
         self.trainer.on_metrics(record)
@@ -193,7 +203,7 @@ class Readable(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
             tqdm.write(metric_line(state.global_step, logs, state.max_steps))
 

@@ -71,7 +71,7 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
         return Earlier(known)
     earlier = Earlier()
     tasks = f"stage {stage.number}"
-    for name, source in earlier_models(stage).items() if launched().sharding not in ("zero3", "fsdp") else ():
+    for name, source in earlier_models(stage).items() if not launched().splits_weights else ():
         say(f"Scoring {name} on the rows of stage {stage.number} ...")
         model = load_model(source, stage.settings)
         model = model.to(state.device) if not getattr(model, "quantization_method", None) else model

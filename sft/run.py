@@ -16,20 +16,20 @@ silence_torch()
 import torch  # noqa: E402 - the lines above keep deepspeed quiet, which accelerate imports
 import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from transformers.integrations import is_deepspeed_zero3_enabled  # noqa: E402
 
 from sft import files, ranks  # noqa: E402
 from sft.bundle import parameter_counts, write_result  # noqa: E402
-from sft.callbacks import stop_agreed  # noqa: E402
+from sft.callbacks import AtStart, stop_agreed  # noqa: E402
 from sft.data.frequency import EdgeMask  # noqa: E402
 from sft.data.mixture import prepare as prepare_mix  # noqa: E402
 from sft.errors import RunFailed  # noqa: E402
 from sft.evaluation import GenerationEvaluation, questions, show_samples, write_questions  # noqa: E402
 from sft.forgetting_scores import Earlier, ladder_scores, score_earlier  # noqa: E402
 from sft.merge import merge, record_verification  # noqa: E402
-from sft.model import load_model, load_tokenizer, trained_modules  # noqa: E402
+from sft.model import compute_dtype, load_model, load_tokenizer, trained_modules  # noqa: E402
 from sft.probe import FILE as PROBE  # noqa: E402
 from sft.probe import store_probe, verify  # noqa: E402
+from sft.settings import launched  # noqa: E402
 from sft.signals import STOP, Stopped  # noqa: E402
 from sft.tracking import Tracker  # noqa: E402
 from sft.trainer import StagedTrainer, training_arguments  # noqa: E402
@@ -55,6 +55,7 @@ __all__ = [
     "tracked",
     "train",
 ]
+
 
 def say(text: str) -> None:
     """One line on the main process."""
@@ -117,10 +118,31 @@ def load_verified(stage: Stage, base: str) -> PreTrainedModel:
     Raises:
         RunFailed: it does not.
     """
+    splitting = zero3_configuration(stage.settings)  # from_pretrained looks for it
     model = load_model(base, stage.settings)
+    del splitting
+    if not launched().splits_weights:
+        verify_merged(stage, model)
+    return model
+
+
+def zero3_configuration(settings: Settings) -> Any:
+    """Under ZeRO-3 what makes transformers split the weights while they are loaded, as long as it is kept."""
+    if launched().sharding != "zero3":
+        return None
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin()
+    plugin.set_mixed_precision({torch.bfloat16: "bf16", torch.float16: "fp16"}.get(compute_dtype(settings), "no"))
+    plugin.set_deepspeed_weakref()
+    return plugin
+
+
+def verify_merged(stage: Stage, model: PreTrainedModel) -> None:
+    """Compares the merged base with the probe of its last adapter, where there is one, and keeps the figures."""
     probe = stage.adapters[-1].folder / PROBE if stage.adapters else None
-    if probe is None or not probe.exists() or is_deepspeed_zero3_enabled():
-        return model
+    if probe is None or not probe.exists():
+        return
     figures = verify(model, probe)
     if PartialState().is_main_process:
         record_verification(stage.merged_base, figures)
@@ -129,7 +151,6 @@ def load_verified(stage: Stage, base: str) -> PreTrainedModel:
         f"Merged base verified: KL {figures['kl']:.1e}, largest logit difference {figures['max_abs_diff']:.1e} "
         f"(the last adapter moved the model by KL {figures['adapter_kl']:.1e})"
     )
-    return model
 
 
 def keep_probe(stage: Stage, trainer: StagedTrainer) -> None:
@@ -199,9 +220,9 @@ def start_tracking(stage: Stage, mix: Mix) -> Tracker:
             "ladder": ladder,
             "stage": str(stage.number),
             "parents": ", ".join(f"stage {parent.stage} {parent.adapter_sha256[:12]}" for parent in stage.parents),
-            "sources": ", ".join(f"{s['id']} {s.get('fingerprint') or ''}" for s in stage.manifest["sources"]),
         }
     )
+    tracker.log_sources(stage.manifest["sources"])
     return tracker
 
 
@@ -252,6 +273,8 @@ def build_trainer(
         generation=evaluation,
         on_metrics=record_metrics,
     )
+    if launched().splits_weights and stage.checkpoint is None:
+        trainer.add_callback(AtStart(lambda model: verify_merged(stage, model)))  # its adapter does nothing yet
     if evaluation:
         evaluation.on_samples = SampleRecord(stage, trainer, tracker).take
     trained, total = parameter_counts(trainer.model)

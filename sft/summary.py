@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.report import forgetting_table, score_table, write_ladder_report, write_report
+from sft.settings import launched
 
 if TYPE_CHECKING:
     from sft.settings import Settings
@@ -37,6 +38,8 @@ def stage_folders(ladder: Sequence[Settings]) -> list[Path]:
 
 def close_ladder(ladder: Sequence[Settings]) -> None:
     """Writes the report that compares the stages and prints score table, report and how to open MLflow."""
+    if launched().rank > 0:
+        return
     folders = [folder for folder in stage_folders(ladder) if (folder / "stage.json").is_file()]
     report = write_ladder_report(folders, Path(f"{ladder[-1].out_lora_dir}_report.html"))
     if table := score_table(folders):

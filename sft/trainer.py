@@ -104,6 +104,10 @@ class StagedTrainer(SFTTrainer):
     evaluation is exact over tokens and ranks; a non-finite gradient stops the run before the optimizer step.
     """
 
+    model: torch.nn.Module
+    train_dataset: TrainingRows
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -120,7 +124,8 @@ class StagedTrainer(SFTTrainer):
         self.stage, self.settings = stage, stage.settings
         self.generation, self.on_metrics = generation, on_metrics
         self.step_rows: list[int] = []
-        self.tokens_seen = 0
+        self.tokens_seen = 0  # by all ranks
+        self.step_rate: float | None = None
         confine_rows(model, stage.settings)
         super().__init__(
             model=model,
@@ -134,7 +139,7 @@ class StagedTrainer(SFTTrainer):
         packs = pack(train["length"], self.settings.max_seq_len) if self.settings.packing else None
         self.train_dataset = TrainingRows(train, packs=packs, edge_mask=edge_mask, mode=self.settings.masked_loss_mode)
         self.val_rows = TrainingRows(val)
-        self.loss_is_scaled_for_ga = True
+        self.loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared as None, meant as a switch
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.rhythm = StageRhythm(self)
         self.add_callback(self.rhythm)
@@ -171,9 +176,17 @@ class StagedTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Trained tokens of the whole global batch (under a masked loss: their expected number)."""
         self.step_rows = [row for batch in batch_samples for row in batch["rows"]]
-        self.tokens_seen += sum(batch["input_ids"].shape[1] for batch in batch_samples)
-        total = torch.tensor(float(sum(batch["num_items"] for batch in batch_samples)), device=device)
-        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+        self.step_rate = super()._get_learning_rate() if self.is_deepspeed_enabled else None
+        tokens = sum(batch["input_ids"].shape[1] for batch in batch_samples)
+        totals = torch.tensor([float(sum(batch["num_items"] for batch in batch_samples)), tokens], device=device)
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        self.tokens_seen += int(totals[1].item())
+        return totals[0]
+
+    def _get_learning_rate(self) -> float:
+        """The rate the step was made with: DeepSpeed has moved its schedule on when the Trainer asks."""
+        return super()._get_learning_rate() if self.step_rate is None else self.step_rate
 
     # Loss
 
@@ -197,7 +210,7 @@ class StagedTrainer(SFTTrainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Sum of token losses over the trained tokens of the global batch (torchtitan's normalisation)."""
         inputs = {name: value for name, value in inputs.items() if name not in ("rows", "num_items")}
@@ -205,7 +218,7 @@ class StagedTrainer(SFTTrainer):
         losses = self.token_losses(model, inputs, labels)
         if weights is not None:
             losses = losses * weights[labels != -100]
-        loss = losses.sum() / num_items_in_batch.clamp(min=1e-6)
+        loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1e-6)
         return loss * self.accelerator.num_processes
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
@@ -260,7 +273,7 @@ class StagedTrainer(SFTTrainer):
         require_finite(self.model, self.state.global_step)
         super().save_model(output_dir, _internal_call=_internal_call)
 
-    def _run_epoch(self, **keywords: Any) -> None:
+    def _run_epoch(self, **keywords: Any) -> None:  # type: ignore[override]  # by keyword alone
         """A run resumed after its last step has nothing left to train; the Trainer would take one step more."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
