@@ -55,7 +55,7 @@ def _json_lines(path: Path, lines: TextIO | list[str]) -> Iterator[dict[str, Any
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise SourceError(f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from error
         except RecursionError as error:

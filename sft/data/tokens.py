@@ -43,10 +43,10 @@ class FastEncoded:
     def offsets(self) -> Sequence[tuple[int, int]]:
         return self.encoding.offsets
 
-    def _begin(self, token: int) -> float:
+    def _begin(self, token: int) -> int:
         """Spaces whose offsets were trimmed away (GPT-2, Llama 3) stand empty behind themselves."""
         start, end = self._span(token)
-        return start if start < end else start - 0.5
+        return start if start < end else start - 1
 
     def _joins_space(self, token: int, char: int) -> bool:
         """Whether this token is the word at `char` and only white space before it ("▁word")."""
