@@ -80,7 +80,7 @@ def training_config(trainer: StagedTrainer) -> dict[str, Any]:
                 "load_in_8bit": settings.load_in_8bit,
                 "bnb_4bit_use_double_quant": settings.bnb_4bit_use_double_quant,
                 "bnb_4bit_quant_type": settings.bnb_4bit_quant_type,
-                "bnb_4bit_compute_dtype": str(trainer.model.dtype).removeprefix("torch."),
+                "bnb_4bit_compute_dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
             },
         }
     )

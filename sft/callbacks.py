@@ -197,7 +197,8 @@ class Readable(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", leave=False, unit="step", disable=None)
+            done, steps = state.global_step, state.max_steps
+            self.bar = tqdm(total=steps, initial=done, desc="training", leave=False, unit="step", disable=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

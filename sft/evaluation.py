@@ -73,7 +73,7 @@ class GenerationEvaluation:
         """Each row with its answer and score, and the metrics over all."""
         answered = [row | {"answer": answer} for row, answer in zip(rows, answers, strict=True)]
         scores, metrics = scoring.score(
-            self.kind,
+            rows[0].get("kind", self.kind),  # an earlier stage's questions carry their own
             [{name: row[name] for name in ("task", "answer", "reference")} for row in answered],
             fields=self.settings.extraction_fields,
             markers=self.settings.output_markers,

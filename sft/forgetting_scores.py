@@ -103,7 +103,8 @@ def ladder_scores(stage: Stage, trainer: StagedTrainer, earlier: Earlier) -> dic
             answers = evaluation.answer(trainer.model, rows, accelerator=trainer.accelerator)
             _, metrics = evaluation.score(rows, answers)
             table[here][f"stage {parent.stage}"] = task_scores(metrics)
-    return _record(table, stage.settings.forgetting_margin)
+    scored = any(scores for tasks in table.values() for scores in tasks.values())
+    return _record(table, stage.settings.forgetting_margin) if scored else None
 
 
 def _metrics_at(stage: Stage, step: int) -> dict[str, float]:

@@ -57,7 +57,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def prompt_texts(prompts: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    return [str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts]
 
 
 def answer_batch(

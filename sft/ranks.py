@@ -45,6 +45,12 @@ def _end_with_launcher() -> None:
             signal.raise_signal(signal.SIGTERM)
 
 
+def say(text: str) -> None:
+    """One line on the main process."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
 def wait(what: str = "the other processes", *, hours: float = HOURS) -> None:
     """Returns when every rank has come here. Unlike a library's barrier it hears stop signals, has hours, and says
     who is missing.

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sft.quiet import silence_torch
 
 silence_torch()
 
-import torch  # noqa: E402 - the lines above keep deepspeed quiet, which accelerate imports
+import datasets  # noqa: E402 - the lines above keep deepspeed quiet, which accelerate imports
+import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
 from sft import files, ranks  # noqa: E402
+from sft.arguments import training_arguments  # noqa: E402
 from sft.bundle import parameter_counts, write_result  # noqa: E402
 from sft.callbacks import AtStart, stop_agreed  # noqa: E402
 from sft.data.frequency import EdgeMask  # noqa: E402
 from sft.data.mixture import prepare as prepare_mix  # noqa: E402
-from sft.errors import RunFailed  # noqa: E402
-from sft.evaluation import GenerationEvaluation, questions, show_samples, write_questions  # noqa: E402
+from sft.data.readers import SourceError  # noqa: E402
+from sft.data.sources import load_source  # noqa: E402
+from sft.errors import Problems  # noqa: E402
+from sft.evaluation import GenerationEvaluation, questions, write_questions  # noqa: E402
 from sft.forgetting_scores import Earlier, ladder_scores, score_earlier  # noqa: E402
-from sft.merge import merge, record_verification  # noqa: E402
-from sft.model import compute_dtype, load_model, load_tokenizer, trained_modules  # noqa: E402
-from sft.probe import FILE as PROBE  # noqa: E402
-from sft.probe import store_probe, verify  # noqa: E402
+from sft.model import load_tokenizer, trained_modules  # noqa: E402
+from sft.parents import keep_probe, load_verified, merge_parents, verify_merged  # noqa: E402
+from sft.ranks import say  # noqa: E402
+from sft.recording import MetricsRecord, SampleRecord, tracked  # noqa: E402
 from sft.settings import launched  # noqa: E402
 from sft.signals import STOP, Stopped  # noqa: E402
-from sft.tracking import Tracker  # noqa: E402
-from sft.trainer import StagedTrainer, training_arguments  # noqa: E402
+from sft.trainer import StagedTrainer  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from sft.data.mixture import Mix
     from sft.settings import Settings
     from sft.stages import Stage
+    from sft.tracking import Tracker
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -55,12 +55,6 @@ __all__ = [
     "tracked",
     "train",
 ]
-
-
-def say(text: str) -> None:
-    """One line on the main process."""
-    if PartialState().is_main_process:
-        print(text, flush=True)
 
 
 def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
@@ -79,7 +73,7 @@ def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
 def evaluation(stage: Stage, tokenizer: PreTrainedTokenizerBase, mix: Mix) -> GenerationEvaluation | None:
     """The generation evaluation of the stage, None when SFT_GEN_EVAL=none or there is nothing to ask."""
     settings = stage.settings
-    rows = questions(mix.val, settings) if settings.gen_eval != "none" and len(mix.val) else []
+    rows = questions(answered_rows(settings, mix), settings) if settings.gen_eval != "none" else []
     if not rows:
         return None
     if PartialState().is_main_process:
@@ -87,143 +81,24 @@ def evaluation(stage: Stage, tokenizer: PreTrainedTokenizerBase, mix: Mix) -> Ge
     return GenerationEvaluation(settings, stage.folder, tokenizer, rows)
 
 
-def merge_parents(stage: Stage) -> str:
-    """What the stage's adapter goes on: the base model, or the published merge of all earlier adapters.
-
-    The main process merges, all others wait for the folder.
-    """
-    if not stage.adapters:
-        return stage.start_model
-    if PartialState().is_main_process and not stage.merged_base_is_current():
-        say("Merging earlier adapters into the base model (needs memory and disk space for a moment) ...")
-        record = merge(
-            stage.start_model,
-            [parent.folder for parent in stage.adapters],
-            stage.merged_base,
-            dtype=stage.settings.merge_dtype,
-            revision=stage.settings.model_revision,
-            trust_remote_code=stage.settings.trust_remote_code,
-        )
-        for warning in record.warnings:
-            say(f"[WARNING] {warning}")
-        say(f"Merged {len(stage.adapters)} adapters in {record.seconds:.1f} s: {stage.merged_base}")
-        stage.update(merge=merge_facts(stage))
-    wait_for_merge(stage)
-    return str(stage.merged_base)
-
-
-def load_verified(stage: Stage, base: str) -> PreTrainedModel:
-    """The model the stage trains on; a merged one must answer the probe prompts as its last adapter did.
+def answered_rows(settings: Settings, mix: Mix) -> datasets.Dataset:
+    """The rows to draw questions from: those of SFT_GEN_EVAL_DATASET, else the validation rows.
 
     Raises:
-        RunFailed: it does not.
+        Problems: a data set of SFT_GEN_EVAL_DATASET can't be loaded.
     """
-    splitting = zero3_configuration(stage.settings)  # from_pretrained looks for it
-    model = load_model(base, stage.settings)
-    del splitting
-    if not launched().splits_weights:
-        verify_merged(stage, model)
-    return model
-
-
-def zero3_configuration(settings: Settings) -> Any:
-    """Under ZeRO-3 what makes transformers split the weights while they are loaded, as long as it is kept."""
-    if launched().sharding != "zero3":
-        return None
-    from accelerate.utils import DeepSpeedPlugin
-
-    plugin = DeepSpeedPlugin()
-    plugin.set_mixed_precision({torch.bfloat16: "bf16", torch.float16: "fp16"}.get(compute_dtype(settings), "no"))
-    plugin.set_deepspeed_weakref()
-    return plugin
-
-
-def verify_merged(stage: Stage, model: PreTrainedModel) -> None:
-    """Compares the merged base with the probe of its last adapter, where there is one, and keeps the figures."""
-    probe = stage.adapters[-1].folder / PROBE if stage.adapters else None
-    if probe is None or not probe.exists():
-        return
-    figures = verify(model, probe)
-    if PartialState().is_main_process:
-        record_verification(stage.merged_base, figures)
-        stage.update(merge=merge_facts(stage))
-    say(
-        f"Merged base verified: KL {figures['kl']:.1e}, largest logit difference {figures['max_abs_diff']:.1e} "
-        f"(the last adapter moved the model by KL {figures['adapter_kl']:.1e})"
-    )
-
-
-def keep_probe(stage: Stage, trainer: StagedTrainer) -> None:
-    """Stores the trained model's logits on the probe prompts; all ranks call it, the main process keeps it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    with TemporaryDirectory() as elsewhere:
-        folder = stage.folder if trainer.args.should_save else Path(elsewhere)
-        store_probe(folder, model, trainer.processing_class)
-
-
-def merge_facts(stage: Stage) -> dict[str, Any]:
-    """The manifest's `merge` record, from merge.json."""
-    record = files.read_json(stage.merged_base / "merge.json")
-    names = ("max_abs_diff", "kl", "seconds", "peak_rss_bytes", "rounding_loss")
-    return {name: record.get(name) for name in names}
-
-
-def wait_for_merge(stage: Stage) -> None:
-    """Ranks other than the main one wait until the merged base is there.
-
-    Raises:
-        RunFailed: the merge did not end in time, or this node does not see the output folder.
-    """
-    record = stage.merged_base / "merge.json"
-    main = PartialState().is_main_process
-    made = ranks.from_main(record.read_text(encoding="utf-8") if main else None, "the merge of earlier adapters")
-    if not ranks.sees(record, made):
-        raise RunFailed(
-            f"{stage.merged_base} was merged by the main process, but {socket.gethostname()} does not see it: "
-            "SFT_OUT_LORA_DIR must be on storage that all nodes share."
-        )
+    loaded = []
+    for source in settings.gen_eval_sources:
+        try:
+            loaded.append(load_source(source, settings).dataset.select_columns(["messages", "task_key"]))
+        except SourceError as error:
+            raise Problems([f"SFT_GEN_EVAL_DATASET={source.id}: {error}"]) from error
+    return datasets.concatenate_datasets(loaded) if loaded else mix.val
 
 
 def score_earlier_models(stage: Stage, evaluation: GenerationEvaluation | None) -> Earlier | None:
     """How the base model and earlier stages' models do on this stage's rows, before it is trained."""
     return score_earlier(stage, evaluation) if evaluation else None
-
-
-@contextmanager
-def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
-    """The stage's MLflow run around training, on the main process alone. Ended by what ended the block."""
-    settings = stage.settings
-    tracker = start_tracking(stage, mix) if PartialState().is_main_process and "mlflow" in settings.report_to else None
-    status = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except Stopped:
-        status = "KILLED"
-        raise
-    finally:
-        if tracker:
-            tracker.close(status)
-        if status == "KILLED" and STOP.agreed:
-            ranks.leave()
-
-
-def start_tracking(stage: Stage, mix: Mix) -> Tracker:
-    """The stage's MLflow run with its parameters and tags."""
-    settings = stage.settings
-    tracker = Tracker(settings, stage.folder, run_id=stage.manifest.get("mlflow_run_id"), say=say)
-    values = {name: record["value"] for name, record in settings.record().items()}
-    tracker.log_parameters(values | {"train_rows": len(mix.train), "val_rows": len(mix.val)})
-    ladder = str(settings.out_lora_dir)
-    tracker.log_tags(
-        {
-            "ladder": ladder,
-            "stage": str(stage.number),
-            "parents": ", ".join(f"stage {parent.stage} {parent.adapter_sha256[:12]}" for parent in stage.parents),
-        }
-    )
-    tracker.log_sources(stage.manifest["sources"])
-    return tracker
 
 
 def build_edge_mask(mix: Mix, settings: Settings) -> EdgeMask | None:
@@ -257,11 +132,6 @@ def build_trainer(
         settings, stage.folder, checkpointing=checkpoints_gradients(settings), validated=len(mix.val) > 0
     )
 
-    def record_metrics(record: dict[str, Any]) -> None:
-        files.append_line(stage.folder / "metrics.jsonl", files.json_text(record, indent=None))
-        if tracker:
-            tracker.log_metrics(record)
-
     trainer = StagedTrainer(
         model,
         stage=stage,
@@ -271,7 +141,7 @@ def build_trainer(
         val=mix.val,
         edge_mask=edge_mask,
         generation=evaluation,
-        on_metrics=record_metrics,
+        on_metrics=MetricsRecord(stage, tracker).take,
     )
     if launched().splits_weights and stage.checkpoint is None:
         trainer.add_callback(AtStart(lambda model: verify_merged(stage, model)))  # its adapter does nothing yet
@@ -281,27 +151,6 @@ def build_trainer(
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in trained_modules(trainer.model).items())
     say(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %): {kinds}")
     return trainer
-
-
-class SampleRecord:
-    """Shows the first answers before training and after it, and keeps all of them in MLflow's table."""
-
-    def __init__(self, stage: Stage, trainer: StagedTrainer, tracker: Tracker | None) -> None:
-        self.stage, self.trainer, self.tracker = stage, trainer, tracker
-
-    def take(self, samples: list[dict[str, Any]], step: int) -> None:
-        state = self.trainer.state
-        if step == 0 or step >= state.max_steps:
-            when = "before training" if step == 0 else "after training"
-            count = self.stage.settings.num_generate_samples
-            show_samples(samples, count, f"Sample answers of stage {self.stage.number} {when}")
-        if self.tracker:
-            rows = [
-                {"step": step, "task": s["task"], "asked": s["prompt"][-1]["content"]}
-                | {name: s.get(name) for name in ("answer", "reference", "score")}
-                for s in samples
-            ]
-            self.tracker.log_table(rows, "gen_samples.json")
 
 
 def train(stage: Stage, trainer: StagedTrainer) -> None:

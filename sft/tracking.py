@@ -45,7 +45,7 @@ class Tracker:
 
     def __init__(self, settings: Settings, folder: Path, *, run_id: str | None, say: Callable[[str], None]) -> None:
         self.settings, self.folder, self.say = settings, folder, say
-        self.run_id = run_id
+        self.run_id: str = run_id or ""
         self.failures = 0
         self.sent_steps = {"loss": -1, "eval_loss": -1}
         self.monitor: Any = None
@@ -61,7 +61,11 @@ class Tracker:
         self.calls.put(lambda client: self._send_parameters(client, from_settings))
 
     def log_tags(self, tags: dict[str, str]) -> None:
-        self.calls.put(lambda client: [client.set_tag(self.run_id, k, v[:5000]) for k, v in tags.items()] and None)
+        self.calls.put(lambda client: self._send_tags(client, tags))
+
+    def log_sources(self, sources: list[dict[str, Any]]) -> None:
+        """The stage's sources (manifest records) as the run's data sets, each with its fingerprint as digest."""
+        self.calls.put(lambda client: self._send_sources(client, sources))
 
     def log_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -78,7 +82,7 @@ class Tracker:
     def wait_for_run(self, seconds: float) -> str | None:
         """The run's id as soon as it is known, None when the server does not answer in time."""
         self.started.wait(seconds)
-        return self.run_id
+        return self.run_id or None
 
     def close(self, status: str) -> None:
         """Sends what is left and ends the run; gives up after CLOSING_SECONDS. Status: FINISHED, FAILED, KILLED."""
@@ -138,7 +142,7 @@ class Tracker:
         """The run of an earlier start of this stage, if the store still has it; finds out what was sent already."""
         from mlflow.exceptions import MlflowException
 
-        if self.run_id is None:
+        if not self.run_id:
             return None
         try:
             client.update_run(self.run_id, status="RUNNING")
@@ -156,7 +160,8 @@ class Tracker:
         experiment = client.get_experiment_by_name(name)
         location = artifact_location(self.settings.mlflow_tracking_uri)
         number = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
-        return client.create_run(number, run_name=self.settings.run_name).info.run_id
+        name = self.settings.run_name or f"{self.folder.name}"
+        return client.create_run(number, run_name=name).info.run_id
 
     def _start_monitor(self) -> None:
         """GPU, CPU, memory and disk figures every ten seconds, by MLflow itself."""
@@ -172,6 +177,21 @@ class Tracker:
         fresh = [Param(name, value) for name, value in values.items() if name not in known]
         for start in range(0, len(fresh), BATCH_LIMIT):
             client.log_batch(self.run_id, params=fresh[start : start + BATCH_LIMIT])
+
+    def _send_tags(self, client: MlflowClient, tags: dict[str, str]) -> None:
+        for name, value in tags.items():
+            client.set_tag(self.run_id, name, value[:5000])
+
+    def _send_sources(self, client: MlflowClient, sources: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        inputs = []
+        for source in sources:
+            kind, _, digest = (source.get("fingerprint") or "unknown").partition(":")
+            about = {"uri": source["id"], "split": source["split"], "weight": source["weight"]}
+            name = Path(source["id"]).name
+            inputs.append(DatasetInput(Dataset(name, (digest or kind)[:36], kind, files.json_text(about, indent=None))))
+        client.log_inputs(self.run_id, inputs)
 
     def _send_metrics(self, client: MlflowClient, record: dict[str, Any]) -> None:
         from mlflow.entities import Metric

@@ -86,7 +86,7 @@ def test_grouping_by_length_puts_similar_rows_together():
 
 
 def masked_rows(mode: str) -> TrainingRows:
-    """Twenty rows with one unit each at tokens 2:4; the same edge everywhere but in row 0, so M = 10 and keep = 10/19."""
+    """Twenty rows with one unit at tokens 2:4; the same edge everywhere but in row 0, so M = 10 and keep = 10/19."""
     table = datasets.Dataset.from_list([
         {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, 4, 5], "unit_edges": ["rare" if row == 0 else "usual"],
          "unit_starts": [2], "unit_ends": [4]} for row in range(20)
