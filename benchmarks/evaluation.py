@@ -1,0 +1,167 @@
+"""Item 5, evaluation: answers in batches beside one at a time, scoring, and what evaluating, saving, tracking cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Bench, alternate, answer, child, comparison, limit
+from benchmarks.inputs import tiny_model
+
+ANSWERS = 64
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """The table of the item."""
+    folder = bench.folder("evaluation")
+    small = tiny_model(folder / "model", bench.rows, hidden=256, layers=6)
+    model, tokens = (bench.model, 64) if bench.full else (small, 48)
+    sizes = (1, 8, 16, 64)
+
+    def run(size: int) -> dict[str, float]:
+        return child("evaluation", "generate", model, bench.rows, size, tokens).figures()
+
+    figures = alternate({str(size): lambda size=size: run(size) for size in sizes}, 3 if bench.full else bench.rounds)
+    seconds = {size: figures[str(size)]["median"]["seconds"] for size in sizes}
+    speeds = [
+        comparison(
+            f"{ANSWERS} answers, {size} at a time", seconds[1] / seconds[size], 1.0, unit="x", against="one at a time",
+            target=">= 6.0" if size == sizes[-1] else "",
+        )
+        for size in sizes[1:]
+    ]  # fmt: skip
+    scored = child("evaluation", "score", bench.rows).figures()
+    shares = share_of_run(bench, folder, model if bench.full else small)
+    lines = [
+        *speeds,
+        limit("scoring", scored["per_second"], ">= 100", unit="answers/s"),
+        limit("evaluation, saving, tracking in a run", 100 * shares["share"], "<= 10", unit="% of its time"),
+    ]
+    title = f"Evaluation: {ANSWERS} answers of {tokens} tokens from {'SmolLM2-135M' if bench.full else 'a small model'}"
+    return {"title": title, "comparisons": lines, "figures": figures, "scoring": scored, "run": shares}
+
+
+def share_of_run(bench: Bench, folder: Path, model: Path) -> dict[str, float]:
+    """A stage at the default rhythm: how long it evaluates, saves and tracks.
+
+    The real model does one step and one of everything else, which is weighed by the rhythm: 50 steps per evaluation,
+    100 per checkpoint, 10 per log.
+    """
+    values = {
+        "SFT_BASE_MODEL": model, "SFT_DATASET_ID": bench.rows, "SFT_OUT_LORA_DIR": folder / "out", "SFT_LORA_R": 8,
+        "SFT_MAX_STEPS": 4 if bench.full else 100, "SFT_MAX_SEQ_LEN": 1024, "SFT_OVERLONG": "drop",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+    }  # fmt: skip
+    if bench.full:
+        values |= {"SFT_EVAL_STEPS": 4, "SFT_SAVE_STEPS": 4, "SFT_LOGGING_STEPS": 1}
+    (folder / "stage1.env").write_text("".join(f"{name}='{value}'\n" for name, value in values.items()))
+    found = child("evaluation", "run", folder, HF_DATASETS_CACHE=str(bench.folder("cache"))).figures()
+    steps = found["train"] - found["evaluate"] - found["save"] - found["log"]
+    per_step = steps / found["steps"]
+    extra = found["evaluate"] / found["evaluations"] / 50 + found["save"] / found["saves"] / 100
+    extra += found["log"] / found["logs"] / 10
+    return found | {"share": extra / (per_step + extra), "seconds_per_step": per_step}
+
+
+# In a child
+
+
+def generate(model: Path, rows: Path, size: int, tokens: int) -> dict[str, float]:
+    """Greedy answers to the first prompts, every one `tokens` long."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sft.generation import generate_answers
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded.generation_config.min_new_tokens = tokens
+    lines = rows.read_text(encoding="utf-8").splitlines()[:ANSWERS]
+    prompts = [json.loads(line)["messages"][:-1] for line in lines]
+    generate_answers(loaded, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
+    started = time.perf_counter()
+    found = generate_answers(loaded, tokenizer, prompts, max_new_tokens=tokens, batch_size=size)
+    assert len(found) == ANSWERS
+    return {"seconds": time.perf_counter() - started}
+
+
+def score(rows: Path) -> dict[str, float]:
+    """Reference answers scored as `structured` scores a model's."""
+    from sft.scoring import score as score_rows
+
+    read = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()[:2000]]
+    cases = []
+    for row in read:
+        text, kind = row["messages"][-1]["content"], (row.get("metadata") or {}).get("format", "json")
+        cases.append({"answer": text, "reference": text, "task": f"text_to_{kind}"})
+    started = time.perf_counter()
+    _, metrics = score_rows("structured", cases)
+    seconds = time.perf_counter() - started
+    per_second = len(cases) / seconds
+    return {"answers": len(cases), "seconds": seconds, "per_second": per_second, "score": metrics["gen_score"]}
+
+
+def run_stage(env_dir: Path) -> dict[str, float]:
+    """A stage as the program runs it, with a clock around training, evaluating, saving and logging."""
+    import train
+    from sft import cli, run
+    from sft.trainer import StagedTrainer
+
+    clock: dict[str, float] = {}
+    clocked(StagedTrainer, "evaluate", "evaluate", "evaluations", clock)
+    clocked(StagedTrainer, "_save_checkpoint", "save", "saves", clock)
+    clocked(StagedTrainer, "save_best", "save", "bests", clock)
+    clocked(StagedTrainer, "log", "log", "logs", clock)
+    clocked(run, "train", "train", "trainings", clock)
+    steps: list[int] = []
+    finish_run = run.finish
+    run.finish = lambda stage, trainer, *rest: (
+        steps.append(trainer.state.global_step),
+        finish_run(stage, trainer, *rest),
+    )
+    code = cli.command_line(train.main, ["--stage", "1", "--env-dir", str(env_dir)])
+    assert code == 0
+    return clock | {"steps": steps[0]}
+
+
+def clocked(owner: Any, name: str, column: str, counter: str, clock: dict[str, float]) -> None:
+    """Adds up what calls of `owner.name` take; a call inside another of the kind counts once."""
+    plain = getattr(owner, name)
+
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        with counting(clock, column, counter):
+            return plain(*arguments, **keywords)
+
+    setattr(owner, name, timed)
+
+
+_open: set[str] = set()
+
+
+@contextmanager
+def counting(clock: dict[str, float], column: str, counter: str) -> Iterator[None]:
+    nested = bool(_open - {"train"})
+    _open.add(column)
+    started = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started
+    _open.discard(column)
+    if not nested:
+        clock[column] = clock.get(column, 0.0) + seconds
+    clock[counter] = clock.get(counter, 0) + 1
+
+
+def main(name: str, *rest: str) -> None:
+    if name == "generate":
+        answer(generate(Path(rest[0]), Path(rest[1]), int(rest[2]), int(rest[3])))
+    else:
+        answer({"score": score, "run": run_stage}[name](Path(rest[0])))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,169 @@
+"""Item 3, training: our program beside a bare PyTorch loop over the same batches, and beside TRL padded and packed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Bench, alternate, answer, child, comparison, finish
+from benchmarks.training_peers import TRL, bare_loop, train_trl
+
+TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+ROWS_PER_STEP, MICRO_BATCH, SEQUENCE = 8, 2, 1024
+LABELS = {
+    "bare": "bare loop, same batches, attention and head",
+    "bare-sdpa": "bare loop, transformers' attention and head",
+    **{name: found.label for name, found in TRL.items()},
+}
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """The table of the item."""
+    job = TrainingJob(bench)
+    variants: dict[str, Callable[[], dict[str, float]]] = {"ours": job.ours, "bare": job.bare}
+    if bench.full:
+        variants["bare-sdpa"] = lambda: job.bare("sdpa")
+        variants["ours-bfloat16"] = lambda: job.ours(SFT_DTYPE="bfloat16")
+    peers = TRL if bench.full else ("trl", "trl-packed")
+    variants |= {name: lambda name=name: job.trl(name) for name in peers}  # type: ignore[misc]
+    figures = alternate(variants, bench.rounds)
+    return {
+        "title": f"Training: {'SmolLM2-135M' if bench.real else 'a random model of its shape'}, LoRA r 8 on all linear "
+        f"layers, {ROWS_PER_STEP} rows a step, at most {SEQUENCE} tokens a row",
+        "comparisons": lines(figures),
+        "tables": [speeds(figures)],
+        "figures": figures,
+    }
+
+
+def lines(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    middle = {name: found["median"] for name, found in figures.items()}
+    ours = middle["ours"]
+    packed = max((name for name in middle if name.startswith("trl-packed")), key=lambda n: middle[n]["speed"])
+    found = [faster(ours, middle, "bare", ">= 0.97")]
+    found += [faster(ours, middle, "bare-sdpa", "")] if "bare-sdpa" in middle else []
+    found += [faster(ours, middle, "trl", ">= 1.9"), faster(ours, middle, packed, ">= 1.2")]
+    for name, target in (("trl", "<= 0.4"), (packed, ""), ("bare", "")):
+        sizes = ours["peak_bytes"], middle[name]["peak_bytes"]
+        found.append(comparison("peak memory", *sizes, unit="bytes", against=LABELS[name], target=target))
+    for name in ("bare", "trl"):
+        pair = ours["loss"], middle[name]["loss"]
+        found.append(comparison("loss per trained token", *pair, unit="", against=LABELS[name]))
+    return found
+
+
+def faster(ours: dict[str, float], middle: dict[str, Any], name: str, target: str) -> dict[str, Any]:
+    pair = ours["speed"], middle[name]["speed"]
+    return comparison("tokens/s", *pair, unit="tokens/s", against=LABELS[name], target=target)
+
+
+def speeds(figures: dict[str, Any]) -> dict[str, Any]:
+    """All variants, with the spread of their speed over the rounds."""
+    rows = []
+    for name, found in figures.items():
+        middle = found["median"]
+        between = f"{found['lowest']['speed']:.0f} to {found['highest']['speed']:.0f}"
+        size = f"{middle['peak_bytes'] / 1e9:.2f} GB"
+        rows.append([LABELS.get(name, name), f"{middle['speed']:.0f}", between, size, f"{middle['loss']:.4f}"])
+    return {"title": "All variants", "head": ["variant", "tokens/s", "rounds", "peak memory", "loss"], "rows": rows}
+
+
+class TrainingJob:
+    """The same rows for everybody: a stage of ours, its batches for the loop, its rows in its order for TRL.
+
+    Tokens are those of the rows, padding not counted; the first step is not timed.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.steps = 6 if bench.full else 3
+        self.folder = bench.folder("training")
+        lines = bench.rows.read_text(encoding="utf-8").splitlines()
+        self.rows = self.folder / "rows.jsonl"
+        self.rows.write_text("\n".join(lines[: ROWS_PER_STEP * self.steps]) + "\n", encoding="utf-8")
+        self.cache = str(self.folder / "cache")
+        child("training", "prepare", self.stage(), HF_DATASETS_CACHE=self.cache)
+
+    def stage(self, **settings: object) -> Path:
+        folder = self.bench.folder("stage")
+        values = {
+            "SFT_BASE_MODEL": self.bench.model, "SFT_DATASET_ID": self.rows, "SFT_OUT_LORA_DIR": folder / "out",
+            "SFT_LORA_R": 8, "SFT_LORA_ALPHA": 16, "SFT_LORA_TARGET_MODULES": TARGETS, "SFT_MAX_SEQ_LEN": SEQUENCE,
+            "SFT_OVERLONG": "truncate", "SFT_VAL_RATIO": 0, "SFT_PER_DEVICE_TRAIN_BS": MICRO_BATCH, "SFT_EPOCHS": 1,
+            "SFT_GRAD_ACCUM": ROWS_PER_STEP // MICRO_BATCH, "SFT_LOGGING_STEPS": 1, "SFT_LR_SCHEDULER": "constant",
+            "SFT_LR": 1e-4, "SFT_WARMUP_RATIO": 0, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        } | settings  # fmt: skip
+        (folder / "stage1.env").write_text("".join(f"{name}='{value}'\n" for name, value in values.items()))
+        return folder
+
+    def ours(self, **settings: object) -> dict[str, float]:
+        """The program as people run it, every step logged and tracked; from its own record of the steps."""
+        folder = self.stage(**settings)
+        command = [sys.executable, "train.py", "--stage", 1, "--env-dir", folder]
+        finished = finish(command, HF_DATASETS_CACHE=self.cache)
+        text = (folder / "out_stage1" / "metrics.jsonl").read_text(encoding="utf-8")
+        steps = [record for record in map(json.loads, text.splitlines()) if "loss" in record]
+        assert len(steps) == self.steps, steps
+        tokens, seconds = (steps[-1][name] - steps[0][name] for name in ("tokens", "time"))
+        weights = json.loads((self.folder / "trained.json").read_text())
+        loss = sum(step["loss"] * weight for step, weight in zip(steps, weights, strict=True)) / sum(weights)
+        return {"speed": tokens / seconds, "peak_bytes": finished.peak_bytes, "loss": loss}
+
+    def bare(self, attention: str = "rows") -> dict[str, float]:
+        return weighed("training", "bare", self.bench.model, self.folder, attention)
+
+    def trl(self, name: str) -> dict[str, float]:
+        return weighed("training", name, self.bench.model, self.folder)
+
+
+def weighed(*command: Any) -> dict[str, float]:
+    finished = child(*command)
+    return finished.figures() | {"peak_bytes": finished.peak_bytes}
+
+
+def prepare(env_dir: Path) -> None:
+    """Writes our run's batches (batches.pt), its rows in order (ordered.jsonl) and its trained tokens per step."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from sft.batches import EpochBatches, TrainingRows, join
+    from sft.data.mixture import prepare as prepare_mix
+    from sft.settings import load_settings
+
+    settings = load_settings(1, env_dir=env_dir)
+    mix = prepare_mix(settings, AutoTokenizer.from_pretrained(settings.base_model))
+    rows = TrainingRows(mix.train)
+    keys = list(EpochBatches(len(rows), batch_size=settings.per_device_train_bs, seed=settings.seed))
+    batches = [join([rows[key] for key in batch]) for batch in keys]
+    folder = Path(settings.dataset_id or "").parent
+    torch.save(batches, folder / "batches.pt")
+    ordered = [rows.row(0, position) for batch in keys for position in batch]
+    with (folder / "ordered.jsonl").open("w", encoding="utf-8") as file:
+        for row in ordered:
+            file.write(json.dumps({name: row[name].tolist() for name in ("input_ids", "labels")}) + "\n")
+    per_step = settings.grad_accum
+    counts = [batch["num_items"] for batch in batches]
+    trained = [sum(counts[start : start + per_step]) for start in range(0, len(counts), per_step)]
+    (folder / "trained.json").write_text(json.dumps(trained))
+
+
+def main(name: str, *rest: str) -> None:
+    if name == "prepare":
+        prepare(Path(rest[0]))
+        return
+    started = time.perf_counter()
+    model, folder = Path(rest[0]), Path(rest[1])
+    accumulation = ROWS_PER_STEP // MICRO_BATCH
+    if name == "bare":
+        found = bare_loop(model, folder, rest[2], accumulation=accumulation, targets=TARGETS.split(","))
+    else:
+        found = train_trl(model, folder, TRL[name], rows_per_step=ROWS_PER_STEP, targets=TARGETS.split(","))
+    answer(found | {"whole_seconds": time.perf_counter() - started})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
