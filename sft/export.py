@@ -51,6 +51,7 @@ def find_origin(folder: Path) -> Origin:
 
     Raises Problems when a stage it builds on is missing, unfinished, damaged or was trained again since.
     """
+    folder = folder.absolute()
     if not folder.is_dir():
         raise Problems([f"--checkpoint_dir {folder}: no such folder; name OUT_stageN or one of its checkpoints"])
     if is_sealed(folder) and (faults := damage(folder)):
@@ -105,12 +106,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _sibling(stage: Path, number: int, other: int) -> Path:
     """OUT_stageK beside OUT_stageN; only the end of the name is looked at."""
-    stem, found, _ = stage.resolve().name.rpartition(f"_stage{number}")
+    stem, found, _ = stage.name.rpartition(f"_stage{number}")
     if not found:
         raise Problems(
             [f"{stage}: was renamed, its earlier stages cannot be found; call it <name>_stage{number} again"]
         )
-    return stage.resolve().with_name(f"{stem}_stage{other}")
+    return stage.with_name(f"{stem}_stage{other}")
 
 
 def _checked_parent(folder: Path, parent: dict[str, Any], number: int) -> str:

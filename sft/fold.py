@@ -6,12 +6,18 @@ bit for bit what PEFT computes on a model loaded in float32. Blocks are small en
 
 import os
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from sft.errors import RunFailed
+from sft.files import sync
 from sft.lora import LowRank, factors
 from sft.weights import DTYPES, Stored, load, read_bytes, write_bytes
 
@@ -82,6 +88,56 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+
+def write_all(outputs: Sequence[Output]) -> dict[str, list[Folded]]:
+    """Writes all outputs, one thread per core, and reads changed ones back. Tensor name -> what its jobs saw.
+
+    Files go to the disk while later ones are computed: at the end, little is left to wait for.
+    """
+    before = torch.get_num_threads()
+    threads = min(8, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    disk = ThreadPoolExecutor(1)
+    factors.cache_clear()
+    try:
+        return _write(outputs, pool, disk)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        disk.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+        factors.cache_clear()
+
+
+def _write(outputs: Sequence[Output], pool: ThreadPoolExecutor, disk: ThreadPoolExecutor) -> dict[str, list[Folded]]:
+    pending: dict[Path, list[Future[Any]]] = defaultdict(list)
+    folding: list[tuple[Job, Future[Folded]]] = []
+    for output in outputs:
+        if output.is_copy:
+            pending[output.target.path].append(pool.submit(copy, output))
+            continue
+        started = [(job, pool.submit(fold, job)) for job in jobs_of(output)]
+        folding += started
+        pending[output.target.path] += [future for _, future in started]
+    synced = []
+    for path, futures in pending.items():
+        for future in futures:
+            future.result()
+        synced.append(disk.submit(sync, path))
+    sums = list(pool.map(written, [job for job, _ in folding]))
+    for done in synced:
+        done.result()
+    return _collect([(job, future.result()) for job, future in folding], sums)
+
+
+def _collect(folded: list[tuple[Job, Folded]], sums: list[int]) -> dict[str, list[Folded]]:
+    collected: dict[str, list[Folded]] = defaultdict(list)
+    for (job, result), read_back in zip(folded, sums, strict=True):
+        target = job.output.target
+        if read_back != result.checksum:
+            raise RunFailed(f"{target.path}: {target.name} reads back differently from what was written.")
+        collected[target.name].append(result)
+    return collected
 
 
 def jobs_of(output: Output) -> Iterator[Job]:

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from sft import files
 from sft.base_model import model_folder, read_config
 from sft.errors import Problems, RunFailed
-from sft.fold import Folded, Job, Output, copy, fold, jobs_of, written
-from sft.lora import Adapter, LowRank, Update, factors, modules_of, read_adapter, updates_of
+from sft.fold import Folded, Output, write_all
+from sft.lora import Adapter, LowRank, Update, modules_of, read_adapter, updates_of
 from sft.placement import Wanted, place
 from sft.places import PlainLayout, UnknownLayout, is_plain
 from sft.weights import (
@@ -189,7 +188,7 @@ def _stream(
     for name, tensors in wanted.items():
         spots = create_shard(partial / name, [(each.name, each.dtype, each.source.shape) for each in tensors])
         outputs += [(w, Output(w.source, spot, w.terms)) for w, spot in zip(tensors, spots, strict=True)]
-    folded = _run([output for _, output in outputs])
+    folded = write_all([output for _, output in outputs])
     write_index(partial, {name: read_header(partial / name) for name in wanted})
     _conclude(record, adapters, updates, outputs, folded)
     return untied
@@ -203,35 +202,6 @@ def _check_space(partial: Path, wanted: dict[str, list[Wanted]]) -> None:
             f"The merged model needs {needed / 1e9:.1f} GB and {partial.parent} has {free / 1e9:.1f} GB free. "
             "Free space there or point SFT_OUT_LORA_DIR elsewhere."
         )
-
-
-def _run(outputs: list[Output]) -> dict[str, list[Folded]]:
-    """Writes all outputs, one thread per core, and reads changed ones back. Tensor name -> what its jobs saw."""
-    copies = [output for output in outputs if output.is_copy]
-    jobs = [job for output in outputs if not output.is_copy for job in jobs_of(output)]
-    threads, before = min(8, len(os.sched_getaffinity(0))), torch.get_num_threads()
-    factors.cache_clear()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            copying = [pool.submit(copy, output) for output in copies]
-            results = list(pool.map(fold, jobs))
-            for future in copying:
-                future.result()
-            sums = list(pool.map(written, jobs))
-    finally:
-        torch.set_num_threads(before)
-        factors.cache_clear()
-    return _collect(jobs, results, sums)
-
-
-def _collect(jobs: list[Job], results: list[Folded], sums: list[int]) -> dict[str, list[Folded]]:
-    collected: dict[str, list[Folded]] = {}
-    for job, result, checksum in zip(jobs, results, sums, strict=True):
-        name = job.output.target.name
-        if checksum != result.checksum:
-            raise RunFailed(f"{job.output.target.path}: {name} reads back differently from what was written.")
-        collected.setdefault(name, []).append(result)
-    return collected
 
 
 def _conclude(
