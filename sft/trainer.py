@@ -208,6 +208,11 @@ class StagedTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer does; weights that are not finite are never written."""
         require_finite(self.model, self.state.global_step)
+        # Generating leaves its padding in the tokenizer, from where it would go into tokenizer.json.
+        backend = getattr(self.processing_class, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def _run_epoch(self, **keywords: Any) -> None:  # type: ignore[override]  # by keyword alone
