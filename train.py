@@ -33,6 +33,11 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    if options.check and not options.stage:
+        from sft.doctor import doctor
+
+        doctor(options)
+        return
     ladder = cli.load_ladder(options)
     if options.check:
         from sft.plan import check

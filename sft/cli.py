@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sft.document import blank_document, print_documents
 from sft.env import hide_secrets
 from sft.errors import Problems, RunFailed
 from sft.settings import Settings, launched, load_settings
@@ -58,18 +59,35 @@ def stage_numbers(text: str, env_dir: Path) -> list[int]:
 
 
 def load_ladder(options: argparse.Namespace) -> list[Settings]:
-    """The settings of every stage asked for; the mistakes of all of them in one listing."""
-    ladder, problems = [], []
-    for number in stage_numbers(options.stage, options.env_dir):
+    """The settings of every stage asked for; the mistakes of all of them in one listing, and as JSON if asked for."""
+    ladder: list[Settings] = []
+    found: dict[int | None, list[str]] = {}
+    for number in _numbers(options, found):
         try:
             ladder.append(
                 load_settings(number, env_dir=options.env_dir, overrides=options.overrides, strict=options.strict)
             )
-        except Problems as found:
-            problems += [text for text in found.problems if text not in problems]
-    if problems:
-        raise Problems(problems)
+        except Problems as problems:
+            found[number] = problems.problems
+    if found and options.json:
+        print_documents([blank_document(number, problems) for number, problems in found.items()])
+    if found:
+        raise Problems(dict.fromkeys(text for problems in found.values() for text in problems))
     return ladder
+
+
+def _numbers(options: argparse.Namespace, found: dict[int | None, list[str]]) -> list[int]:
+    """The stages asked for; what is wrong with the question is put into `found`."""
+    if options.json and not options.check:
+        found[None] = ["--json: describes what --check finds; write --check --json"]
+    elif not options.stage:
+        found[None] = ["--stage: is missing; give a number such as 1, a range such as 1-3, or all"]
+    else:
+        try:
+            return stage_numbers(options.stage, options.env_dir)
+        except Problems as problems:
+            found[None] = problems.problems
+    return []
 
 
 def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:

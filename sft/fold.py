@@ -22,6 +22,7 @@ from sft.lora import LowRank, factors
 from sft.weights import DTYPES, Stored, load, read_bytes, write_bytes
 
 BLOCK = 256 * 1024  # elements folded at once: 1 MiB of float32 weights beside 1 MiB of update
+SAMPLE = 16 * 1024  # elements of each job that the loss by rounding is estimated from
 JOB = 16 * 1024 * 1024  # elements one thread takes at once
 
 
@@ -68,7 +69,7 @@ class Job:
 @dataclass
 class Folded:
     """What a job saw: whether any stored bit changed, the squared sizes of the update and of what rounding took of it
-    (over the first block of the job, a sample), and a checksum of what was written."""
+    (over the first elements of the job, a sample), and a checksum of what was written."""
 
     changed: bool = False
     update: float = 0.0
@@ -184,7 +185,7 @@ def fold(job: Job) -> Folded:
                 _add(term, job, exact.view(-1, job.columns), first)
             rounded = _scratch.take("rounded", count, DTYPES[target.dtype]).copy_(exact)
             if first == job.first:
-                _sample(result, stored, exact, rounded)
+                _sample(result, stored[:SAMPLE], exact[:SAMPLE], rounded[:SAMPLE])
             result.changed = result.changed or not torch.equal(rounded, stored.to(rounded.dtype))
             result.checksum += checksum(rounded)
             write_bytes(file.fileno(), rounded, target.start + element * rounded.itemsize)
@@ -202,6 +203,7 @@ def written(job: Job) -> int:
 
 
 def _sample(result: Folded, stored: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    result.changed = not torch.equal(rounded, stored.to(rounded.dtype))
     result.update = float((exact - stored.float()).square_().sum())
     result.lost = float((rounded.float() - exact).square_().sum())
 

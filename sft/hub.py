@@ -11,12 +11,22 @@ def offline_unless_reachable() -> bool:
 
     Call it before the first import of huggingface_hub, transformers or datasets: they read the choice once.
     """
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname or "huggingface.co"
+    host = urlsplit(hub_address()).hostname or "huggingface.co"
     # Behind a proxy, names are resolved by the proxy.
     if "HF_HUB_OFFLINE" in os.environ or getproxies().get("https") or _resolves(host):
         return False
     os.environ["HF_HUB_OFFLINE"] = "1"
     return True
+
+
+def hub_address() -> str:
+    """The hub, or the mirror that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def hub_is_off() -> bool:
+    """Whether the person has switched it off."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _resolves(host: str) -> bool:

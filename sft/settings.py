@@ -6,7 +6,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -31,11 +31,13 @@ from sft.kinds import (
     Source,
     Switch,
 )
+from sft.launched import Launched, launched
 from sft.settings_page import page
 
 __all__ = [
     "NAMES",
     "RESULT_NEUTRAL",
+    "Launched",
     "Settings",
     "Source",
     "closest",
@@ -43,6 +45,7 @@ __all__ = [
     "load_settings",
     "metric_direction",
     "settings_page",
+    "tracking_uri",
 ]
 
 
@@ -232,18 +235,6 @@ NAMES = {name_of(attribute): attribute for attribute in Settings.model_fields if
 """Name of every setting -> attribute of `Settings`, in the order of docs/settings.md."""
 
 
-class Launched(NamedTuple):
-    """This process among those that accelerate, torchrun or deepspeed started together."""
-
-    rank: int
-    processes: int
-
-
-def launched() -> Launched:
-    """Rank and number of processes as the launcher put them into the environment; (0, 1) without one."""
-    return Launched(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-
-
 def load_settings(
     stage: int,
     *,
@@ -278,12 +269,18 @@ def load_settings(
         texts["strict"] = "1"
         fixed["origins"]["SFT_STRICT"] = "--strict"
     texts.setdefault("mlflow_experiment_name", f"llm-training-stage{stage}")
-    texts.setdefault("mlflow_tracking_uri", f"sqlite:///{Path(__file__).resolve().parents[1] / 'mlruns' / 'mlflow.db'}")
+    texts.setdefault("mlflow_tracking_uri", tracking_uri({}))
     context = {"variables": {**given.passthrough, **environ}}
     settings, problems = validate(Settings, fixed, texts=texts, given=given, context=context)
     if problems or given.problems:
         raise Problems(problem.text for problem in sorted(problems + given.problems))
     return settings
+
+
+def tracking_uri(environ: Mapping[str, str] | None = None) -> str:
+    """The MLflow store where no stage says another: MLFLOW_TRACKING_URI, else a database inside mlruns/."""
+    database = Path(__file__).resolve().parents[1] / "mlruns" / "mlflow.db"
+    return (os.environ if environ is None else environ).get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
 
 
 def settings_page() -> str:

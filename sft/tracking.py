@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,12 @@ BATCH_LIMIT = 100
 # A silent server holds up one request this long, and the end of a run at most CLOSING seconds.
 REQUEST_SECONDS = "10"
 CLOSING_SECONDS = 20.0
+# After a failure the server is left alone this long; what came meanwhile waits.
+RETRY_SECONDS = 30.0
+MOST_TRIES = 3
+# A record is of one kind; kind and step tell whether a server has it.
+KINDS = ("loss", "eval_loss")
+Call = Callable[["MlflowClient"], None]
 
 
 def artifact_location(uri: str) -> str | None:
@@ -39,18 +46,21 @@ def artifact_location(uri: str) -> str | None:
 class Tracker:
     """One MLflow run per stage, continued on resume.
 
-    Calls are queued and made by a thread; the first failure is said once, later ones are counted. Metrics are in
-    metrics.jsonl in any case, and what a failing server missed is sent again by the next run of the stage.
+    Calls are queued and made by a thread, in order; one that fails is tried again later, so a server may come late or
+    be away for a while. The first failure is said. Metrics are in metrics.jsonl in any case: what a server missed
+    for good is sent by the next start that resumes the stage.
     """
 
     def __init__(self, settings: Settings, folder: Path, *, run_id: str | None, say: Callable[[str], None]) -> None:
         self.settings, self.folder, self.say = settings, folder, say
         self.run_id: str = run_id or ""
-        self.failures = 0
-        self.sent_steps = {"loss": -1, "eval_loss": -1}
+        self.warned = False
+        self.lost = self.tries = 0
+        self.sent: set[tuple[str, int]] = set()
         self.monitor: Any = None
         self.started = threading.Event()
-        self.calls: queue.Queue[Callable[[MlflowClient], None] | None] = queue.Queue()
+        self.client: MlflowClient | None = None
+        self.calls: queue.Queue[Call | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self.thread.start()
 
@@ -89,36 +99,55 @@ class Tracker:
         self.calls.put(lambda client: client.set_terminated(self.run_id, status))
         self.calls.put(None)
         self.thread.join(CLOSING_SECONDS)
-        if self.monitor is not None:
-            self.monitor.finish()
-        if self.thread.is_alive() or self.failures:
+        if self.thread.is_alive() or self.lost:
+            later = "" if status == "FINISHED" else " and are sent when the stage goes on"
             self.say(
-                f"[WARNING] MLflow did not take everything; all metrics are in {self.folder / 'metrics.jsonl'} "
-                "and are sent when the stage is run again"
+                "[WARNING] MLflow did not take everything in time; all metrics are in "
+                f"{self.folder / 'metrics.jsonl'}{later}"
             )
 
     # In the thread
 
     def _work(self) -> None:
-        client = self._attempt(self._open)
-        self.started.set()
+        waiting: deque[Call] = deque()
+        retry_at = 0.0
         while (call := self.calls.get()) is not None:
-            if client is None:
-                self.failures += 1
-            else:
-                self._attempt(lambda call=call: call(client))  # type: ignore[misc]
+            waiting.append(call)
+            if time.monotonic() >= retry_at and not self._send(waiting):
+                retry_at = time.monotonic() + RETRY_SECONDS
+        for call in waiting:
+            self.lost += not self._succeeds(call)
+        if self.monitor is not None:
+            self.monitor.finish()
 
-    def _attempt(self, call: Callable[[], Any]) -> Any:
+    def _send(self, waiting: deque[Call]) -> bool:
+        """Makes the calls in order; False at the first that fails. One the server refuses again and again is given up."""
+        while waiting:
+            if not self._succeeds(waiting[0]):
+                self.tries += 1
+                if self.tries >= MOST_TRIES and self.client is not None:
+                    waiting.popleft()
+                    self.lost, self.tries = self.lost + 1, 0
+                return False
+            waiting.popleft()
+            self.tries = 0
+        return True
+
+    def _succeeds(self, call: Call) -> bool:
         # The one broad except of the project: MLflow raises whatever its database, HTTP and file layers raise, and
-        # contract section 5 of tracking is that none of it may reach training.
+        # none of it may reach training.
         try:
-            return call()
+            if self.client is None:
+                self.client = self._open()
+            self.started.set()
+            call(self.client)
         except Exception as error:
-            self.failures += 1
-            if self.failures == 1:
+            if not self.warned:
                 reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
                 self.say(f"[WARNING] MLflow tracking failed ({hide_secrets(reason)}); training goes on")
-            return None
+            self.warned = True
+            return False
+        return True
 
     def _open(self) -> MlflowClient:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_SECONDS)
@@ -135,6 +164,8 @@ class Tracker:
         set_tracking_uri(uri)
         client = MlflowClient(uri)
         self.run_id = self._continued(client) or self._created(client)
+        for record in files.read_records(self.folder / "metrics.jsonl"):
+            self._send_metrics(client, record)
         self._start_monitor()
         return client
 
@@ -148,11 +179,8 @@ class Tracker:
             client.update_run(self.run_id, status="RUNNING")
         except MlflowException:
             return None
-        for name in self.sent_steps:
-            history = client.get_metric_history(self.run_id, name)
-            self.sent_steps[name] = max([-1, *(metric.step for metric in history)])
-        for record in files.read_records(self.folder / "metrics.jsonl"):
-            self._send_metrics(client, record)
+        for name in KINDS:
+            self.sent |= {(name, metric.step) for metric in client.get_metric_history(self.run_id, name)}
         return self.run_id
 
     def _created(self, client: MlflowClient) -> str:
@@ -167,7 +195,7 @@ class Tracker:
         """GPU, CPU, memory and disk figures every ten seconds, by MLflow itself."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=max(self.sent_steps.values()) >= 0)
+        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(self.sent))
         self.monitor.start()
 
     def _send_parameters(self, client: MlflowClient, values: dict[str, str]) -> None:
@@ -197,10 +225,12 @@ class Tracker:
         from mlflow.entities import Metric
 
         step = record["step"]
-        if step <= self.sent_steps["loss" if "loss" in record else "eval_loss"]:
+        key = (next((kind for kind in KINDS if kind in record), ""), step)
+        if key in self.sent:
             return
         stamp = int(record.get("time", time.time()) * 1000)
         numbers = {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, int | float)}
         metrics = [Metric(name, float(value), stamp, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), 500):
             client.log_batch(self.run_id, metrics=metrics[start : start + 500])
+        self.sent.add(key)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sft.data.chat_template import PROBE, TEMPLATE_ERRORS, ChatTemplate, template_of
 from sft.data.masks import MASKED
-from sft.data.rendering import Rendered, is_plain
+from sft.data.rendering import is_plain
 from sft.data.shapes import Message
 from sft.data.sources import Rows
 from sft.data.tokens import encoder
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 10_000
 _ROWS_SHOWN = 5
-_PROMPTS_CHECKED = 200
+_PROMPTS_CHECKED = 100
 
 
 def audit(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
@@ -80,28 +80,26 @@ def _end_tokens(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBas
 
 def _trained_prompts(rows: Rows, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Of rows spread over the source, those with a trained token before their first answer, found by its prompt."""
-    encode = encoder(tokenizer)
-    faulty = []
     step = max(1, len(rows.dataset) // _PROMPTS_CHECKED)
-    for number in range(0, len(rows.dataset), step):
-        row = rows.dataset[number]
-        prompt = _prompt(template, row["messages"])
-        if prompt is None:
-            continue
-        (encoded,) = encode([prompt.text])
-        before = encoded.end(prompt.turns[0][0])
-        if any(label != MASKED for label in row["labels"][:before]):
-            faulty.append(number)
-    return faulty
+    numbers = list(range(0, len(rows.dataset), step))
+    chosen = rows.dataset.select(numbers).select_columns(["messages", "labels"]).to_dict()
+    prompts = [_prompt(template, messages) for messages in chosen["messages"]]
+    encodings = encoder(tokenizer)([text for text, _ in prompts])
+    checked = zip(numbers, prompts, encodings, chosen["labels"], strict=True)
+    return [
+        number
+        for number, (_, length), encoded, labels in checked
+        if any(label != MASKED for label in labels[: encoded.end(length)])
+    ]
 
 
-def _prompt(template: ChatTemplate, messages: list[Message]) -> Rendered | None:
-    """The whole text and where its first answer begins; None where the template does not keep prompts as they were."""
+def _prompt(template: ChatTemplate, messages: list[Message]) -> tuple[str, int]:
+    """The whole text and how much of it is the prompt of the first answer; 0 where the template rewrites prompts."""
     first = next((k for k, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if is_plain(messages) or not first:
-        return None
+        return "", 0
     try:
         (text,), (prompt,) = template.render([messages]), template.render([messages[:first]], prompt=True)
     except TEMPLATE_ERRORS:
-        return None
-    return Rendered(text, ((len(prompt), len(text)),)) if text.startswith(prompt) else None
+        return "", 0
+    return (text, len(prompt)) if text.startswith(prompt) else ("", 0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sft.data.builtin_templates import chat_template_for
-from sft.data.chat_template import template_of
+from sft.data.chat_template import ChatTemplate, template_of
 from sft.data.masks import MASKED, label_row, schema, with_labels
 from sft.data.parallel import cores, in_order
 from sft.data.rendering import Rendered, render
@@ -46,8 +46,10 @@ def label(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) ->
     Raises:
         Problems: the tokenizer has no usable chat template.
     """
-    key = key_of("labels", VERSION, rows.fingerprint, _tokenizer_key(tokenizer), _settings_key(settings))
-    found = stored(f"labels-{key}", schema(settings), partial(_label_all, rows, tokenizer, settings))
+    template = template_of(tokenizer)
+    text = template.text if template else None
+    key = key_of("labels", VERSION, rows.fingerprint, text, _tokenizer_key(tokenizer), _settings_key(settings))
+    found = stored(f"labels-{key}", schema(settings), partial(_label_all, rows, tokenizer, template, settings))
     return replace(
         rows,
         dataset=found.dataset,
@@ -74,7 +76,7 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         vocabulary = tokenizer.backend_tokenizer.to_str()
     else:
         vocabulary = sorted(tokenizer.get_vocab().items())
-    return [type(tokenizer).__name__, vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return [type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map]
 
 
 def _settings_key(settings: Settings) -> list[Any]:
@@ -84,12 +86,12 @@ def _settings_key(settings: Settings) -> list[Any]:
 
 
 def _label_all(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, write: Write
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, settings: Settings, write: Write
 ) -> dict[str, Counter[str]]:
     """Label all rows in their order, batch by batch, so that memory does not grow with the rows."""
     total = len(rows.dataset)
     tables = rows.dataset.with_format("arrow")
-    template, encode = template_of(tokenizer), encoder(tokenizer)
+    encode = encoder(tokenizer)
 
     def label_from(start: int) -> tuple[pa.Table, dict[str, Counter[str]]]:
         table = tables[start : start + _ROWS_AT_ONCE]
@@ -101,6 +103,8 @@ def _label_all(
         return _label_batch(table, rendered, encode([row.text if row else "" for row in rendered]), settings)
 
     processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
+    if template is None:
+        processes = 1  # that a row needs one is found here, not in another process
     starts = range(0, total, _ROWS_AT_ONCE)
     counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
     for labelled, counts in in_order(label_from, starts, processes=min(processes, len(starts))):

@@ -1,8 +1,10 @@
 """One function over many items in several processes, results in order."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +12,7 @@ from typing import Any
 
 from sft.errors import RunFailed
 
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _work: Callable[[Any], Any] | None = None
 
 
@@ -47,6 +50,8 @@ def _start(work: Callable[[Any], Any]) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # else a killed run leaves its processes behind
 
 
 def _call(item: Any) -> Any:

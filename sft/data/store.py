@@ -1,6 +1,8 @@
 """Prepared rows on disk: Arrow streams under a content key, written aside, checked before use."""
 
+import contextlib
 import json
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import pyarrow as pa
 import xxhash
 
 Write = Callable[[pa.Table], None]
+_DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,27 @@ def stored(name: str, schema: pa.Schema, fill: Callable[[Write], dict[str, Count
     if found is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(folder)
     partial = folder / f"{name}.{uuid.uuid4().hex}.partial"
+    notes = partial.with_suffix(".json")
     try:
         counted = _write(partial, schema, fill)
         facts = {"size": partial.stat().st_size, "digest": file_digest(partial), "counted": counted}
-        notes = partial.with_suffix(".json")
         notes.write_text(json.dumps(facts), encoding="utf-8")
         partial.replace(path)
         notes.replace(_notes_of(path))
     finally:
         partial.unlink(missing_ok=True)
+        notes.unlink(missing_ok=True)
     return Stored(datasets.Dataset.from_file(str(path)), counted)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Files that a process killed more than a day ago was writing."""
+    for path in folder.glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _DAY:
+                path.unlink()
 
 
 def _write(path: Path, schema: pa.Schema, fill: Callable[[Write], dict[str, Counter[str]]]) -> dict[str, Counter[str]]:

@@ -28,33 +28,38 @@ class Encoded(Protocol):
 
 
 class FastEncoded:
-    """An encoding of the tokenizers library. Offsets are asked for one by one: most are never needed."""
+    """An encoding of the tokenizers library. It is asked for single characters: all offsets are never needed."""
 
     def __init__(self, text: str, encoding: tokenizers.Encoding) -> None:
         self.text, self.encoding, self.ids = text, encoding, encoding.ids
 
     def first(self, char: int) -> int:
-        token = bisect_left(range(len(self.ids)), char, key=self._begin) if char else 0
-        return token - 1 if token and self._joins_space(token - 1, char) else token
+        if char == 0:
+            return 0
+        token = self._containing(char)
+        start, end = self._span(token)
+        if start >= char:
+            return token
+        word_behind_space = not self.text[start:char].strip() and bool(self.text[char:end].strip())
+        return token if word_behind_space else token + 1
 
     def end(self, char: int) -> int:
-        return bisect_right(range(len(self.ids)), char, key=lambda token: self._span(token)[1])
+        return self._containing(char)
 
     def offsets(self) -> Sequence[tuple[int, int]]:
         return self.encoding.offsets
 
-    def _begin(self, token: int) -> int:
-        """Spaces whose offsets were trimmed away (GPT-2, Llama 3) stand empty behind themselves."""
-        start, end = self._span(token)
-        return start if start < end else start - 1
-
-    def _joins_space(self, token: int, char: int) -> bool:
-        """Whether this token is the word at `char` and only white space before it ("▁word")."""
-        start, end = self._span(token)
-        return start < char < end and not self.text[start:char].strip() and bool(self.text[char:end].strip())
+    def _containing(self, char: int) -> int:
+        """The first token that ends behind `char`: it contains it, or the characters before it belong to no token."""
+        token = self.encoding.char_to_token(char)
+        if token is None:
+            token = bisect_right(range(len(self.ids)), char, key=lambda number: self._span(number)[1])
+        return token
 
     def _span(self, token: int) -> tuple[int, int]:
-        return self.encoding.token_to_chars(token) or (0, 0)
+        """Spaces whose offsets are trimmed away (GPT-2, Llama 3) stand empty behind themselves."""
+        behind = len(self.text), len(self.text)
+        return self.encoding.token_to_chars(token) or (0, 0) if token < len(self.ids) else behind
 
 
 class SlowEncoded:

@@ -1,0 +1,33 @@
+"""The JSON document of `--check --json` (contract section 2): its keys, and what it is when settings are broken."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+MEMORY = ("weights", "adapter", "optimizer", "gradients", "activations", "total", "available")
+
+
+def blank_document(stage: int | None, problems: Sequence[str] = ()) -> dict[str, Any]:
+    """All keys, without a value where nothing is known yet."""
+    return {
+        "stage": stage,
+        "settings": {},
+        "sources": [],
+        "train_rows": None,
+        "val_rows": None,
+        "dropped": {},
+        "upsampling": [],
+        "tokens": {"total": None, "trained": None, "longest_row": None},
+        "masked_loss": None,
+        "steps": {"global_batch": None, "per_epoch": None, "total": None},
+        "memory": dict.fromkeys(MEMORY),
+        "lineage": {"decision": None, "parents": [], "changed": []},
+        "problems": list(problems),
+    }
+
+
+def print_documents(documents: Sequence[dict[str, Any]]) -> None:
+    """One JSON document on stdout: the object of a stage, or a list for several stages."""
+    content = documents[0] if len(documents) == 1 else list(documents)
+    print(json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False))

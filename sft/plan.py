@@ -1,0 +1,226 @@
+"""--check: everything short of training, for each stage of a ladder. Writes nothing but the cache of prepared rows."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sft.document import blank_document, print_documents
+from sft.errors import Problems
+from sft.hub import offline_unless_reachable
+from sft.quiet import silence_libraries, silence_torch
+from sft.settings import Settings, launched
+from sft.stages import Stage, stage_folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from sft.data.frequency import EdgeMask
+    from sft.data.mixture import Mix
+    from sft.doctor import Finding
+    from sft.memory import Batch, Estimate
+    from sft.trial import Trial
+
+Result = TypeVar("Result")
+_SOURCE_KEYS = ("id", "split", "weight", "rows", "validation_rows", "drawn")
+_MASK_KEYS = ("units", "distinct_units", "mean_count", "masked_share")
+
+
+@dataclass
+class Plan:
+    """What is known of a stage before it is trained: the document, and what only people are shown."""
+
+    settings: Settings
+    document: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    machine: list[Finding] = field(default_factory=list)
+    coming: list[int] = field(default_factory=list)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    mix: Mix | None = None
+    edge_mask: EdgeMask | None = None
+    edges: dict[str, Any] | None = None
+    batch: Batch | None = None
+    estimate: Estimate | None = None
+    checkpointing: bool | None = None
+    trial: Trial | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """What the person must change."""
+        return self.document["problems"]
+
+    def attempt(self, step: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result | None:
+        """The result of a step; None when it found problems, which are then listed with the others."""
+        try:
+            return step(*arguments, **keywords)
+        except Problems as found:
+            self.document["problems"] += [text for text in found.problems if text not in self.problems]
+            return None
+
+
+def check(ladder: list[Settings], options: argparse.Namespace) -> None:
+    """Checks every stage and prints the result: tables, or with `--json` one document.
+
+    Raises:
+        Problems: there are some, after everything that could be found out was printed.
+    """
+    if launched().rank != 0:
+        return
+    silence_libraries()
+    offline_unless_reachable()
+    ladder[0].export_passthrough()
+    silence_torch()
+    plans = []
+    for settings in ladder:
+        plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder))
+        if not options.json:
+            from sft.plan_tables import page
+
+            print(page(plans[-1]), flush=True)
+    if options.json:
+        print_documents([plan.document for plan in plans])
+    several = len(plans) > 1
+    problems = [f"stage {plan.settings.stage}: {text}" if several else text for plan in plans for text in plan.problems]
+    if problems:
+        raise Problems(problems)
+
+
+def plan_stage(settings: Settings, *, fresh: bool = False, ladder: Sequence[Settings] = ()) -> Plan:
+    """Everything about one stage. Stages of `ladder` before it count as trained by the time it starts."""
+    from sft.doctor import examine
+
+    plan = Plan(settings, blank_document(settings.stage) | {"settings": settings.record()})
+    plan.machine = [finding for finding in examine(settings) if finding.state != "ok"]
+    plan.document["problems"] += [finding.text for finding in plan.machine if finding.state == "broken"]
+    stage = add_lineage(plan, fresh=fresh, ladder=ladder)
+    config = add_rows(plan)
+    if plan.mix is not None:
+        add_steps(plan, plan.mix)
+        if config is not None:
+            plan.attempt(add_memory, plan, plan.mix, config)
+            if not plan.problems:
+                from sft.trial import trial
+
+                plan.trial = trial(stage.start_model, settings, plan.mix, checkpointing=bool(plan.checkpointing))
+    return plan
+
+
+def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> Stage:
+    """What the stage would start from and what would be done about its folder."""
+    settings = plan.settings
+    stage = Stage.inspect(settings, fresh=fresh, processes=launched().processes)
+    trained = [parent.stage for parent in stage.parents]
+    earlier = [other for other in ladder if other.stage < settings.stage and other.stage not in trained]
+    plan.coming = [other.stage for other in earlier]
+    folders = [stage_folder(other.out_lora_dir, other.stage) for other in earlier]
+    texts = tuple(f"Previous stage adapter not found at {folder}," for folder in folders)
+    problems = [text for text in stage.problems if not any(later in text for later in texts)]
+    decision = "fresh" if stage.problems and not problems else stage.decision
+    plan.document["problems"] += problems
+    plan.notes += [text for text in stage.warnings if not any(later in text for later in texts)]
+    plan.document["lineage"] = {
+        "decision": decision,
+        "parents": [{"stage": parent.stage, "adapter_sha256": parent.adapter_sha256} for parent in stage.parents],
+        "changed": list(stage.changed),
+    }
+    return stage
+
+
+def add_rows(plan: Plan) -> PretrainedConfig | None:
+    """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model."""
+    from sft.data.mixture import prepare
+    from sft.model import load_config, load_tokenizer
+
+    settings, before = plan.settings, len(plan.problems)
+    plan.tokenizer = plan.attempt(load_tokenizer, settings)
+    after = len(plan.problems)
+    config = plan.attempt(load_config, settings)
+    if before < after:
+        # The same model, the same reason: once is enough.
+        del plan.problems[after:]
+    if plan.tokenizer is None:
+        add_unlabelled(plan)
+        return config
+    plan.mix = plan.attempt(prepare, settings, plan.tokenizer, say=plan.notes.append)
+    if plan.mix is None:
+        add_unlabelled(plan)
+        return config
+    mix, document = plan.mix, plan.document
+    plan.notes += mix.warnings
+    document["sources"] = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
+    document["train_rows"], document["val_rows"] = len(mix.train), len(mix.val)
+    document["dropped"], document["upsampling"] = dict(mix.dropped), mix.upsampling
+    document["tokens"] = {key: mix.tokens[key] for key in ("total", "trained", "longest_row")}
+    if settings.masked_loss != "none":
+        add_masked_loss(plan, mix)
+    return config
+
+
+def add_unlabelled(plan: Plan) -> None:
+    """Rows per source where they can't be labelled: how many there are is known all the same."""
+    from sft.data.readers import SourceError
+    from sft.data.sources import load_source
+
+    failed = []
+    for source in plan.settings.sources:
+        record: dict[str, Any] = {"id": source.id, "split": source.split, "weight": source.weight}
+        try:
+            rows = len(load_source(source, plan.settings).dataset)
+            plan.document["sources"].append(record | {"rows": rows, "validation_rows": None, "drawn": None})
+        except SourceError as error:
+            failed.append(f"[ERROR] Failed to load {source.id}: {error}")
+    known = {*plan.problems, *plan.notes}
+    strict = plan.settings.strict or len(failed) == len(plan.settings.sources)
+    (plan.problems if strict else plan.notes).extend(text for text in failed if text not in known)
+
+
+def add_masked_loss(plan: Plan, mix: Mix) -> None:
+    """How often units occur and how many would be masked."""
+    from sft.data.frequency import EdgeMask
+
+    settings = plan.settings
+    edges = mix.train["unit_edges"]
+    plan.edge_mask = EdgeMask.build(edges, range(len(edges)), seed=settings.seed, redraw=settings.masked_loss_redraw)
+    plan.edges = plan.edge_mask.report(settings.epochs)
+    plan.document["masked_loss"] = {key: plan.edges[key] for key in _MASK_KEYS}
+
+
+def add_steps(plan: Plan, mix: Mix) -> None:
+    """The optimizer steps of the stage."""
+    from sft.memory import packs_of
+
+    packs = packs_of(mix.train, plan.settings)
+    items = len(mix.train) if packs is None else len(packs)
+    plan.document["steps"] = steps(items, plan.settings, processes=launched().processes)
+
+
+def steps(items: int, settings: Settings, *, processes: int) -> dict[str, int]:
+    """Steps for so many rows or packs, with the rounding of transformers' `set_initial_training_values`."""
+    micro_batches = math.ceil(items / (settings.per_device_train_bs * processes))
+    per_epoch = max(math.ceil(micro_batches / settings.grad_accum), 1)
+    return {
+        "global_batch": settings.per_device_train_bs * settings.grad_accum * processes,
+        "per_epoch": per_epoch,
+        "total": settings.max_steps if settings.max_steps >= 0 else math.ceil(settings.epochs * per_epoch),
+    }
+
+
+def add_memory(plan: Plan, mix: Mix, config: PretrainedConfig) -> None:
+    """What a device needs and has; checkpointing where it is asked for or needed."""
+    from sft.advice import advice
+    from sft.memory import COMFORTABLE, estimate, largest_batch
+
+    settings = plan.settings
+    plan.batch = largest_batch(mix.train, settings)
+    plan.checkpointing = settings.gradient_checkpointing == "1"
+    plan.estimate = estimate(config, settings, plan.batch, checkpointing=plan.checkpointing)
+    if settings.gradient_checkpointing == "auto" and plan.estimate.total > COMFORTABLE * plan.estimate.available:
+        plan.checkpointing = True
+        plan.estimate = estimate(config, settings, plan.batch, checkpointing=True)
+    plan.document["memory"] = plan.estimate.record()
+    if not plan.estimate.fits:
+        need, there = (f"{size / 2**30:.1f} GiB" for size in (plan.estimate.total, plan.estimate.available))
+        plan.notes.append(f"[WARNING] does not fit: {need} needed per device, {there} available; {advice(settings)}")

@@ -1,0 +1,220 @@
+"""The memory estimate: exact parameter counts, one step counted on shapes, what is shared out among devices."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+
+from sft.activations import Batch, Device, Tally, activation_bytes, with_adapter
+from sft.advice import advice
+from sft.batches import EpochBatches
+from sft.memory import (
+    COMFORTABLE,
+    checkpointing_needed,
+    estimate,
+    largest_items,
+    optimizer_bytes,
+    parameter_bytes,
+    shortage,
+)
+from sft.settings import Launched, launched, load_settings
+
+CPU = Device(torch.float32, fused_head=False)
+HIDDEN, WIDE, LAYERS, WORDS = 64, 160, 6, 512
+BATCH = Batch(tokens=192, trained=64, rows=3)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def load(**values):
+        lines = {"base_model": "org/model", "out_lora_dir": tmp_path / "out", "dataset_id": "rows.jsonl"} | values
+        (tmp_path / "stage1.env").write_text("".join(f"SFT_{name.upper()}='{v}'\n" for name, v in lines.items()))
+        return load_settings(1, env_dir=tmp_path, environ={})
+
+    return load
+
+
+def dense(**values):
+    return LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=WORDS, max_position_embeddings=512, **values,
+    )  # fmt: skip
+
+
+def mixture():
+    return Qwen3MoeConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
+        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=WORDS,
+        max_position_embeddings=512,
+    )  # fmt: skip
+
+
+# By hand: query and output 64 x 64, key and value 64 x 32, three 64 x 160 matrices, two norms.
+LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * 32 + 3 * HIDDEN * WIDE + 2 * HIDDEN
+MODEL = LAYERS * LAYER + HIDDEN + 2 * WORDS * HIDDEN
+ADAPTER = LAYERS * 16 * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + 32) + 3 * (HIDDEN + WIDE))
+
+
+def test_parameters_are_counted_as_they_would_be_loaded(settings):
+    """Frozen weights and the rank 16 adapter of a Llama, computed by hand, in float32."""
+    counted = parameter_bytes(dense(), settings(dtype="float32"))
+    assert (counted.frozen, counted.trained, counted.trained_count) == (4 * MODEL, 4 * ADAPTER, ADAPTER)
+    assert counted.largest_layer == 4 * LAYER
+
+
+def test_bfloat16_weights_take_half_and_the_adapter_stays_float32(settings):
+    counted = parameter_bytes(dense(), settings(dtype="bfloat16"))
+    assert (counted.frozen, counted.trained) == (2 * MODEL, 4 * ADAPTER)
+
+
+def test_tied_embeddings_count_once(settings):
+    counted = parameter_bytes(dense(tie_word_embeddings=True), settings(dtype="float32"))
+    assert counted.frozen == 4 * (MODEL - WORDS * HIDDEN)
+
+
+def test_expert_adapters_are_counted(settings):
+    """Four experts with fused gate and up projections: rank 16 per expert on (64 -> 64) and (32 -> 64)."""
+    counted = parameter_bytes(mixture(), settings(dtype="float32"))
+    attention = 16 * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + 32))
+    experts = 4 * 16 * ((HIDDEN + 2 * 32) + (32 + HIDDEN))
+    only_attention = parameter_bytes(
+        mixture(), settings(dtype="float32", lora_target_modules="q_proj,k_proj,v_proj,o_proj")
+    )
+    assert only_attention.trained_count == LAYERS * attention
+    assert counted.trained_count >= LAYERS * (attention + experts)
+
+
+@pytest.mark.parametrize(
+    ("given", "width"),
+    [
+        ({"load_in_4bit": 1}, 0.5 + 1 / 64 + 4 / (64 * 256)),
+        ({"load_in_4bit": 1, "bnb_4bit_use_double_quant": 0}, 0.5 + 4 / 64),
+        ({"load_in_8bit": 1}, 1.0),
+    ],
+)
+def test_quantisation_leaves_embeddings_head_and_norms(settings, given, width):
+    """The linear layers shrink; embeddings, output head and norms stay bfloat16, as does the adapter."""
+    counted = parameter_bytes(dense(), settings(dtype="bfloat16", **given))
+    linear = LAYERS * (LAYER - 2 * HIDDEN)
+    assert counted.frozen == pytest.approx(width * linear + 2 * (MODEL - linear), rel=1e-4)
+    assert counted.trained == 2 * ADAPTER
+
+
+def test_full_fine_tuning_has_no_adapter(settings):
+    need = estimate(dense(), settings(dtype="float32", use_lora=0), BATCH, checkpointing=False, available=10**9)
+    assert (need.adapter, need.weights, need.gradients, need.optimizer) == (0, 4 * MODEL, 4 * MODEL, 8 * MODEL)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_parameter"),
+    [
+        ("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2), ("adamw_torch_4bit", 1), ("paged_adamw_8bit", 0), ("sgd", 0),
+        ("adafactor", 0), ("lion_32bit", 4), ("rmsprop", 4), ("schedule_free_sgd", 4), ("ademamix", 12),
+    ],
+)  # fmt: skip
+def test_optimizer_state(settings, name, bytes_per_parameter):
+    chosen = settings(optim=name, dtype="float32")
+    counted = parameter_bytes(dense(), chosen)
+    assert optimizer_bytes(counted, chosen, Launched(0, 1)) == bytes_per_parameter * ADAPTER
+
+
+def test_zero_stages_share_out_one_part_after_another(settings):
+    """Four devices: stage 1 the optimizer, stage 2 gradients as well, stage 3 everything; off-loading empties it."""
+    chosen = settings(dtype="float32")
+
+    def need(**launch):
+        return estimate(dense(), chosen, BATCH, checkpointing=False, launch=Launched(0, 4, 4, **launch), available=1)
+
+    alone = estimate(dense(), chosen, BATCH, checkpointing=False, launch=Launched(0, 1), available=1)
+    one, two, three = (need(sharding=f"zero{stage}", deepspeed=True) for stage in (1, 2, 3))
+    assert [each.optimizer for each in (one, two, three)] == [12 * ADAPTER // 4] * 3
+    assert [each.gradients for each in (alone, one, two, three)] == [4 * ADAPTER] * 2 + [ADAPTER] * 2
+    assert [each.weights for each in (one, two)] == [4 * MODEL] * 2
+    assert three.weights == MODEL + 2 * 4 * LAYER
+    assert need(sharding="zero2", deepspeed=True, offload=frozenset({"optimizer"})).optimizer == 0
+    assert need().gradients == 2 * 4 * ADAPTER
+    assert {each.activations for each in (alone, one, two, three)} == {alone.activations}
+
+
+def test_launch_environment():
+    """What accelerate puts into the environment of DeepSpeed, FSDP and plain launches."""
+    assert launched({}) == Launched(0, 1)
+    place = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert launched(place) == Launched(3, 8, 4)
+    zero = place | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    assert launched(zero) == Launched(3, 8, 4, "zero3", deepspeed=True)
+    zero |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/zero2.json"}
+    assert launched(zero) == Launched(3, 8, 4, "zero2", deepspeed=True, offload=frozenset({"optimizer"}))
+    assert launched(place | {"ACCELERATE_USE_FSDP": "true"}) == Launched(3, 8, 4, "fsdp")
+
+
+def measured(config, settings, batch, checkpointing):
+    """The same step on real tensors with real attention, counted while it runs."""
+    logging.disable(logging.WARNING)
+    bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = with_adapter(bare, settings).train()
+    logging.disable(logging.NOTSET)
+    if checkpointing:
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
+        bare.enable_input_require_grads()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    positions = torch.arange(batch.tokens // batch.rows).repeat(batch.rows)[None]
+    kept = torch.arange(batch.trained)
+    with Tally(model) as tally:
+        logits = model(
+            input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False, logits_to_keep=kept
+        ).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits.float(), torch.zeros_like(kept), reduction="none")
+        loss = losses.sum()
+        del logits, losses
+        loss.backward()
+    return tally.peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("config", [dense(), mixture()], ids=["dense", "mixture"])
+def test_a_step_of_shapes_takes_what_a_real_step_takes(settings, config, checkpointing):
+    """Within 10 % of the tensors alive at the peak of a real step: joined rows, sdpa, adapter on everything."""
+    chosen = settings(dtype="float32")
+    expected = measured(config, chosen, BATCH, checkpointing)
+    found = activation_bytes(config, chosen, BATCH, device=CPU, checkpointing=checkpointing)
+    assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_checkpointing_is_turned_on_only_where_it_must(settings, monkeypatch):
+    """auto: above 90 % of what is available, and not below."""
+    chosen = settings(dtype="float32")
+    need = estimate(dense(), chosen, BATCH, checkpointing=False, available=1).total
+    monkeypatch.setattr("sft.memory.available_bytes", lambda processes: round(need / COMFORTABLE) + 1024)
+    assert not checkpointing_needed(dense(), chosen, BATCH)
+    monkeypatch.setattr("sft.memory.available_bytes", lambda processes: round(need / COMFORTABLE) - 1024)
+    assert checkpointing_needed(dense(), chosen, BATCH)
+
+
+def test_largest_micro_batch_is_the_one_the_epoch_has(settings):
+    """Against a walk through the batches of both ranks in both epochs."""
+    chosen = settings(per_device_train_bs=3, epochs=2, seed=5)
+    lengths = np.random.default_rng(0).integers(5, 200, 50)
+    batches = [EpochBatches(50, batch_size=3, seed=5, rank=rank, ranks=2) for rank in (0, 1)]
+    sums = []
+    for epoch in (0, 1):
+        for batch in batches:
+            batch.set_epoch(epoch)
+            sums += [lengths[np.array(keys) % 50].sum() for keys in batch]
+    assert lengths[largest_items(lengths, chosen, processes=2)].sum() == max(sums)
+
+
+def test_advice_keeps_the_order_of_document_004(settings):
+    """Batch and accumulation, rank, quantisation, checkpointing; and only what is not done already."""
+    assert advice(settings(per_device_train_bs=4, grad_accum=4)) == (
+        "in this order: SFT_PER_DEVICE_TRAIN_BS=2 with SFT_GRAD_ACCUM=8; SFT_LORA_R=8; SFT_LOAD_IN_8BIT=1 or "
+        "SFT_LOAD_IN_4BIT=1; SFT_GRADIENT_CHECKPOINTING=1; SFT_MAX_SEQ_LEN below 2048; more devices with "
+        "configs/accelerate/zero3.yaml"
+    )
+    small = settings(per_device_train_bs=1, lora_r=8, load_in_4bit=1, gradient_checkpointing=1)
+    assert advice(small).startswith("in this order: SFT_MAX_SEQ_LEN below 2048")
+    need = estimate(dense(), settings(dtype="float32"), BATCH, checkpointing=False, available=1)
+    assert shortage(need, small).startswith("Out of memory: 0.0 GiB were estimated. Change in this order: ")
