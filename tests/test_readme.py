@@ -289,7 +289,7 @@ def test_the_guides_script_reads_the_real_entities(tmp_path: Path):
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=550)
 
 
 def test_help_of_train_py_answers_with_every_flag_of_the_readme():
@@ -301,9 +301,8 @@ def test_help_of_train_py_answers_with_every_flag_of_the_readme():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "official_content" / "demo" / "model").is_dir(), reason="the demo model is not here")
-@pytest.mark.parametrize("stage", ["1", "all"])
-def test_check_of_the_embedded_ladder(stage: str):
-    """The first command of the guide that loads a model; it writes nothing."""
-    done = run("train.py", "--check", "--stage", stage, "--set", "SFT_REPORT_TO=none")
+def test_check_of_the_embedded_ladder():
+    """The guide's command that loads tokenizer and rows of all three stages; it trains nothing and finds no problem."""
+    done = run("train.py", "--check", "--stage", "all", "--set", "SFT_REPORT_TO=none")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert re.findall(r"^Stage (\d):", done.stdout, re.MULTILINE) == ["1", "2", "3"]
