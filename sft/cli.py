@@ -125,7 +125,8 @@ def say(text: str, *, every_rank: bool = False) -> None:
 
 def say_problems(problems: Sequence[str], *, every_rank: bool = False) -> None:
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} to solve; nothing was written"
-    say("\n".join([*(f"[ERROR] {hide_secrets(text)}" for text in problems), count]), every_rank=every_rank)
+    marked = (text if text.startswith("[") else f"[ERROR] {text}" for text in problems)
+    say("\n".join([*map(hide_secrets, marked), count]), every_rank=every_rank)
 
 
 def explain(error: BaseException) -> str:

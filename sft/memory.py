@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from sft.activations import Batch, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
 from sft.advice import advice
 from sft.batches import EpochBatches, pack
+from sft.errors import RunFailed
 from sft.model import compute_dtype
 from sft.settings import Launched, launched
 
@@ -25,8 +26,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from sft.settings import Settings
+    from sft.trainer import StagedTrainer
 
-__all__ = ["Batch", "Estimate", "advice", "available_bytes", "checkpointing_needed", "estimate", "largest_batch"]
+__all__ = [
+    "Batch",
+    "Estimate",
+    "advice",
+    "available_bytes",
+    "checkpointing_needed",
+    "estimate",
+    "largest_batch",
+    "packs_of",
+    "raise_shortage",
+]
 
 # Above this share of what is available SFT_GRADIENT_CHECKPOINTING=auto turns checkpointing on.
 COMFORTABLE = 0.9
@@ -244,6 +256,15 @@ def shortage(need: Estimate, settings: Settings) -> str:
     gib = 2**30
     peak = f", {torch.cuda.max_memory_allocated() / gib:.1f} GiB at the peak" if torch.cuda.is_available() else ""
     return f"Out of memory: {need.total / gib:.1f} GiB were estimated{peak}. Change {advice(settings)}."
+
+
+def raise_shortage(error: Exception, trainer: StagedTrainer) -> None:
+    """RunFailed with estimate, peak and remedies, if the error says that memory ran out."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        settings, rows = trainer.settings, trainer.train_dataset.rows
+        checkpointing = trainer.args.gradient_checkpointing
+        need = estimate(trainer.model.config, settings, largest_batch(rows, settings), checkpointing=checkpointing)
+        raise RunFailed(shortage(need, settings)) from error
 
 
 def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: Batch, *, held: int = 0) -> bool:

@@ -13,6 +13,8 @@ import datasets  # noqa: E402 - the lines above keep deepspeed quiet, which acce
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
+from accelerate.utils import broadcast_object_list  # noqa: E402
+from transformers.integrations import is_deepspeed_zero3_enabled  # noqa: E402
 
 from sft import files, ranks  # noqa: E402
 from sft.arguments import training_arguments  # noqa: E402
@@ -25,6 +27,7 @@ from sft.data.sources import load_source  # noqa: E402
 from sft.errors import Problems  # noqa: E402
 from sft.evaluation import GenerationEvaluation, questions, write_questions  # noqa: E402
 from sft.forgetting_scores import Earlier, ladder_scores, score_earlier  # noqa: E402
+from sft.memory import checkpointing_needed, largest_batch, raise_shortage  # noqa: E402
 from sft.model import load_tokenizer, trained_modules  # noqa: E402
 from sft.parents import keep_probe, load_verified, merge_parents, verify_merged  # noqa: E402
 from sft.ranks import say  # noqa: E402
@@ -108,11 +111,15 @@ def build_edge_mask(mix: Mix, settings: Settings) -> EdgeMask | None:
     return EdgeMask.build(edges, range(len(edges)), seed=settings.seed, redraw=settings.masked_loss_redraw)
 
 
-def checkpoints_gradients(settings: Settings) -> bool:
-    """SFT_GRADIENT_CHECKPOINTING; auto turns it on where there is a GPU, whose memory it saves."""
+def checkpoints_gradients(settings: Settings, model: PreTrainedModel, mix: Mix) -> bool:
+    """SFT_GRADIENT_CHECKPOINTING; auto turns it on where a step would not fit without it, on all ranks alike."""
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing == "1"
-    return torch.cuda.is_available()
+    if is_deepspeed_zero3_enabled():
+        return torch.cuda.is_available()  # who shares out the weights is short of memory
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    needed = checkpointing_needed(model.config, settings, largest_batch(mix.train, settings), held=held)
+    return broadcast_object_list([needed])[0]
 
 
 def build_trainer(
@@ -129,7 +136,7 @@ def build_trainer(
     if edge_mask is not None:
         stage.update(masked_loss=edge_mask.report(settings.epochs))
     arguments = training_arguments(
-        settings, stage.folder, checkpointing=checkpoints_gradients(settings), validated=len(mix.val) > 0
+        settings, stage.folder, checkpointing=checkpoints_gradients(settings, model, mix), validated=len(mix.val) > 0
     )
 
     trainer = StagedTrainer(
@@ -163,6 +170,9 @@ def train(stage: Stage, trainer: StagedTrainer) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Stopped:
         trainer.save_after_stop()
+    except (RuntimeError, MemoryError) as error:
+        raise_shortage(error, trainer)
+        raise
     finally:
         STOP.deferred = False
     # A signal after the last step had nothing to cut short in there.
