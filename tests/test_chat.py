@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ from sft.data.audit import audit
 from sft.data.builtin_templates import BUILT_IN
 from sft.data.chat import chat_template_for, label, preview
 from sft.data.chat_template import template_of
+from sft.data.parallel import in_order
 from sft.data.rendering import render
 from sft.data.sources import Rows, load_source
-from sft.errors import Problems
+from sft.errors import Problems, RunFailed
 from sft.kinds import Source
 from tests.conftest import CHATML, byte_tokenizer, word_tokenizer
 
@@ -450,6 +452,13 @@ def test_several_processes_give_the_same_rows_in_order(
     assert one.dataset.to_list() == two.dataset.to_list()
     assert [row["messages"][0]["content"][-1] for row in two.dataset] == list("01235678")
     assert one.dropped == two.dropped == {"over-long": 1}
+
+
+def test_a_killed_process_ends_the_run_with_advice():
+    """It would be waited for forever otherwise."""
+    with pytest.raises(RunFailed, match="killed, most likely for memory: try SFT_NUM_PROC=1"):
+        list(in_order(os._exit, [1, 1], processes=2))
+    assert list(in_order(abs, [-1, 2, -3], processes=2)) == [1, 2, 3]
 
 
 # Audit

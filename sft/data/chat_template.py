@@ -88,10 +88,10 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """
     if not tokenizer.chat_template:
         return None
-    text = tokenizer.get_chat_template()
-    if not _MARKED.search(text):
-        text = _training_version(text) or text
     try:
+        text = tokenizer.get_chat_template()
+        if not _MARKED.search(text):
+            text = _training_version(text) or text
         template = _probed(ChatTemplate(text, dict(tokenizer.special_tokens_map)))
     except TEMPLATE_ERRORS as error:
         template, reason = None, str(error)
