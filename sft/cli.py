@@ -108,7 +108,7 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
         # A signal that also reached a library's own processes shows as their failure.
         return 1 if STOP.number is None else stopped(Stopped(STOP.number))
     finally:
-        STOP.deferred = True  # nothing is left to interrupt
+        STOP.close()
 
 
 def stopped(stop: Stopped) -> int:

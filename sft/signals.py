@@ -3,12 +3,16 @@
 import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Of several processes each gets a terminal's or Slurm's signal twice: directly, and from the launcher.
 ECHO_SECONDS = 5.0
+# What is raised inside a weakref callback or a library's bare `except` goes nowhere: it is raised again so often.
+REMINDER_SECONDS = 0.5
 
 
 class Stopped(BaseException):
@@ -40,6 +44,8 @@ class StopSignals:
         self.echo_seconds = ECHO_SECONDS if processes > 1 else 0.0
         for number in SIGNALS:
             signal.signal(number, self.receive)
+        signal.signal(signal.SIGALRM, self.remind)
+        sys.unraisablehook = unraisable
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         if self.number is not None:
@@ -48,7 +54,18 @@ class StopSignals:
             return
         self.number, self.arrived = number, time.monotonic()
         if not self.deferred:
+            signal.setitimer(signal.ITIMER_REAL, REMINDER_SECONDS, REMINDER_SECONDS)
             raise Stopped(number)
+
+    def remind(self, number: int, frame: FrameType | None = None) -> None:
+        """Raises again, unless the program is on its way out or goes on to the end of a step."""
+        if self.number is not None and not self.deferred and not is_unwinding():
+            raise Stopped(self.number)
+
+    def close(self) -> None:
+        """Nothing is left to interrupt."""
+        self.deferred = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def agree(self) -> None:
         """All ranks stop because one was told to; the launcher's own signal, which follows, changes nothing."""
@@ -56,10 +73,19 @@ class StopSignals:
         if self.number is None:
             self.number, self.arrived = signal.SIGTERM, time.monotonic()
 
-    def check(self) -> None:
-        """Between two phases: raises `Stopped` when a signal came that some library swallowed (a bare `except`)."""
-        if self.number is not None and not self.deferred:
-            raise Stopped(self.number)
+
+def is_unwinding() -> bool:
+    """Whether the code that runs now cleans up after `Stopped` (a `finally`, an `except`, the end of a `with`)."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
+
+
+def unraisable(report: Any) -> None:
+    """Python's report of an exception that could not be raised; a stop among them is only late."""
+    if not isinstance(report.exc_value, Stopped):
+        sys.__unraisablehook__(report)
 
 
 STOP = StopSignals()

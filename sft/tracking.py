@@ -62,6 +62,7 @@ class Tracker:
         self.client: MlflowClient | None = None
         self.calls: queue.Queue[Call | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self.calls.put(lambda client: None)  # opens the run
         self.thread.start()
 
     # Called by the run
@@ -115,13 +116,14 @@ class Tracker:
             waiting.append(call)
             if time.monotonic() >= retry_at and not self._send(waiting):
                 retry_at = time.monotonic() + RETRY_SECONDS
-        for call in waiting:
-            self.lost += not self._succeeds(call)
+        while waiting and (self._succeeds(waiting[0]) or self.client is not None):
+            waiting.popleft()
+        self.lost += len(waiting)
         if self.monitor is not None:
             self.monitor.finish()
 
     def _send(self, waiting: deque[Call]) -> bool:
-        """Makes the calls in order; False at the first that fails. One the server refuses again and again is given up."""
+        """Makes the calls in order; False at the first that fails. One that is refused again and again is given up."""
         while waiting:
             if not self._succeeds(waiting[0]):
                 self.tries += 1
@@ -157,7 +159,7 @@ class Tracker:
         from mlflow.system_metrics import system_metrics_monitor
 
         # MLflow sets its loggers up when it is imported.
-        for name in ("mlflow", "alembic", "sqlalchemy", system_metrics_monitor.__name__):
+        for name in ("mlflow", "alembic", "sqlalchemy", "urllib3", system_metrics_monitor.__name__):
             logging.getLogger(name).setLevel(logging.ERROR)
         uri = self.settings.mlflow_tracking_uri
         artifact_location(uri)  # a sqlite database wants its folder
