@@ -122,3 +122,4 @@ def wait_for_merge(stage: Stage) -> None:
             f"{stage.merged_base} was merged by the main process, but {socket.gethostname()} does not see it: "
             "SFT_OUT_LORA_DIR must be on storage that all nodes share."
         )
+    ranks.wait("all processes to see the merged base")  # the main process adds figures to the record next

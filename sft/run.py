@@ -13,8 +13,6 @@ import datasets  # noqa: E402 - the lines above keep deepspeed quiet, which acce
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from accelerate.utils import broadcast_object_list  # noqa: E402
-from transformers.integrations import is_deepspeed_zero3_enabled  # noqa: E402
 
 from sft import files, ranks  # noqa: E402
 from sft.arguments import training_arguments  # noqa: E402
@@ -115,11 +113,11 @@ def checkpoints_gradients(settings: Settings, model: PreTrainedModel, mix: Mix) 
     """SFT_GRADIENT_CHECKPOINTING; auto turns it on where a step would not fit without it, on all ranks alike."""
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing == "1"
-    if is_deepspeed_zero3_enabled():
+    if launched().sharding == "zero3":
         return torch.cuda.is_available()  # who shares out the weights is short of memory
     held = sum(parameter.nbytes for parameter in model.parameters())
     needed = checkpointing_needed(model.config, settings, largest_batch(mix.train, settings), held=held)
-    return broadcast_object_list([needed])[0]
+    return ranks.from_main(needed)
 
 
 def build_trainer(
