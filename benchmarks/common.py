@@ -42,7 +42,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Finished:
-    """A child that ended well: wall and CPU seconds, its largest resident size, what it printed."""
+    """A child that ended well: wall and CPU seconds, its largest resident size, what it printed.
+
+    Linux counts the parent's size at the fork as the child's, so a parent that measures memory must be small.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -105,6 +108,12 @@ def resident_bytes() -> int:
     """Resident size of this process now."""
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident size of this process since it began to run its program."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def alternate(variants: Mapping[str, Callable[[], Figures]], rounds: int) -> dict[str, dict[str, Any]]:

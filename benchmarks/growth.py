@@ -89,11 +89,9 @@ def train_step(model: Path, length: int, *, total: int = 4096) -> dict[str, floa
 
 
 def merge_many(folder: Path, adapters: int) -> dict[str, float]:
-    from sft.merge import peak_rss_bytes
-
     found = merge_ours(folder, adapters)
     shutil.rmtree(folder / "ours")
-    return {"seconds": found["seconds"], "extra_bytes": peak_rss_bytes() - found["imported_bytes"]}
+    return {"seconds": found["seconds"], "extra_bytes": found["peak_bytes"] - found["imported_bytes"]}
 
 
 def main(name: str, folder: Path, *rest: str) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Bench, alternate, answer, child, comparison, limit, resident_bytes
+from benchmarks.common import Bench, alternate, answer, child, comparison, limit, peak_resident_bytes, resident_bytes
 
 # hidden, feed-forward, layers, vocabulary, elements per shard
 LARGE = (2048, 8192, 16, 128_256, 160_000_000)  # 1.24 billion parameters, the shape of Llama-3.2-1B
@@ -26,7 +26,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     def run(name: str) -> dict[str, float]:
         finished = child("merging", name, folder)
         shutil.rmtree(folder / name)
-        return finished.figures() | {"whole_seconds": finished.seconds, "peak_bytes": finished.peak_bytes}
+        return finished.figures() | {"whole_seconds": finished.seconds}
 
     figures = alternate({name: lambda name=name: run(name) for name in ("ours", "copy", "peft")}, bench.rounds)
     middle = {name: found["median"] for name, found in figures.items()}
@@ -136,7 +136,7 @@ def merge_ours(folder: Path, adapters: int = 1) -> dict[str, float]:
 
     imported, started = resident_bytes(), time.perf_counter()
     merge(folder / "base", [folder / "adapter"] * adapters, folder / "ours")
-    return {"seconds": time.perf_counter() - started, "imported_bytes": imported}
+    return {"seconds": time.perf_counter() - started, "imported_bytes": imported, "peak_bytes": peak_resident_bytes()}
 
 
 def copy(folder: Path) -> dict[str, float]:
@@ -147,7 +147,7 @@ def copy(folder: Path) -> dict[str, float]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - started, "peak_bytes": peak_resident_bytes()}
 
 
 def merge_peft(folder: Path) -> dict[str, float]:
@@ -158,7 +158,7 @@ def merge_peft(folder: Path) -> dict[str, float]:
     imported, started = resident_bytes(), time.perf_counter()
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder / "peft")
-    return {"seconds": time.perf_counter() - started, "imported_bytes": imported}
+    return {"seconds": time.perf_counter() - started, "imported_bytes": imported, "peak_bytes": peak_resident_bytes()}
 
 
 def main(name: str, folder: Path, *rest: str) -> None:
