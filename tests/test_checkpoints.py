@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from ladders import add_checkpoint, make_settings, train
 
 from sft import checkpoints
 from sft.stages import Stage
+from tests.ladders import add_checkpoint, make_settings, train
 
 BANNER = "=" * 50
 

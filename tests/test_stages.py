@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from ladders import add_adapter, add_checkpoint, make_settings, train
 
 from sft import files
 from sft.changes import model_fingerprint, source_fingerprint
 from sft.errors import Problems, RunFailed
 from sft.settings import Source
 from sft.stages import Stage
+from tests.ladders import add_adapter, add_checkpoint, make_settings, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -608,7 +608,7 @@ LADDER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
-from ladders import add_checkpoint, add_adapter, make_settings
+from tests.ladders import add_checkpoint, add_adapter, make_settings
 from sft.checkpoints import announce, rotate
 from sft.stages import Stage
 settings = make_settings(Path(sys.argv[1]))
