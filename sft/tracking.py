@@ -62,7 +62,7 @@ class Tracker:
         self.client: MlflowClient | None = None
         self.calls: queue.Queue[Call | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self.calls.put(lambda client: None)  # opens the run
+        self.calls.put(self._send_missing)
         self.thread.start()
 
     # Called by the run
@@ -97,6 +97,7 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """Sends what is left and ends the run; gives up after CLOSING_SECONDS. Status: FINISHED, FAILED, KILLED."""
+        self.calls.put(self._send_missing)
         self.calls.put(lambda client: client.set_terminated(self.run_id, status))
         self.calls.put(None)
         self.thread.join(CLOSING_SECONDS)
@@ -116,9 +117,10 @@ class Tracker:
             waiting.append(call)
             if time.monotonic() >= retry_at and not self._send(waiting):
                 retry_at = time.monotonic() + RETRY_SECONDS
-        while waiting and (self._succeeds(waiting[0]) or self.client is not None):
-            waiting.popleft()
-        self.lost += len(waiting)
+        for call in waiting:
+            self.lost += not self._succeeds(call)
+            if self.client is None:  # nobody there: the rest would only take its time
+                break
         if self.monitor is not None:
             self.monitor.finish()
 
@@ -166,8 +168,6 @@ class Tracker:
         set_tracking_uri(uri)
         client = MlflowClient(uri)
         self.run_id = self._continued(client) or self._created(client)
-        for record in files.read_records(self.folder / "metrics.jsonl"):
-            self._send_metrics(client, record)
         self._start_monitor()
         return client
 
@@ -222,6 +222,11 @@ class Tracker:
             name = Path(source["id"]).name
             inputs.append(DatasetInput(Dataset(name, (digest or kind)[:36], kind, files.json_text(about, indent=None))))
         client.log_inputs(self.run_id, inputs)
+
+    def _send_missing(self, client: MlflowClient) -> None:
+        """What is in metrics.jsonl and not on the server: sent by an earlier start in vain, or refused in this one."""
+        for record in files.read_records(self.folder / "metrics.jsonl"):
+            self._send_metrics(client, record)
 
     def _send_metrics(self, client: MlflowClient, record: dict[str, Any]) -> None:
         from mlflow.entities import Metric

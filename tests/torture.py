@@ -171,7 +171,8 @@ def repeated_metrics(database: Path) -> int:
     if not database.exists():
         return 0
     with sqlite3.connect(database) as connection:
-        query = "select count(*) from metrics where key not like 'system/%' group by run_uuid, key, step having count(*) > 1"
+        ours = "from metrics where key not like 'system/%'"
+        query = f"select count(*) {ours} group by run_uuid, key, step having count(*) > 1"
         return len(connection.execute(query).fetchall())
 
 

@@ -1,0 +1,173 @@
+"""Tracking can't hurt: whatever the MLflow server does, training goes on, and what it missed is sent later."""
+
+import json
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sft import tracking
+from sft.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+
+
+def settings(uri: str) -> SimpleNamespace:
+    return SimpleNamespace(mlflow_tracking_uri=uri, mlflow_experiment_name="llm-training-stage1", run_name=None)
+
+
+def record(folder: Path, step: int, **metrics: float) -> dict[str, float]:
+    """A metric record, written to metrics.jsonl as a run does before it tells the tracker."""
+    line = {"step": step, "time": 1_700_000_000.0 + step} | metrics
+    folder.mkdir(exist_ok=True)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+    return line
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database as MLflow sets it up, which takes it seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracker = Tracker(settings(f"sqlite:///{path}"), path.parent, run_id=None, say=print)
+    assert tracker.wait_for_run(120.0)
+    tracker.close("FINISHED")
+    return path
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "mlruns" / "mlflow.db"
+    path.parent.mkdir()
+    path.write_bytes(empty_store.read_bytes())
+    return path
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def history(store: Path, run_id: str, name: str) -> list[tuple[int, float]]:
+    with sqlite3.connect(store) as connection:
+        query = "select step, value from metrics where run_uuid = ? and key = ? order by step"
+        return connection.execute(query, (run_id, name)).fetchall()
+
+
+@pytest.mark.parametrize("kind", ["unreachable", "silent"])
+def test_a_dead_server_costs_training_no_time_and_its_end_seconds(kind, silent_server, tmp_path, monkeypatch):
+    """500 logged steps take under a second, closing at most its limit; one warning when it fails, one at the end."""
+    monkeypatch.setattr(tracking, "CLOSING_SECONDS", 3.0)
+    said: list[str] = []
+    uri = "http://127.0.0.1:9" if kind == "unreachable" else silent_server
+    began = time.monotonic()
+    tracker = Tracker(settings(uri), tmp_path, run_id=None, say=said.append)
+    for step in range(500):
+        tracker.log_metrics({"step": step, "loss": 1.0})
+    assert time.monotonic() - began < 1.0
+    began = time.monotonic()
+    tracker.close("FINISHED")
+    assert time.monotonic() - began < 4.0
+    assert [text for text in said if "did not take everything in time; all metrics are in" in text] == said[-1:]
+    assert len(said) <= 2
+    assert tracker.wait_for_run(0.0) is None
+
+
+def test_a_silent_server_does_not_keep_the_program_from_ending(silent_server, tmp_path):
+    """No thread of MLflow's is waited for at the end of the interpreter."""
+    code = (
+        "import sys, time; from types import SimpleNamespace; from pathlib import Path; from sft import tracking;"
+        "tracking.CLOSING_SECONDS = 1.0;"
+        f"settings = SimpleNamespace(mlflow_tracking_uri={silent_server!r}, mlflow_experiment_name='e', run_name=None);"
+        f"tracker = tracking.Tracker(settings, Path({str(tmp_path)!r}), run_id=None, say=print);"
+        "import mlflow; time.sleep(2); tracker.close('FINISHED'); print('closed', time.monotonic())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert time.monotonic() - float(done.stdout.split()[-1]) < 10.0
+
+
+def test_metrics_arrive_once_each_however_often_the_stage_is_resumed(store, tmp_path):
+    """A resumed stage goes on in its run: steps that were sent are not sent again, those after a kill are."""
+    folder, uri = tmp_path / "out_stage1", f"sqlite:///{store}"
+    first = Tracker(settings(uri), folder, run_id=None, say=pytest.fail)
+    for step in (1, 2):
+        first.log_metrics(record(folder, step, loss=3.0 - step))
+    first.log_metrics(record(folder, 2, eval_loss=5.0))
+    run_id = first.wait_for_run(60.0)
+    first.close("KILLED")
+    record(folder, 3, loss=0.25)  # the server never heard of this one
+    second = Tracker(settings(uri), folder, run_id=run_id, say=pytest.fail)
+    second.log_metrics(record(folder, 4, loss=0.125))
+    second.close("FINISHED")
+    assert second.run_id == run_id
+    assert history(store, run_id, "loss") == [(1, 2.0), (2, 1.0), (3, 0.25), (4, 0.125)]
+    assert history(store, run_id, "eval_loss") == [(2, 5.0)]
+
+
+def test_a_database_that_refuses_for_a_while_gets_everything_later(store, tmp_path, monkeypatch):
+    """Writes fail in the middle of a run; once they work again nothing is missing, in the right order."""
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    folder, said = tmp_path / "out_stage1", []
+    tracker = Tracker(settings(f"sqlite:///{store}"), folder, run_id=None, say=said.append)
+    tracker.log_metrics(record(folder, 1, loss=4.0))
+    run_id = tracker.wait_for_run(60.0)
+    wait_until(lambda: len(history(store, run_id, "loss")) == 1)
+    with sqlite3.connect(store) as connection:
+        connection.execute("create trigger refuse before insert on metrics begin select raise(abort, 'read-only'); end")
+    tracker.log_metrics(record(folder, 2, loss=3.0))
+    wait_until(lambda: bool(said))
+    with sqlite3.connect(store) as connection:
+        connection.execute("drop trigger refuse")
+    tracker.log_metrics(record(folder, 3, loss=2.0))
+    tracker.close("FINISHED")
+    assert history(store, run_id, "loss") == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    assert len(said) == 1
+    assert "MLflow tracking failed" in said[0]
+    assert said[0].endswith("training goes on")
+
+
+def test_what_a_database_refuses_for_good_is_sent_when_the_stage_goes_on(store, tmp_path):
+    """The closing warning says so, and a second start with the same run does it."""
+    folder, said, uri = tmp_path / "out_stage1", [], f"sqlite:///{store}"
+    with sqlite3.connect(store) as connection:
+        connection.execute("create trigger refuse before insert on metrics begin select raise(abort, 'read-only'); end")
+    tracker = Tracker(settings(uri), folder, run_id=None, say=said.append)
+    tracker.log_metrics(record(folder, 1, loss=4.0))
+    run_id = tracker.wait_for_run(60.0)
+    tracker.close("KILLED")
+    assert said[-1].endswith("metrics.jsonl and are sent when the stage goes on")
+    with sqlite3.connect(store) as connection:
+        connection.execute("drop trigger refuse")
+    again = Tracker(settings(uri), folder, run_id=run_id, say=pytest.fail)
+    again.log_metrics(record(folder, 2, loss=3.0))
+    again.close("FINISHED")
+    assert history(store, again.run_id, "loss") == [(1, 4.0), (2, 3.0)]
+
+
+def test_values_over_the_limits_are_cut(store, tmp_path):
+    """A parameter of 10,000 characters: its first 500 are kept, and the others arrive."""
+    tracker = Tracker(settings(f"sqlite:///{store}"), tmp_path, run_id=None, say=pytest.fail)
+    tracker.log_parameters({"SFT_DATASET_MIX": "x" * 10_000, "SFT_LR": 1e-4})
+    tracker.log_tags({"parents": "y" * 9_000})
+    tracker.close("FINISHED")
+    with sqlite3.connect(store) as connection:
+        rows = dict(
+            connection.execute("select key, value from params where run_uuid = ?", (tracker.run_id,)).fetchall()
+        )
+    assert rows == {"SFT_DATASET_MIX": "x" * 500, "SFT_LR": "0.0001"}
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
