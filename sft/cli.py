@@ -17,6 +17,8 @@ from sft.signals import STOP, Stopped
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
 1 the run failed; 143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
+# What gloo, NCCL and torch's store say when the process at the other end is gone.
+LOST_PEER = ("closed by peer", "reset by peer", "ncclremoteerror", "distnetworkerror", "remote process exited")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,6 +138,11 @@ def explain(error: BaseException) -> str:
         return str(error)
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
         return "The disk is full. What was complete before is intact; free some space and start the same command again."
+    if launched().processes > 1 and any(sign in text.lower() for sign in LOST_PEER):
+        return (
+            "Another process of this run has ended, so this one can't go on; the launcher's lines name its rank and "
+            "what it ended with. The same command goes on from the last checkpoint."
+        )
     if "out of memory" in text.lower() or isinstance(error, MemoryError):
         return (
             "Out of memory. In this order: SFT_PER_DEVICE_TRAIN_BS lower with SFT_GRAD_ACCUM higher, SFT_LORA_R=8, "

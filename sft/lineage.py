@@ -48,9 +48,8 @@ def lock_path(folder: Path) -> Path:
 
 def holds_nothing(folder: Path) -> bool:
     """Whether a folder is absent, or empty but for the log of a start that failed and hidden files."""
-    left_by_failed_starts = {"error.log"}
     return not folder.exists() or (
-        folder.is_dir() and all(p.name in left_by_failed_starts or p.name.startswith(".") for p in folder.iterdir())
+        folder.is_dir() and all(p.match("error*.log") or p.name.startswith(".") for p in folder.iterdir())
     )
 
 

@@ -29,6 +29,7 @@ from sft.files import (
     write_json,
     write_text,
 )
+from sft.launched import launched
 from sft.lineage import Lineage, Parent, find_lineage, holds_nothing, lock_path, result_sha256, stage_folder
 from sft.lock import Lock, current_holder
 from sft.manifest import MANIFEST, blank_manifest, versions
@@ -254,13 +255,17 @@ class Stage:
             self.update(status="failed", finished=_now(), error=hide_secrets(reason))
 
     def write_error_log(self, text: str) -> Path | None:
-        """Keep a traceback in OUT_stageN/error.log, without credentials; None where it can't be written."""
-        path = self.folder / "error.log"
+        """Keep a traceback in OUT_stageN/error.log (error.rank<k>.log), without credentials; None where it can't be."""
+        path = self.folder / ("error.log" if self.main_process else f"error.rank{launched().rank}.log")
         try:
             write_text(path, hide_secrets(text))
         except OSError:
             return None
         return path
+
+    def _writes(self) -> bool:
+        """Whether a log may be left: by who holds the stage, and by other ranks where the folder is there."""
+        return self._lock is not None or (not self.main_process and self.folder.is_dir())
 
     def close(self) -> None:
         """Give the lock back."""
@@ -278,7 +283,7 @@ class Stage:
         if isinstance(error, Exception) and self._lock and self.manifest.get("status") == "running":
             with contextlib.suppress(OSError):
                 self.fail(f"{type(error).__name__}: {error}")
-        if isinstance(error, Exception) and not isinstance(error, Problems) and self._lock:
+        if isinstance(error, Exception) and not isinstance(error, Problems) and self._writes():
             log = self.write_error_log("".join(traceback.format_exception(error)))
             error.add_note(f"Details: {log}" if log else "Details could not be written: the disk is full")
         self.close()
