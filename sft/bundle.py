@@ -31,16 +31,16 @@ def published_together(target: Path, *, main: bool, sealed: bool = False) -> Ite
     if main:
         shutil.rmtree(staging.parent, ignore_errors=True)  # also what a killed process left there
         staging.mkdir(parents=True)
-    ranks.wait(f"the folder for {target.name}")
+    ranks.wait(f"the folder for {target.name}", hours=1)
     try:
         yield staging
-        ranks.wait(f"all processes to write {target.name}")
+        ranks.wait(f"all processes to write {target.name}", hours=1)
         if main:
             _publish(staging, target, sealed=sealed)
     finally:
         if main:  # on a full disk what was half written makes room again
             shutil.rmtree(staging.parent, ignore_errors=True)
-    ranks.wait(f"the main process to publish {target.name}")
+    ranks.wait(f"the main process to publish {target.name}", hours=1)
 
 
 def _publish(staging: Path, target: Path, *, sealed: bool) -> None:

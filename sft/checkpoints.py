@@ -86,6 +86,14 @@ def evaluation_due(checkpoint: Path) -> bool:
         return False
 
 
+def saved_under(checkpoint: Path) -> str:
+    """The engine that alone can go on from a checkpoint, with its processes; "" where any number of them can."""
+    if not (checkpoint / "latest").is_file():
+        return "FSDP" if any(checkpoint.glob("pytorch_model_fsdp*")) else ""
+    splits = any(checkpoint.glob("*/zero_pp_rank_*_model_states.pt"))
+    return f"DeepSpeed ZeRO-{3 if splits else 2} with {len(list(checkpoint.glob('*/*_optim_states.pt')))} processes"
+
+
 def rotate(folder: Path, keep: int, *, protect: Collection[Path] = ()) -> list[Path]:
     """Delete the oldest whole checkpoints beyond `keep` and return them; call it once the new one is sealed.
 

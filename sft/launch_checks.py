@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.checkpoints import saved_under
 from sft.settings import Settings, launched
 
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
@@ -34,6 +35,23 @@ def launch_problems(settings: Settings, environ: Mapping[str, str] | None = None
     if launch.sharding in ("zero3", "fsdp"):
         found += _quantised_problems(settings, "DeepSpeed ZeRO-3" if launch.sharding == "zero3" else "FSDP")
     return found
+
+
+def resume_problems(checkpoint: Path | None) -> list[str]:
+    """What keeps this run from going on from the checkpoint: split optimizer state fits the same processes only."""
+    if checkpoint is None:
+        return []
+    launch, saved = launched(), saved_under(checkpoint)
+    here = ""
+    if launch.deepspeed:
+        here = f"DeepSpeed ZeRO-{3 if launch.sharding == 'zero3' else 2} with {launch.processes} processes"
+    elif launch.sharding == "fsdp":
+        here = "FSDP" if saved else ""  # without GPUs it is plain data parallel
+    if saved == here:
+        return []
+    plain = "one process or plain data parallel"
+    what = f"{checkpoint}: was saved under {saved or plain}, this run is {here or plain}"
+    return [f"{what}; the optimizer's state does not fit: launch as before, or --fresh moves it aside and starts again"]
 
 
 def deepspeed_values(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import Problems
-from sft.launch_checks import launch_problems
+from sft.launch_checks import launch_problems, resume_problems
 from sft.lineage import lock_path
 from sft.quiet import silence_libraries, silence_torch
 from sft.settings import Settings, launched
@@ -25,8 +25,12 @@ def open_stage(settings: Settings, *, fresh: bool) -> Stage:
     settings.export_passthrough()
     if problems := launch_problems(settings):
         raise Problems(problems)
-    processes = launched().processes
-    return Stage.open(settings, fresh=fresh, processes=1) if processes == 1 else _open_together(settings, fresh=fresh)
+    alone = launched().processes == 1
+    stage = Stage.open(settings, fresh=fresh, processes=1) if alone else _open_together(settings, fresh=fresh)
+    if problems := resume_problems(stage.checkpoint if stage.decision == "resume" else None):
+        stage.close()
+        raise Problems(problems)
+    return stage
 
 
 def _open_together(settings: Settings, *, fresh: bool) -> Stage:
@@ -47,6 +51,8 @@ def _open_together(settings: Settings, *, fresh: bool) -> Stage:
             raise _other_storage(settings)
     # Nobody writes there before all have looked.
     ranks.wait("all processes to open the stage")
+    if launched().sharding == "fsdp" and state.device.type == "cpu":
+        stage.warnings.append("[WARNING] FSDP needs GPUs: without them accelerate trains plainly data parallel")
     return stage
 
 

@@ -15,6 +15,7 @@ def silence_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "true",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "BITSANDBYTES_NOWELCOME": "1",
         "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
     }.items():

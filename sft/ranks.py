@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -19,20 +18,30 @@ from accelerate import PartialState
 from torch.distributed import DistError, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sft.errors import RunFailed
+from sft.errors import Problems, RunFailed
 from sft.files import json_text
+from sft.launched import launched
 
 # The main process may merge, label or save this long before the others give up.
 HOURS = 6.0
 # A training step or a batch of answers takes less: a rank that is silent longer inside one hangs.
 STEP_LIMIT = timedelta(minutes=30)
+# Without a launcher the ranks save what they have within a minute or not at all.
+ALONE_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 _meetings = count()
 
 
 def join() -> PartialState:
-    """This process among those that were launched together; the first call connects them."""
+    """This process among those that were launched together; the first call connects them.
+
+    Raises:
+        Problems: more processes than GPUs on this machine.
+    """
     _end_with_launcher()
+    gpus, here = torch.cuda.device_count(), launched().local_processes
+    if 0 < gpus < here:
+        raise Problems([f"--num_processes: {here} processes were started on a machine with {gpus} GPUs; start {gpus}"])
     return PartialState(cpu=not torch.cuda.is_available(), timeout=STEP_LIMIT)
 
 
@@ -41,8 +50,6 @@ def _end_with_launcher() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() == 1:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def say(text: str) -> None:
@@ -61,20 +68,34 @@ def wait(what: str = "the other processes", *, hours: float = HOURS) -> None:
     state = PartialState()
     if state.num_processes == 1:
         return
-    meeting, end, pause = f"sft/{next(_meetings)}", time.monotonic() + hours * 3600, 0.005
     try:
-        store = _get_default_store()
-        store.set(f"{meeting}/{state.process_index}", "here")
-        store.add(meeting, 1)
-        while store.add(meeting, 0) < state.num_processes:
-            if time.monotonic() > end:
-                raise RunFailed(_missing(store, meeting, state, what=what, hours=hours))
-            time.sleep(pause)
-            pause = min(2 * pause, 0.5)
-    except DistError as error:
-        raise RunFailed(
-            f"Rank {state.process_index} waited for {what}, but the first node has ended; its own lines say why."
-        ) from error
+        _meet(state, what, hours)
+    except DistError:
+        _meet_without_launcher(state, what)
+
+
+def _meet(state: PartialState, what: str, hours: float) -> None:
+    """Counts the ranks that have come in the launcher's store, so that the time may be hours and names can be said."""
+    meeting, end, pause = f"sft/{next(_meetings)}", time.monotonic() + hours * 3600, 0.005
+    store = _get_default_store()
+    store.set(f"{meeting}/{state.process_index}", "here")
+    store.add(meeting, 1)
+    while store.add(meeting, 0) < state.num_processes:
+        if time.monotonic() > end:
+            raise RunFailed(_missing(store, meeting, state, what=what, hours=hours))
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
+def _meet_without_launcher(state: PartialState, what: str) -> None:
+    """The launcher was killed and its store with it; for a last checkpoint the ranks still reach each other."""
+    meeting, end = torch.distributed.barrier(async_op=True), time.monotonic() + ALONE_SECONDS
+    while not meeting.is_completed():
+        if time.monotonic() > end:
+            raise RunFailed(
+                f"Rank {state.process_index} waited for {what}, but the launcher on the first node has ended."
+            )
+        time.sleep(0.05)
 
 
 def _missing(store: Store, meeting: str, state: PartialState, *, what: str, hours: float) -> str:

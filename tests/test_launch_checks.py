@@ -1,0 +1,116 @@
+"""What a launch file must not say, what its engine refuses, and which checkpoints it can go on from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sft.checkpoints import saved_under
+from sft.launch_checks import launch_problems, resume_problems
+from tests.ladders import make_settings
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "WORLD_SIZE": "2"}
+
+
+def deepspeed_file(folder: Path, **values: object) -> dict[str, str]:
+    """The environment of a rank under DeepSpeed with this file."""
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto"} | values))
+    return DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+
+
+def test_no_launcher_no_problem(tmp_path: Path):
+    """`python train.py`, torchrun and the shipped files, which leave precision out."""
+    settings = make_settings(tmp_path)
+    assert launch_problems(settings, {}) == []
+    assert launch_problems(settings, {"ACCELERATE_MIXED_PRECISION": "no"}) == []
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_shipped_deepspeed_files_contradict_nothing(tmp_path: Path, stage: int):
+    """Whatever the stage file says about batch, rate, clipping and precision."""
+    path = Path(__file__).resolve().parents[1] / "configs" / "deepspeed" / f"zero{stage}.json"
+    settings = make_settings(tmp_path, lr="3e-4", grad_accum=7, max_grad_norm=0.3, dtype="bfloat16", weight_decay=0.1)
+    assert launch_problems(settings, DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said", "agree"),
+    [("auto", "bf16", True), ("bfloat16", "bf16", True), ("float16", "fp16", True), ("auto", "fp16", False),
+     ("float32", "bf16", False), ("bfloat16", "fp8", False)],
+)  # fmt: skip
+def test_precision_of_the_launch_file(tmp_path: Path, dtype: str, said: str, agree: bool):
+    """`--mixed_precision` may repeat SFT_DTYPE, not contradict it."""
+    problems = launch_problems(make_settings(tmp_path, dtype=dtype), {"ACCELERATE_MIXED_PRECISION": said})
+    assert [text.split(":")[0] for text in problems] == ([] if agree else [f"SFT_DTYPE={dtype}"])
+
+
+def test_every_contradicting_number_is_listed(tmp_path: Path):
+    """Accumulation, micro-batch, clipping, rate and the product for two processes; equal ones are no problem."""
+    settings = make_settings(tmp_path, per_device_train_bs=4, grad_accum=8, lr="1e-4")
+    environ = deepspeed_file(
+        tmp_path, gradient_accumulation_steps=4, train_micro_batch_size_per_gpu=2, train_batch_size=64,
+        gradient_clipping=0.5, optimizer={"params": {"lr": 2e-4}}, bf16={"enabled": True},
+        scheduler={"type": "WarmupLR"},
+    )  # fmt: skip
+    assert [text.split(":")[0] for text in launch_problems(settings, environ)] == [
+        "SFT_GRAD_ACCUM=8",
+        "SFT_PER_DEVICE_TRAIN_BS=4",
+        "SFT_MAX_GRAD_NORM=1.0",
+        "SFT_LR=0.0001",
+        "SFT_LR_SCHEDULER=cosine",
+    ]
+
+
+def test_an_accumulation_left_out_of_the_file_counts_as_one(tmp_path: Path):
+    """accelerate fills in 1 and DeepSpeed would step 8 times as often as the stage file says."""
+    path = tmp_path / "bare.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    settings = make_settings(tmp_path, grad_accum=8)
+    (problem,) = launch_problems(settings, DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    assert problem.startswith("SFT_GRAD_ACCUM=8: the DeepSpeed file says gradient_accumulation_steps: 1;")
+
+
+def test_accumulation_of_accelerates_own_file(tmp_path: Path):
+    """A launch file without a DeepSpeed file passes its number through the environment."""
+    environ = DEEPSPEED | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_GRADIENT_CLIPPING": "auto"}
+    (problem,) = launch_problems(make_settings(tmp_path, grad_accum=8), environ)
+    assert problem.startswith("SFT_GRAD_ACCUM=8")
+    assert launch_problems(make_settings(tmp_path, grad_accum=4), environ) == []
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_cannot_be_split(tmp_path: Path, bits: int):
+    """ZeRO-3 and FSDP refuse them at load time at the earliest; ZeRO-2 and plain data parallel take them."""
+    settings = make_settings(tmp_path, **{f"load_in_{bits}bit": 1})
+    zero3 = deepspeed_file(tmp_path, zero_optimization={"stage": 3})
+    for environ, engine in ((zero3, "DeepSpeed ZeRO-3"), ({"ACCELERATE_USE_FSDP": "true"}, "FSDP")):
+        (problem,) = launch_problems(settings, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"} | environ)
+        assert problem.startswith(f"SFT_LOAD_IN_{bits}BIT=1: {engine} cannot split quantised weights")
+    assert launch_problems(settings, deepspeed_file(tmp_path)) == []
+
+
+def checkpoint(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_checkpoints_tell_who_can_go_on_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Split optimizer state fits the same engine and number of processes; whole state fits any number."""
+    parts = ["latest", *(f"global_step4/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))]
+    split = checkpoint(tmp_path / "checkpoint-4", *parts)
+    plain = checkpoint(tmp_path / "checkpoint-8", "optimizer.pt")
+    assert saved_under(split) == "DeepSpeed ZeRO-2 with 2 processes"
+    assert saved_under(checkpoint(tmp_path / "checkpoint-6", "pytorch_model_fsdp.bin")) == "FSDP"
+    assert saved_under(plain) == ""
+    assert resume_problems(None) == resume_problems(plain) == []
+    (problem,) = resume_problems(split)
+    assert "saved under DeepSpeed ZeRO-2 with 2 processes, this run is one process or plain data parallel" in problem
+    for name, value in deepspeed_file(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    assert resume_problems(split) == []
+    assert len(resume_problems(plain)) == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "this run is DeepSpeed ZeRO-2 with 4 processes" in resume_problems(split)[0]
