@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from sft.errors import RunFailed
-from sft.files import write_bytes
+from sft.files import read_json, write_bytes
 
 FILE = "probe.safetensors"
 PROMPTS = (
@@ -99,8 +99,15 @@ def verify(merged: Any, probe: Path) -> dict[str, float]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         stored_precision = (file.metadata() or {}).get("precision", "float32")
     prompts = [tensors[f"input_ids.{number}"].tolist() for number in range(len(tensors) - 2)]
-    logits = probe_logits(merged, prompts)
-    return judge(tensors["logits"], tensors["logits_without_adapter"], logits, {stored_precision, precision(merged)})
+    precisions = {stored_precision, precision(merged), *_written_as(merged)}
+    return judge(tensors["logits"], tensors["logits_without_adapter"], probe_logits(merged, prompts), precisions)
+
+
+def _written_as(merged: Any) -> list[str]:
+    """The number format a merged folder was rounded to: loading it in a finer one brings nothing back."""
+    record = Path(str(getattr(merged.config, "_name_or_path", ""))) / "merge.json"
+    written = read_json(record)["dtype"] if record.is_file() else None
+    return [written] if written in MAX_KL else []
 
 
 def judge(

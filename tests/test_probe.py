@@ -69,6 +69,15 @@ def test_bfloat16_weights_get_the_room_that_rounding_needs(trained, tmp_path):
         verify(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), stage / FILE)
 
 
+def test_rounded_weights_loaded_in_float32_keep_their_room(trained, tmp_path):
+    """A bfloat16 folder trained in float32 on a CPU: what rounding took is still gone, and is no failure."""
+    base, stage = trained
+    merge(base, [stage], tmp_path / "merged", dtype="bfloat16")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert precision(merged) == "float32"
+    assert 1e-6 < verify(merged, stage / FILE)["kl"] < 5e-2
+
+
 def test_looking_disturbs_neither_mode_nor_random_state(trained):
     """Training goes on as if nobody had looked, with dropout on and the same random numbers."""
     model = AutoModelForCausalLM.from_pretrained(trained[0]).train()
