@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sft.digests import DIGESTS, sha256
+
 MARK = "COMPLETE.json"
 _LEFTOVER = re.compile(r"^\.?(?P<target>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d+)(-\d+)?$")
 _writes = itertools.count()
@@ -236,12 +238,6 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
-def sha256(path: Path) -> str:
-    """The hex digest of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _listing(folder: Path) -> dict[str, Path]:
     """Files below the folder by their name in it, sorted, without hidden files and unfinished work."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -260,11 +256,16 @@ def content_fingerprint(path: Path) -> str:
     return f"folder:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
-def seal(folder: Path) -> None:
-    """Write the completeness mark, last of all: size and sha256 of every file, each on the disk before the mark."""
+def seal(folder: Path, *, digest: str = "sha256", only: str | None = None) -> None:
+    """Write the completeness mark, last of all: size and digest of every file, each on the disk before the mark.
+
+    `only`: this file was changed since; the others stay as they were sealed.
+    """
+    listed = read_json(folder / MARK) if only else {}
     sync_tree(folder)
-    files = {name: path for name, path in _listing(folder).items() if name != MARK}
-    write_json(folder / MARK, {n: {"size": p.stat().st_size, "sha256": sha256(p)} for n, p in files.items()})
+    files = {name: path for name, path in _listing(folder).items() if name != MARK and only in (None, name)}
+    records = {name: {"size": p.stat().st_size, digest: DIGESTS[digest](p)} for name, p in files.items()}
+    write_json(folder / MARK, listed | records)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -277,7 +278,8 @@ def _fault(path: Path, record: dict[str, Any]) -> str | None:
         return "missing"
     if path.stat().st_size != record["size"]:
         return f"{path.stat().st_size} bytes instead of {record['size']}"
-    return None if sha256(path) == record["sha256"] else "content changed"
+    digest = "xxh3" if "xxh3" in record else "sha256"
+    return None if DIGESTS[digest](path) == record[digest] else "content changed"
 
 
 def damage(folder: Path) -> list[str]:

@@ -107,6 +107,7 @@ def merge(
         if finish:
             finish(partial, record)
         (partial / RECORD).write_text(files.json_text(asdict(record)) + "\n", encoding="utf-8")
+        files.seal(partial, digest="xxh3")
     if not finish:
         record.seconds = time.perf_counter() - started
     return record
@@ -125,6 +126,7 @@ def record_verification(target: Path, figures: dict[str, float]) -> None:
     """Adds `max_abs_diff` and `kl` (sft.probe.verify) to a merged folder's merge.json."""
     record = files.read_json(target / RECORD)
     files.write_json(target / RECORD, record | {name: figures[name] for name in ("max_abs_diff", "kl")})
+    files.seal(target, digest="xxh3", only=RECORD)
 
 
 def peak_rss_bytes() -> int:

@@ -35,6 +35,8 @@ def merge_parents(stage: Stage) -> str:
     if not stage.adapters:
         return stage.start_model
     if PartialState().is_main_process and not stage.merged_base_is_current():
+        if stage.merged_base.exists():
+            say(f"{stage.merged_base} is damaged or of another lineage, so it is made again")
         say("Merging earlier adapters into the base model (needs memory and disk space for a moment) ...")
         record = merge(
             stage.start_model,

@@ -32,6 +32,7 @@ from sft.ranks import say  # noqa: E402
 from sft.recording import MetricsRecord, SampleRecord, tracked  # noqa: E402
 from sft.settings import launched  # noqa: E402
 from sft.signals import STOP, Stopped  # noqa: E402
+from sft.space import require_space  # noqa: E402
 from sft.trainer import StagedTrainer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "load_verified",
     "merge_parents",
     "prepare",
+    "require_space",
     "score_earlier_models",
     "tracked",
     "train",

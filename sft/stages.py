@@ -204,8 +204,8 @@ class Stage:
             same = same and self.settings.merge_dtype in (None, record["dtype"])
         except (FileNotFoundError, DamagedFile, AttributeError, KeyError, TypeError):
             return False
-        whole = not is_sealed(self.merged_base) or not damage(self.merged_base)
-        return same and whole and digests == [parent.adapter_sha256 for parent in self.adapters]
+        same = same and digests == [parent.adapter_sha256 for parent in self.adapters]
+        return same and not (is_sealed(self.merged_base) and damage(self.merged_base))
 
     def begin(self) -> None:
         """Write the manifest as running. A resumed stage keeps its start, its MLflow run and metrics up to here."""

@@ -30,6 +30,7 @@ KILLS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.
 MOST_KILLS = 8
 STOP_LIMIT = 60.0
 RUN_LIMIT = 1800.0
+GIVE_UP = 10  # lost: something is thoroughly wrong
 
 
 @dataclass
@@ -105,7 +106,7 @@ def kill_campaign(ladder: Ladder, kills: int, dice: random.Random) -> Campaign:
     """Chains of kills, each ending with an undisturbed run whose results must be those of the uninterrupted ladder."""
     campaign = Campaign("kills")
     chain, slowest = 0, 0.0
-    while campaign.tried.total() < kills:
+    while campaign.tried.total() < kills and len(campaign.lost) < GIVE_UP:
         chain += 1
         out = ladder.root / f"chain{chain}"
         told: list[str] = []
