@@ -65,7 +65,8 @@ def bare_loop(model: Path, folder: Path, attention: str, *, accumulation: int, t
         optimizer.step()
         optimizer.zero_grad()
         losses.append((total, trained))
-        times.append((time.perf_counter(), sum(batch["input_ids"].shape[1] for batch in step)))
+        tokens = sum(batch["input_ids"].shape[1] for batch in step)
+        times.append((time.perf_counter(), time.process_time(), tokens))
     return speed(times) | {"loss": per_token(losses)}
 
 
@@ -109,7 +110,7 @@ def train_trl(
 
     class Clock(TrainerCallback):
         def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-            seen["times"].append((time.perf_counter(), seen["tokens"]))
+            seen["times"].append((time.perf_counter(), time.process_time(), seen["tokens"]))
             seen["tokens"] = 0
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **keywords: Any) -> None:
@@ -129,10 +130,11 @@ def train_trl(
     return speed(seen["times"]) | {"loss": per_token(seen["losses"])}
 
 
-def speed(times: list[tuple[float, int]]) -> dict[str, float]:
-    """Tokens per second of all steps but the first."""
-    tokens = sum(count for _, count in times[1:])
-    return {"speed": tokens / (times[-1][0] - times[0][0])}
+def speed(times: list[tuple[float, float, int]]) -> dict[str, float]:
+    """Tokens per second, and per CPU second, of all steps but the first."""
+    tokens = sum(count for *_, count in times[1:])
+    seconds, cpu_seconds = (times[-1][column] - times[0][column] for column in (0, 1))
+    return {"speed": tokens / seconds, "cpu_speed": tokens / cpu_seconds}
 
 
 def per_token(losses: list[tuple[float, float]]) -> float:
