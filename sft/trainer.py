@@ -23,11 +23,11 @@ from sft.model import adapter_config
 from sft.signals import follow_parent
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from sft.data.frequency import EdgeMask
+    from sft.data.mixture import Mix
     from sft.evaluation import GenerationEvaluation
     from sft.stages import Stage
 
@@ -52,8 +52,7 @@ class StagedTrainer(SFTTrainer):
         stage: Stage,
         args: SFTConfig,
         tokenizer: PreTrainedTokenizerBase,
-        train: datasets.Dataset,
-        val: datasets.Dataset,
+        mix: Mix,
         edge_mask: EdgeMask | None = None,
         generation: GenerationEvaluation | None = None,
         on_metrics: Callable[[dict[str, Any]], None] = lambda record: None,
@@ -64,6 +63,7 @@ class StagedTrainer(SFTTrainer):
         self.tokens_seen = 0  # by all ranks
         self.step_rate: float | None = None
         confine_rows(model, stage.settings)
+        train, val = mix.train, mix.val
         super().__init__(
             model=model,
             args=args,
