@@ -262,8 +262,9 @@ def raise_shortage(error: Exception, trainer: StagedTrainer) -> None:
     """RunFailed with estimate, peak and remedies, if the error says that memory ran out."""
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         settings, rows = trainer.settings, trainer.train_dataset.rows
-        checkpointing = trainer.args.gradient_checkpointing
-        need = estimate(trainer.model.config, settings, largest_batch(rows, settings), checkpointing=checkpointing)
+        checkpointing = bool(trainer.args.gradient_checkpointing)
+        config = trainer.accelerator.unwrap_model(trainer.model).config
+        need = estimate(config, settings, largest_batch(rows, settings), checkpointing=checkpointing)
         raise RunFailed(shortage(need, settings)) from error
 
 

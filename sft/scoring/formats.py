@@ -164,8 +164,10 @@ def _check_yaml_events(text: str) -> None:
 
 
 def _read_toml(text: str) -> tuple[Any, str]:
-    if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
-        raise _TooLarge(f"a line with more than {MAX_DOTS} dots")
+    # Dots before the first `=` are parts of a key, and tomllib is quadratic in those; numbers and texts may have more.
+    keys = (line.partition("=")[0] for line in text.split("\n"))
+    if any(key.count(".") > MAX_DEPTH for key in keys) or any(line.count(".") > MAX_DOTS for line in text.split("\n")):
+        raise _TooLarge(f"a key of more than {MAX_DEPTH} parts, or a line with more than {MAX_DOTS} dots")
     return tomllib.loads(text), ""
 
 
