@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-
 MEMORY = ("weights", "adapter", "optimizer", "gradients", "activations", "total", "available")
 
 
