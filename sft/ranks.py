@@ -42,6 +42,11 @@ def join() -> PartialState:
     gpus, here = torch.cuda.device_count(), launched().local_processes
     if 0 < gpus < here:
         raise Problems([f"--num_processes: {here} processes were started on a machine with {gpus} GPUs; start {gpus}"])
+    if launched().deepspeed and not gpus:
+        import deepspeed.ops
+
+        # Shared memory between CPU processes that DeepSpeed would compile first: a minute, and it needs a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return PartialState(cpu=not torch.cuda.is_available(), timeout=STEP_LIMIT)
 
 

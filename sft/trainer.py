@@ -112,9 +112,9 @@ class StagedTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Trained tokens of the whole global batch (under a masked loss: their expected number)."""
-        self.step_rows = [row for batch in batch_samples for row in batch["rows"]]
+        self.step_rows = [row for batch in batch_samples for row in batch["rows"] if row >= 0]
         self.step_rate = super()._get_learning_rate() if self.is_deepspeed_enabled else None
-        tokens = sum(batch["input_ids"].shape[1] for batch in batch_samples)
+        tokens = sum(batch["input_ids"].shape[1] for batch in batch_samples if batch["rows"][0] >= 0)
         totals = torch.tensor([float(sum(batch["num_items"] for batch in batch_samples)), tokens], device=device)
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")

@@ -26,7 +26,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = write_model(folder / "base") / "model.safetensors"
     scaled = {name: tensor * (6 if tensor.ndim == 2 else 1) for name, tensor in load_file(weights).items()}
     save_file({name: tensor.contiguous() for name, tensor in scaled.items()}, weights, metadata={"format": "pt"})
-    json_rows, yaml_rows = write_rows(folder / "json.jsonl", 44), write_rows(folder / "yaml.jsonl", 24, target="yaml")
+    json_rows, yaml_rows = write_rows(folder / "json.jsonl", 39), write_rows(folder / "yaml.jsonl", 24, target="yaml")
     mix = [{"id": str(json_rows), "weight": 1.0}, {"id": str(yaml_rows), "weight": 2.0}]
     common = {
         "SFT_BASE_MODEL": folder / "base", "SFT_MAX_STEPS": STEPS, "SFT_LR": "1e-3", "SFT_VAL_RATIO": 0.15,
