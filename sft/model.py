@@ -107,9 +107,15 @@ def load_model(source: str | Path, settings: Settings) -> PreTrainedModel:
         # A quantised model is placed while it is loaded: each process onto its own device.
         keywords["device_map"] = {"": PartialState().device}
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **keywords)
+        model = AutoModelForCausalLM.from_pretrained(source, **keywords)
     except LOAD_ERRORS as error:
         raise load_problem("the model", str(source), error) from error
+    for module in model.modules():
+        # bitsandbytes packs 4-bit weights in evaluation where the CPU has AVX-512 for bfloat16; training goes on with
+        # them afterwards, and layers whose width is no multiple of 32 end in an assertion.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

@@ -126,3 +126,33 @@ def test_losses_do_not_depend_on_batch_and_accumulation(ladder: Path, tmp_path: 
     assert len(series[0]) == 7  # four steps, evaluations at steps 0, 3 and 4
     for other in series[1:]:
         assert other == pytest.approx(series[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("SFT_LOAD_IN_4BIT", "load_in_4bit"), ("SFT_LOAD_IN_8BIT", "load_in_8bit")])
+def test_quantised_stages_keep_the_merged_base_in_full_precision(ladder: Path, tmp_path: Path, name: str, kind: str):
+    """Two stages on quantised weights: the second starts from a float32 merge and is verified against the first."""
+    code = run_train(
+        "--stage", "1-2", "--env-dir", ladder, "--set", f"SFT_OUT_LORA_DIR={tmp_path / 'out'}", "--set", f"{name}=1",
+        "--set", "SFT_GEN_EVAL=none", "--set", "SFT_MAX_STEPS=2",
+    )  # fmt: skip
+    assert code == 0
+    merged = load_file(tmp_path / "out_stage2_merged_base" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    assert json.loads((tmp_path / "out_stage2" / "training_config.json").read_text())["bnb_config"][kind]
+    assert json.loads((tmp_path / "out_stage2" / "stage.json").read_text())["merge"]["kl"] < 0.5
+
+
+def test_full_fine_tuning_gives_model_folders_that_the_next_stage_starts_from(ladder: Path, tmp_path: Path):
+    """SFT_USE_LORA=0: stage 2 trains stage 1's weights; nothing is merged, the manifest names the parent."""
+    code = run_train(
+        "--stage", "1-2", "--env-dir", ladder, "--set", f"SFT_OUT_LORA_DIR={tmp_path / 'out'}", "--set",
+        "SFT_USE_LORA=0", "--set", "SFT_GEN_EVAL=none", "--set", "SFT_LR=1e-3",
+    )  # fmt: skip
+    assert code == 0
+    assert not (tmp_path / "out_stage2_merged_base").exists()
+    manifests = [json.loads((tmp_path / f"out_stage{n}" / "stage.json").read_text()) for n in (1, 2)]
+    assert manifests[1]["parents"] == [{"stage": 1, "adapter_sha256": manifests[0]["adapter_sha256"]}]
+    first, second = (load_file(tmp_path / f"out_stage{n}" / "model.safetensors") for n in (1, 2))
+    started = metric_lines(tmp_path / "out_stage2", "eval_loss")[0]
+    assert started < metric_lines(tmp_path / "out_stage1", "eval_loss")[0]
+    assert any(not torch.equal(first[key], second[key]) for key in first)
