@@ -163,7 +163,8 @@ def _verified(origin: Origin, folder: Path) -> dict[str, float]:
     dtype = read_json(folder / "config.json").get("dtype")
     with_adapter, without, stored_precision = _reference(origin, prompts, dtype)
     merged = _load(folder, origin)
-    return judge(with_adapter, without, probe_logits(merged, prompts), {stored_precision, precision(merged)})
+    precisions = {stored_precision, precision(merged)}
+    return judge(with_adapter, without, probe_logits(merged, prompts), precisions=precisions)
 
 
 def _reference(origin: Origin, prompts: list[list[int]], dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, str]:

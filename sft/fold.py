@@ -4,6 +4,7 @@ Every step is PEFT's own (B A, times scaling, plus W; DoRA's rescaling of rows),
 bit for bit what PEFT computes on a model loaded in float32. Blocks are small enough to stay in the processor's cache.
 """
 
+import errno
 import os
 import threading
 from collections import defaultdict
@@ -23,6 +24,7 @@ from sft.weights import DTYPES, Stored, load, read_bytes, write_bytes
 
 BLOCK = 256 * 1024  # elements folded at once: 1 MiB of float32 weights beside 1 MiB of update
 SAMPLE = 16 * 1024  # elements of each job that the loss by rounding is estimated from
+COPIED = 8 * 1024 * 1024  # bytes copied at once
 JOB = 16 * 1024 * 1024  # elements one thread takes at once
 
 
@@ -164,12 +166,27 @@ def checksum(values: torch.Tensor) -> int:
 
 
 def copy(output: Output) -> None:
-    """Copies a tensor no adapter touches byte by byte, in the kernel where it can."""
-    with output.source.path.open("rb") as source, output.target.path.open("r+b") as target:
+    """Copies a tensor no adapter touches byte by byte, in the kernel where the file system lets it."""
+    with output.source.path.open("rb", buffering=0) as source, output.target.path.open("r+b", buffering=0) as target:
         done = 0
         while done < output.source.size:
             here, there = output.source.start + done, output.target.start + done
-            done += os.copy_file_range(source.fileno(), target.fileno(), output.source.size - done, here, there)
+            count = min(output.source.size - done, COPIED)
+            done += _copy_some(source.fileno(), target.fileno(), here=here, there=there, count=count)
+
+
+def _copy_some(source: int, target: int, *, here: int, there: int, count: int) -> int:
+    """Copies up to `count` bytes between two open files and says how many."""
+    try:
+        if copied := os.copy_file_range(source, target, count, here, there):
+            return copied
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+    chunk = os.pread(source, count, here)
+    if not chunk:
+        raise RunFailed("A file of the base model ended early; was it changed during the merge?")
+    return os.pwrite(target, chunk, there)
 
 
 def fold(job: Job) -> Folded:
@@ -182,10 +199,10 @@ def fold(job: Job) -> Folded:
             stored = read_bytes(source, element, count, into=_scratch.take("stored", count, DTYPES[source.dtype]))
             exact = _scratch.take("exact", count, torch.float32).copy_(stored)
             for term in job.output.terms:
-                _add(term, job, exact.view(-1, job.columns), first)
+                _add(term, job, weight=exact.view(-1, job.columns), first=first)
             rounded = _scratch.take("rounded", count, DTYPES[target.dtype]).copy_(exact)
             if first == job.first:
-                _sample(result, stored[:SAMPLE], exact[:SAMPLE], rounded[:SAMPLE])
+                _sample(result, stored=stored[:SAMPLE], exact=exact[:SAMPLE], rounded=rounded[:SAMPLE])
             result.changed = result.changed or not torch.equal(rounded, stored.to(rounded.dtype))
             result.checksum += checksum(rounded)
             write_bytes(file.fileno(), rounded, target.start + element * rounded.itemsize)
@@ -202,13 +219,13 @@ def written(job: Job) -> int:
     return sums
 
 
-def _sample(result: Folded, stored: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+def _sample(result: Folded, *, stored: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
     result.changed = not torch.equal(rounded, stored.to(rounded.dtype))
     result.update = float((exact - stored.float()).square_().sum())
     result.lost = float((rounded.float() - exact).square_().sum())
 
 
-def _add(term: Term, job: Job, weight: torch.Tensor, first: int) -> None:
+def _add(term: Term, job: Job, *, weight: torch.Tensor, first: int) -> None:
     """Adds one update to `weight`, the rows from `first` of the job's slab."""
     update = term.update
     expert = job.slab if term.expert is None else term.expert

@@ -105,7 +105,7 @@ def updates_of(adapters: Iterable[Adapter], layout: PlainLayout) -> dict[str, li
     for number, adapter in enumerate(adapters):
         if not is_plain(adapter):
             raise UnknownLayout(f"{adapter.folder} is not plain LoRA")
-        homeless = _place(number, adapter, layout, updates)
+        homeless = _place(number, adapter, layout=layout, updates=updates)
         if homeless:
             raise RunFailed(
                 f"{adapter.folder}: {len(homeless)} adapter tensors have no place in the base model: "
@@ -114,14 +114,15 @@ def updates_of(adapters: Iterable[Adapter], layout: PlainLayout) -> dict[str, li
     return dict(updates)
 
 
-def _place(number: int, adapter: Adapter, layout: PlainLayout, updates: dict[str, list[Update]]) -> list[str]:
+def _place(number: int, adapter: Adapter, *, layout: PlainLayout, updates: dict[str, list[Update]]) -> list[str]:
+    """Adds the updates of one adapter; the names of its tensors that have no place."""
     homeless = []
     for module, parts in _modules(adapter.tensors).items():
         parameter = _target(module, adapter.config, layout)
         if parameter is None:
             homeless += [tensor.name for tensor in parts.values()]
         else:
-            updates[parameter].append(_low_rank(number, adapter, parameter, parts, layout))
+            updates[parameter].append(_low_rank(number, adapter, parameter=parameter, parts=parts, layout=layout))
     for name, tensor in adapter.tensors.items():
         if not LORA_KEY.match(name):
             parameter = _full_name(name, layout)
@@ -183,7 +184,9 @@ def _full_name(name: str, layout: PlainLayout) -> str | None:
     return plain if plain in layout.parameters else None
 
 
-def _low_rank(number: int, adapter: Adapter, parameter: str, parts: dict[str, Stored], layout: PlainLayout) -> LowRank:
+def _low_rank(
+    number: int, adapter: Adapter, *, parameter: str, parts: dict[str, Stored], layout: PlainLayout
+) -> LowRank:
     where = f"{adapter.folder}: {parameter}"
     if missing := {"lora_A", "lora_B"} - parts.keys():
         raise RunFailed(f"{where} has no {missing.pop()}: the adapter file is incomplete. Train the stage again.")
@@ -195,11 +198,11 @@ def _low_rank(number: int, adapter: Adapter, parameter: str, parts: dict[str, St
     transposed = layout.is_transposed(parameter)
     if (b.shape[0], a.shape[1]) != (tuple(reversed(shape[-2:])) if transposed else tuple(shape[-2:])):
         raise RunFailed(f"{where} is {shape} in the base model, the adapter's factors are {b.shape} and {a.shape}.")
-    scaling = _scaling(adapter.config, parameter, a.shape[0] // experts, where)
+    scaling = _scaling(adapter.config, parameter, rank=a.shape[0] // experts, where=where)
     return LowRank(number, a, b, scaling, transposed, experts, parts.get("lora_magnitude_vector"))
 
 
-def _scaling(config: dict[str, Any], parameter: str, rank: int, where: str) -> float:
+def _scaling(config: dict[str, Any], parameter: str, *, rank: int, where: str) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA, with PEFT's per-module patterns."""
     module = parameter.removesuffix(".weight")
     names = [parameter] if _is_targeted(parameter, config.get("target_parameters") or ()) else [module]

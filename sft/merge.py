@@ -91,8 +91,8 @@ def merge(
     with _disk_full_explained(target), files.published_folder(target) as partial:
         try:
             with _shards(folder, target) as shards:
-                layout = _layout(folder, config, loaded, shards, trust_remote_code=trust_remote_code)
-                untied = _stream(layout, shards, loaded, partial, record)
+                layout = _layout(folder, config, adapters=loaded, shards=shards, trust_remote_code=trust_remote_code)
+                untied = _stream(layout, shards, adapters=loaded, partial=partial, record=record)
         except UnknownLayout as reason:
             from sft.merge_peft import merge_with_peft
 
@@ -164,9 +164,9 @@ def _shards(folder: Path, target: Path) -> Iterator[dict[str, list[Stored]]]:
 def _layout(
     folder: Path,
     config: dict[str, Any],
+    *,
     adapters: list[Adapter],
     shards: dict[str, list[Stored]],
-    *,
     trust_remote_code: bool,
 ) -> PlainLayout:
     """Where parameters lie: known for plain models, else asked of transformers, whose import takes seconds."""
@@ -179,12 +179,12 @@ def _layout(
 
 
 def _stream(
-    layout: PlainLayout, shards: dict[str, list[Stored]], adapters: list[Adapter], partial: Path, record: MergeRecord
+    layout: PlainLayout, shards: dict[str, list[Stored]], *, adapters: list[Adapter], partial: Path, record: MergeRecord
 ) -> bool:
     """Writes the merged shards into `partial`; True when tied embeddings had to be parted."""
     updates = updates_of(adapters, layout)
     dtype = NAMES[getattr(torch, record.dtype)] if record.dtype else None
-    wanted, untied = place(layout, shards, updates, dtype)
+    wanted, untied = place(layout, shards, updates=updates, dtype=dtype)
     _check_space(partial, wanted)
     outputs: list[tuple[Wanted, Output]] = []
     for name, tensors in wanted.items():
@@ -192,7 +192,7 @@ def _stream(
         outputs += [(w, Output(w.source, spot, w.terms)) for w, spot in zip(tensors, spots, strict=True)]
     folded = write_all([output for _, output in outputs])
     write_index(partial, {name: read_header(partial / name) for name in wanted})
-    _conclude(record, adapters, updates, outputs, folded)
+    _conclude(record, adapters, updates=updates, outputs=outputs, folded=folded)
     return untied
 
 
@@ -209,6 +209,7 @@ def _check_space(partial: Path, wanted: dict[str, list[Wanted]]) -> None:
 def _conclude(
     record: MergeRecord,
     adapters: list[Adapter],
+    *,
     updates: dict[str, list[Update]],
     outputs: list[tuple[Wanted, Output]],
     folded: dict[str, list[Folded]],

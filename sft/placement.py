@@ -1,7 +1,7 @@
 """Which tensors the merged checkpoint has, what each starts from and which updates land on it."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sft.errors import RunFailed
@@ -23,7 +23,7 @@ class Wanted:
 
 
 def place(
-    layout: PlainLayout, shards: Mapping[str, list[Stored]], updates: Mapping[str, list[Update]], dtype: str | None
+    layout: PlainLayout, shards: Mapping[str, list[Stored]], *, updates: Mapping[str, list[Update]], dtype: str | None
 ) -> tuple[dict[str, list[Wanted]], bool]:
     """The tensors of every shard, and whether tied embeddings had to be parted because only one of them changes."""
     landed: dict[str, list[tuple[Update, Place]]] = defaultdict(list)
@@ -32,19 +32,22 @@ def place(
         places = _places(parameter, layout)
         if not places:
             tensor = _tied_tensor(parameter, layout)
-            parted[tensor.name].append(_wanted(parameter, tensor, [(u, Place(parameter)) for u in found], dtype))
+            parted[tensor.name].append(_wanted(parameter, tensor, dtype, landed=[(u, Place(parameter)) for u in found]))
         for spot in places:
             landed[spot.key] += [(update, spot) for update in found]
     untied = bool(parted)
     for parameter in _left_behind(layout, updates):
         untied = True
         tensor = _tied_tensor(parameter, layout)
-        parted[tensor.name].append(_wanted(parameter, tensor, [], dtype))
+        parted[tensor.name].append(_wanted(parameter, tensor, dtype))
     wanted = {
         name: [
             each
             for tensor in tensors
-            for each in (_wanted(tensor.name, tensor, landed.get(tensor.name, []), dtype), *parted.get(tensor.name, []))
+            for each in (
+                _wanted(tensor.name, tensor, dtype, landed=landed.get(tensor.name, ())),
+                *parted.get(tensor.name, []),
+            )
         ]
         for name, tensors in shards.items()
     }
@@ -80,7 +83,7 @@ def _left_behind(layout: PlainLayout, updates: Mapping[str, list[Update]]) -> li
     return [name for name in partners if name and name not in updates and not layout.whereabouts(name)]
 
 
-def _wanted(name: str, tensor: Stored, landed: list[tuple[Update, Place]], dtype: str | None) -> Wanted:
+def _wanted(name: str, tensor: Stored, dtype: str | None, *, landed: Sequence[tuple[Update, Place]] = ()) -> Wanted:
     """A tensor replaced by the last full copy an adapter brings, with the low-rank updates that follow it."""
     terms: list[Term] = []
     source = tensor

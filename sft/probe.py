@@ -100,7 +100,9 @@ def verify(merged: Any, probe: Path) -> dict[str, float]:
         stored_precision = (file.metadata() or {}).get("precision", "float32")
     prompts = [tensors[f"input_ids.{number}"].tolist() for number in range(len(tensors) - 2)]
     precisions = {stored_precision, precision(merged), *_written_as(merged)}
-    return judge(tensors["logits"], tensors["logits_without_adapter"], probe_logits(merged, prompts), precisions)
+    return judge(
+        tensors["logits"], tensors["logits_without_adapter"], probe_logits(merged, prompts), precisions=precisions
+    )
 
 
 def _written_as(merged: Any) -> list[str]:
@@ -111,7 +113,7 @@ def _written_as(merged: Any) -> list[str]:
 
 
 def judge(
-    reference: torch.Tensor, without_adapter: torch.Tensor, merged: torch.Tensor, precisions: set[str]
+    reference: torch.Tensor, without_adapter: torch.Tensor, merged: torch.Tensor, *, precisions: set[str]
 ) -> dict[str, float]:
     """The figures of `verify`; RunFailed when they say that the merged weights are not base + adapter."""
     figures = compare(reference, merged) | {"adapter_kl": divergence(reference, without_adapter)}

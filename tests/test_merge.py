@@ -1,7 +1,9 @@
 """The merge against PEFT's own float32 merge, bit for bit, on models small enough to build in a moment."""
 
+import errno
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -356,6 +358,23 @@ def test_an_interrupted_merge_leaves_the_old_folder(parts):
         merge(base, [adapter], target, finish=interrupt)
     assert (target / "merge.json").read_text() == before
     assert sorted(path.name for path in target.parent.iterdir()) == ["adapter", "base", "merged"]
+
+
+@pytest.mark.parametrize("answer", [OSError(errno.EXDEV, "other device"), 0])
+def test_file_systems_that_copy_nothing_in_the_kernel_get_the_same_bytes(parts, monkeypatch, answer):
+    """Where copy_file_range is refused or copies nothing, untouched tensors are read and written."""
+    base, adapter, target = parts
+    merge(base, [adapter], target)
+    expected = {path.name: path.read_bytes() for path in target.glob("*.safetensors")}
+
+    def refuse(*arguments: object) -> int:
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    merge(base, [adapter], target)
+    assert {path.name: path.read_bytes() for path in target.glob("*.safetensors")} == expected
 
 
 def test_current_means_same_base_adapters_and_format(parts, tmp_path):
