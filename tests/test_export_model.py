@@ -5,7 +5,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -224,7 +223,5 @@ def test_help_comes_without_torch():
     """--help is read before anything heavy is imported."""
     program = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
     check = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {program}"
-    started = time.process_time()
     run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "False"
-    assert time.process_time() - started < 1
