@@ -6,6 +6,7 @@ import argparse
 import errno
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sft.signals import STOP, Stopped
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
 1 the run failed; 143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
+MAIN_SPEAKS_SECONDS = 10.0
 # What gloo, NCCL and torch's store say when the process at the other end is gone.
 LOST_PEER = ("closed by peer", "reset by peer", "ncclremoteerror", "distnetworkerror", "remote process exited")
 
@@ -100,6 +102,8 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
         return main(options) or 0
     except Problems as found:
         say_problems(found.problems, every_rank=found.every_rank)
+        if not found.every_rank:
+            let_main_speak()
         return 2
     except Stopped as stop:
         return stopped(stop)
@@ -111,6 +115,14 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
         return 1 if STOP.number is None else stopped(Stopped(STOP.number))
     finally:
         STOP.close()
+
+
+def let_main_speak() -> None:
+    """A launcher ends all ranks when the first one has ended; the main process, which lists the problems, goes first."""
+    STOP.deferred = True
+    end = time.monotonic() + MAIN_SPEAKS_SECONDS
+    while launched().rank > 0 and STOP.number is None and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def stopped(stop: Stopped) -> int:
