@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from sft import files
-from sft.checkpoints import RHYTHM
+from sft.checkpoints import RHYTHM, metrics_mark
 from sft.settings import metric_direction
 from sft.signals import STOP, Stopped
 
@@ -57,9 +57,7 @@ class StageRhythm(TrainerCallback):
             raise KeyError(f"SFT_METRIC_FOR_BEST={name} is not among the metrics of this run: {known}")
         value = metrics[self.metric]
         greater = metric_direction(name)
-        better = math.isfinite(value) and (
-            self.best is None or (value > self.best if greater else value < self.best)
-        )
+        better = math.isfinite(value) and (self.best is None or (value > self.best if greater else value < self.best))
         self.without_improvement = 0 if better else self.without_improvement + 1
         if better:
             self.best, self.best_step = value, self.trainer.state.global_step
@@ -109,7 +107,7 @@ class StageRhythm(TrainerCallback):
             "tokens_seen": trainer.tokens_seen,
         }
         if trainer.args.should_save:
-            files.write_json(folder / RHYTHM, record)
+            files.write_json(folder / RHYTHM, record | metrics_mark(trainer.stage.folder / "metrics.jsonl"))
 
     def restore(self, folder: Path) -> None:
         """Reads rhythm.json before training starts."""

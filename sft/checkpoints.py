@@ -1,12 +1,13 @@
 """Checkpoints of a stage: which are whole, which is the newest, what is said about them, which may go."""
 
+import hashlib
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.files import DamagedFile, damage, is_sealed, read_json, remove_folder
+from sft.files import DamagedFile, damage, is_sealed, json_text, read_json, read_records, remove_folder, write_bytes
 
 if TYPE_CHECKING:
     from sft.stages import Stage
@@ -78,12 +79,42 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def evaluation_due(checkpoint: Path) -> bool:
-    """Whether a stop signal cut off the evaluation of the checkpoint's step, which is then made up for."""
+def metrics_mark(path: Path) -> dict[str, Any]:
+    """How far metrics.jsonl has come, to stand in a checkpoint's rhythm.json."""
+    content = path.read_bytes() if path.exists() else b""
+    return {"metrics_bytes": len(content), "metrics_sha256": hashlib.sha256(content).hexdigest()}
+
+
+def metrics_until(path: Path, checkpoint: Path) -> bytes | None:
+    """The lines of metrics.jsonl that the checkpoint knew; None when they are not there as they were."""
+    size, digest = _metrics_mark_of(checkpoint)
+    content = path.read_bytes()[:size] if path.exists() else b""
+    return content if hashlib.sha256(content).hexdigest() == digest else None
+
+
+def metrics_damaged(path: Path, checkpoint: Path) -> bool:
+    """Whether lines that the checkpoint knew are missing or changed."""
+    return _metrics_mark_of(checkpoint)[1] != "" and metrics_until(path, checkpoint) is None
+
+
+def _metrics_mark_of(checkpoint: Path) -> tuple[int, str]:
     try:
-        return bool(read_json(checkpoint / RHYTHM)["evaluation_due"])
+        rhythm = read_json(checkpoint / RHYTHM)
+        return rhythm["metrics_bytes"], rhythm["metrics_sha256"]
     except (FileNotFoundError, DamagedFile, KeyError, TypeError):
-        return False
+        return 0, ""
+
+
+def rewind_metrics(path: Path, checkpoint: Path | None) -> None:
+    """Drop the lines of metrics.jsonl after the checkpoint: the steps they tell of are trained again."""
+    if not path.exists():
+        return
+    kept = metrics_until(path, checkpoint) if checkpoint else b""
+    if kept is None:
+        last = step_of(checkpoint) if checkpoint else -1
+        records = [each for each in read_records(path) if isinstance(each.get("step"), int) and each["step"] <= last]
+        kept = "".join(json_text(record, indent=None) + "\n" for record in records).encode()
+    write_bytes(path, kept)
 
 
 def saved_under(checkpoint: Path) -> str:

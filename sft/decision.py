@@ -101,6 +101,10 @@ def _judge_complete(verdict: Verdict, folder: Path, start: Mapping[str, Any], *,
 def _judge_unfinished(verdict: Verdict, folder: Path, start: Mapping[str, Any], *, remedy: str) -> Verdict:
     if not verdict.changed:
         verdict.decision = "resume"
+        metrics = folder / "metrics.jsonl"
+        if verdict.checkpoint and checkpoints.metrics_damaged(metrics, verdict.checkpoint):
+            what = f"is not what it was at {verdict.checkpoint.name}; figures of the steps before it may be missing"
+            verdict.warnings.append(f"[WARNING] {metrics}: {what}")
     elif verdict.checkpoint or verdict.broken:
         return _refuse_changed(verdict, f"{folder}: stage {start['stage']} is partly trained", remedy)
     # Else: without a checkpoint nothing would be mixed or lost, so corrected settings simply start the stage.

@@ -256,14 +256,14 @@ def content_fingerprint(path: Path) -> str:
     return f"folder:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
-def seal(folder: Path, *, digest: str = "sha256", only: str | None = None) -> None:
+def seal(folder: Path, *, digest: str = "sha256", only: str = "", among: tuple[str, ...] = ("",)) -> None:
     """Write the completeness mark, last of all: size and digest of every file, each on the disk before the mark.
 
-    `only`: this file was changed since; the others stay as they were sealed.
+    `only`: this file was changed since; the others stay as they were sealed. `among`: how the names sealed begin.
     """
     listed = read_json(folder / MARK) if only else {}
     sync_tree(folder)
-    files = {name: path for name, path in _listing(folder).items() if name != MARK and only in (None, name)}
+    files = {n: p for n, p in _listing(folder).items() if n.startswith(among) and n != MARK and only in ("", n)}
     records = {name: {"size": p.stat().st_size, digest: DIGESTS[digest](p)} for name, p in files.items()}
     write_json(folder / MARK, listed | records)
 
@@ -282,11 +282,15 @@ def _fault(path: Path, record: dict[str, Any]) -> str | None:
     return None if DIGESTS[digest](path) == record[digest] else "content changed"
 
 
-def damage(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder, one text per file; empty when every byte is as it was sealed."""
+def damage(folder: Path, *, leave: str = "") -> list[str]:
+    """What is wrong with a sealed folder, one text per file; empty when every byte is as it was sealed.
+
+    `leave`: files whose names end so are not read.
+    """
     try:
         listed = read_json(folder / MARK)
-        faults = {name: _fault(folder / name, record) for name, record in listed.items()}
+        left = {name for name in listed if leave and name.endswith(leave)}
+        faults = {name: _fault(folder / name, record) for name, record in listed.items() if name not in left}
     except FileNotFoundError:
         return [f"{MARK}: missing"]
     except (DamagedFile, AttributeError, KeyError, TypeError):

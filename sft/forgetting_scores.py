@@ -14,7 +14,7 @@ from sft import files, ranks
 from sft.evaluation import ROWS, GenerationEvaluation
 from sft.forgetting import MARGIN, drops
 from sft.lineage import stage_folder
-from sft.manifest import read_manifest
+from sft.manifest import is_intact, read_manifest, with_digest
 from sft.model import load_model
 from sft.settings import launched
 
@@ -66,7 +66,7 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
     """
     path = stage.folder / "earlier_scores.json"
     state = PartialState()
-    known = ranks.from_main(files.read_json(path) if state.is_main_process and path.exists() else None)
+    known = ranks.from_main(_known_scores(path) if state.is_main_process else None)
     if known is not None:
         return Earlier(known)
     earlier = Earlier()
@@ -81,8 +81,17 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
         del model
         gc.collect()
     if state.is_main_process:
-        files.write_json(path, earlier.scores)
+        files.write_json(path, with_digest({"scores": earlier.scores}))
     return earlier
+
+
+def _known_scores(path: Path) -> dict[str, dict[str, TaskScores]] | None:
+    """What an earlier start of the stage found; None where it is absent or damaged."""
+    try:
+        record = files.read_json(path)
+        return record["scores"] if is_intact(record) else None
+    except (FileNotFoundError, files.DamagedFile, KeyError, TypeError):
+        return None
 
 
 def ladder_scores(stage: Stage, trainer: StagedTrainer, earlier: Earlier) -> dict[str, Any] | None:
@@ -108,8 +117,10 @@ def ladder_scores(stage: Stage, trainer: StagedTrainer, earlier: Earlier) -> dic
 
 
 def _metrics_at(stage: Stage, step: int) -> dict[str, float]:
-    path = stage.folder / f"gen_metrics_step{step}.json"
-    return files.read_json(path) if path.exists() else {}
+    """The evaluation of a step, from metrics.jsonl: checkpoints vouch for its lines."""
+    records = files.read_records(stage.folder / "metrics.jsonl")
+    found = [record for record in records if record.get("step") == step and "eval_loss" in record]
+    return found[-1] if found else {}
 
 
 def _previous_table(stage: Stage) -> dict[str, dict[str, TaskScores]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft.errors import Problems
-from sft.files import DamagedFile, sha256
+from sft.files import DamagedFile, damage, is_sealed, sha256
 from sft.lock import current_holder
 from sft.manifest import read_manifest
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sft.settings import Settings
 
 ADAPTER = "adapter_model.safetensors"
+RESULTS = ("adapter_", "model", "config.json", "tokenizer", "training_config.json", "best_model/", "gen_", "metrics.")
+"""How the names of a completed stage's files begin that are sealed: what later stages and people rely on."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def find_lineage(settings: "Settings", inputs: Mapping[str, str]) -> Lineage:
         try:
             manifest = _finished_manifest(folder, number)
             results.append(_verified(folder, number, manifest))
+            lineage.warnings += _damaged_beside(folder)
         except Problems as found:
             lineage.problems += found.problems
             continue
@@ -142,6 +145,12 @@ def _verified(folder: Path, number: int, manifest: Mapping[str, Any] | None) -> 
     if manifest is not None and manifest["adapter_sha256"] != result[1]:
         raise Problems([f"{folder}: its weights are not those that stage.json lists (damaged or replaced); {again}"])
     return Parent(number, folder, result[1], result[0])
+
+
+def _damaged_beside(folder: Path) -> list[str]:
+    """Warnings about files of a complete stage other than its weights, which have been checked."""
+    faults = damage(folder, leave=".safetensors") if is_sealed(folder) else []
+    return [f"[WARNING] {folder}: damaged since it was completed: {fault}" for fault in faults]
 
 
 def _other_base(

@@ -1,5 +1,6 @@
 """stage.json: the record of a stage, read back only when it is whole."""
 
+import hashlib
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sft.files import DamagedFile, read_json
+from sft.files import DamagedFile, json_text, read_json
 
 MANIFEST = "stage.json"
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
@@ -54,9 +55,22 @@ def read_manifest(folder: Path, number: int) -> dict[str, Any] | None:
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole of it"
         raise DamagedFile(f"{path}: damaged at {place}") from error
+    if not is_intact(manifest):
+        raise DamagedFile(f"{path}: damaged, its content is not what was written")
     if manifest["stage"] != number:
         raise DamagedFile(f"{path}: is the manifest of stage {manifest['stage']}, not of stage {number}")
     return manifest
+
+
+def with_digest(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the sha256 of its own text, by which a flipped bit in it is noticed."""
+    plain = {name: value for name, value in record.items() if name != "digest"}
+    return plain | {"digest": hashlib.sha256(json_text(plain).encode()).hexdigest()}
+
+
+def is_intact(record: dict[str, Any]) -> bool:
+    """Whether a record read from disk is what was written; one without a digest was written by hand."""
+    return "digest" not in record or with_digest(record)["digest"] == record["digest"]
 
 
 def versions() -> dict[str, str | None]:

@@ -21,22 +21,22 @@ from sft.files import (
     clear_leftovers,
     damage,
     is_sealed,
-    json_text,
     read_json,
-    read_records,
+    seal,
     set_aside,
     sync_tree,
     write_json,
     write_text,
 )
 from sft.launched import launched
-from sft.lineage import Lineage, Parent, find_lineage, holds_nothing, lock_path, result_sha256, stage_folder
+from sft.lineage import RESULTS, Lineage, Parent, find_lineage, holds_nothing, lock_path, result_sha256, stage_folder
 from sft.lock import Lock, current_holder
-from sft.manifest import MANIFEST, blank_manifest, versions
+from sft.manifest import MANIFEST, blank_manifest, versions, with_digest
 
 if TYPE_CHECKING:
     from sft.settings import Settings, Source
 
+METRICS = "metrics.jsonl"
 __all__ = ["Decision", "Parent", "Stage", "source_fingerprint", "stage_folder"]
 
 
@@ -48,10 +48,6 @@ def source_record(source: "Source") -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _is_at_most(step: Any, last: int) -> bool:
-    return isinstance(step, int) and step <= last
 
 
 @dataclass
@@ -192,7 +188,7 @@ class Stage:
             self.moved, self.existed = set_aside(self.folder, "old"), False
 
     def _has_results(self) -> bool:
-        rewritten = {MANIFEST, "error.log", "metrics.jsonl"}
+        rewritten = {MANIFEST, "error.log", METRICS}
         return any(path.name not in rewritten for path in self.folder.iterdir())
 
     def merged_base_is_current(self) -> bool:
@@ -215,21 +211,11 @@ class Stage:
         if self.main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save()
-            self._rewind_metrics()
-
-    def _rewind_metrics(self) -> None:
-        """Drop metric lines after the checkpoint: the steps they tell of are trained again."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            last = checkpoints.step_of(self.checkpoint) if self.checkpoint else -1
-            kept = [record for record in read_records(path) if _is_at_most(record.get("step"), last)]
-            if self.checkpoint and checkpoints.evaluation_due(self.checkpoint):
-                kept = [record for record in kept if record["step"] < last or "eval_loss" not in record]
-            write_text(path, "".join(json_text(record, indent=None) + "\n" for record in kept))
+            checkpoints.rewind_metrics(self.folder / METRICS, self.checkpoint)
 
     def _save(self) -> None:
         if self.main_process:
-            write_json(self.folder / MANIFEST, self.manifest)
+            write_json(self.folder / MANIFEST, with_digest(self.manifest))
 
     def update(self, **fields: Any) -> None:
         """Set keys of the manifest on disk. Sources keep the fingerprints taken at the start."""
@@ -247,6 +233,7 @@ class Stage:
         if result is None:
             raise RunFailed(f"{self.folder} holds no weights after training; run the same command again to resume")
         sync_tree(self.folder)
+        seal(self.folder, among=RESULTS)
         self.update(**fields, adapter_sha256=result[1], status="complete", finished=_now())
 
     def fail(self, reason: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from sft import files
 from sft.changes import model_fingerprint, source_fingerprint
 from sft.errors import Problems, RunFailed
+from sft.manifest import with_digest
 from sft.settings import Source
 from sft.stages import Stage
 from tests.ladders import add_adapter, add_checkpoint, make_settings, train
@@ -46,7 +47,7 @@ def killed(settings, *, checkpoint: int | None = None) -> Stage:
 
 def rewrite_manifest(folder: Path, **fields: object) -> None:
     manifest = json.loads((folder / "stage.json").read_text())
-    (folder / "stage.json").write_text(json.dumps(manifest | fields))
+    (folder / "stage.json").write_text(json.dumps(with_digest(manifest | fields)))
 
 
 # --- decisions about the stage's own folder
@@ -383,6 +384,27 @@ def test_in_strict_mode_a_missing_stage_is_a_problem(tmp_path):
     ]
 
 
+def test_a_changed_figure_in_a_manifest_is_noticed(tmp_path):
+    """A flipped bit that leaves stage.json readable: its own digest tells."""
+    settings = make_settings(tmp_path)
+    train(settings)
+    path = tmp_path / "out_stage1" / "stage.json"
+    path.write_text(path.read_text().replace('"epoch": 1.0', '"epoch": 1.5'))
+    (problem,) = refusal(settings)
+    assert problem.startswith(f"{path}: damaged, its content is not what was written; ")
+
+
+def test_damage_beside_a_parents_weights_is_a_warning(tmp_path):
+    """The adapter's configuration has changed since the stage was completed; merging verifies what that means."""
+    train(make_settings(tmp_path))
+    (tmp_path / "out_stage1" / "adapter_config.json").write_text('{"lora_alpha": 33}')
+    with Stage.open(make_settings(tmp_path, 2)) as stage:
+        assert stage.warnings == [
+            f"[WARNING] {tmp_path}/out_stage1: damaged since it was completed: "
+            "adapter_config.json: 18 bytes instead of 2"
+        ]
+
+
 @pytest.mark.parametrize(("status", "state"), [("running", "was stopped before its end"), ("failed", "failed")])
 def test_an_unfinished_parent_is_a_problem(tmp_path, status, state):
     killed(make_settings(tmp_path))
@@ -521,7 +543,7 @@ def test_the_manifest_has_the_contracts_keys_from_begin_to_end(tmp_path):
         "adapter_sha256 versions mlflow_run_id started finished"
     ).split()
     assert set(contract) <= set(begun) == set(ended)
-    assert set(begun) - set(contract) == {"inputs"}
+    assert set(begun) - set(contract) == {"inputs", "digest"}
     assert (begun["status"], begun["finished"], begun["adapter_sha256"]) == ("running", None, None)
     assert (ended["status"], ended["adapter_sha256"], ended["steps"]) == ("complete", ADAPTER_1, 3)
     assert begun["settings"]["SFT_LORA_R"] == {"value": 16, "origin": "default"}

@@ -1,6 +1,6 @@
 """`make torture`: the fault campaigns of the README's reliability section, with a long budget.
 
-    python -m tests.torture [--kills 200] [--seed 1] [--only kills,damage,disk,starts,inputs] [--keep FOLDER]
+    python -m tests.torture [--kills 200] [--damages 1000] [--disks 60] [--pairs 50] [--seed 1] [--only kills,disks]
 
 Prints a table for each campaign and, last, one line of JSON. Exit code 1 if anything was lost.
 """
@@ -13,9 +13,7 @@ import signal
 import sqlite3
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -24,60 +22,20 @@ from sft.quiet import silence_libraries
 silence_libraries()
 
 from tests import faults  # noqa: E402
+from tests.campaigns import (  # noqa: E402
+    GIVE_UP,
+    RUN_LIMIT,
+    Campaign,
+    Ladder,
+    damage_campaign,
+    disk_campaign,
+    starts_campaign,
+)
 
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 KILLS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOST_KILLS = 8
 STOP_LIMIT = 60.0
-RUN_LIMIT = 1800.0
-GIVE_UP = 10  # lost: something is thoroughly wrong
-
-
-@dataclass
-class Campaign:
-    """What was tried, and what went wrong where."""
-
-    name: str
-    tried: Counter = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)
-    notes: dict[str, object] = field(default_factory=dict)
-
-    def fail(self, what: str) -> None:
-        self.lost.append(what)
-        print(f"LOST {self.name}: {what}", flush=True)
-
-    def table(self) -> str:
-        rows = [f"  {kind:<28} {count:>5}" for kind, count in sorted(self.tried.items())]
-        notes = [f"  {name}: {value}" for name, value in self.notes.items()]
-        return "\n".join([f"{self.name}: {self.tried.total()} tried, {len(self.lost)} lost", *rows, *notes])
-
-
-@dataclass
-class Ladder:
-    """The inputs all runs share, and how the uninterrupted run ended."""
-
-    root: Path
-    inputs: Path
-    end: dict[str, object]
-    cpu_seconds: float
-
-    @classmethod
-    def prepare(cls, root: Path, *, report_to: str = "none") -> "Ladder":
-        inputs, out = root / "inputs", root / "uninterrupted"
-        inputs.mkdir()
-        faults.write_ladder(inputs, report_to=report_to)
-        run = faults.start(faults.ladder_arguments(inputs, out), out / "log", prepare=faults.own_cache(out))
-        used = 0.0
-        while not run.is_over():
-            used = run.cpu_seconds()
-            time.sleep(0.02)
-        if (code := run.wait(1.0)) != 0:
-            sys.exit(f"The uninterrupted ladder ended with {code}:\n{run.text()[-3000:]}")
-        return cls(root, inputs, faults.end_state(out), used)
-
-    def start(self, out: Path, *more: object) -> faults.Run:
-        arguments = faults.ladder_arguments(self.inputs, out, *more)
-        return faults.start(arguments, out / "log", prepare=faults.own_cache(out))
 
 
 def wait_for_moment(run: faults.Run, out: Path, dice: random.Random, cpu_seconds: float) -> bool:
@@ -180,8 +138,11 @@ def repeated_metrics(database: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--damages", type=int, default=1000, help="at most so many cut or flipped files")
+    parser.add_argument("--disks", type=int, default=60, help="sizes of a disk that fills up (needs root)")
+    parser.add_argument("--pairs", type=int, default=50, help="times two starts at once")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="kills", help="comma list of campaigns")
+    parser.add_argument("--only", default="kills,damages,disks,pairs", help="comma list of campaigns")
     parser.add_argument("--report-to", default="none", help="SFT_REPORT_TO of the ladder")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
     options = parser.parse_args()
@@ -191,7 +152,12 @@ def main() -> int:
     ladder = Ladder.prepare(root, report_to=options.report_to)
     print(f"One ladder takes {ladder.cpu_seconds:.1f} s of processor time", flush=True)
     dice = random.Random(options.seed)
-    campaigns: dict[str, Callable[[], Campaign]] = {"kills": lambda: kill_campaign(ladder, options.kills, dice)}
+    campaigns: dict[str, Callable[[], Campaign]] = {
+        "kills": lambda: kill_campaign(ladder, options.kills, dice),
+        "damages": lambda: damage_campaign(ladder, options.damages, dice),
+        "disks": lambda: disk_campaign(ladder, options.disks),
+        "pairs": lambda: starts_campaign(ladder, options.pairs, dice),
+    }
     done = [campaigns[name]() for name in options.only.split(",")]
     for campaign in done:
         print(f"\n{campaign.table()}")
