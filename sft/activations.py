@@ -127,7 +127,8 @@ def with_adapter(bare: PreTrainedModel, settings: Settings) -> torch.nn.Module:
         return bare
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(bare, adapter)
+        # Where weights have no memory, the adapter needs none either: filling it in takes seconds.
+        model = get_peft_model(bare, adapter, low_cpu_mem_usage=next(bare.parameters()).is_meta)
     if settings.load_in_4bit or settings.load_in_8bit:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:

@@ -140,19 +140,20 @@ def steps_text(steps: dict[str, int], plan: Plan) -> str:
 
 def trial_text(trial: Trial, plan: Plan) -> str:
     """Speed, time and peak memory as measured with the largest micro-batch."""
+    peak = f"{trial.peak / 2**30:.2f} GiB"
+    if not trial.fits:
+        return f"the largest micro-batch does not fit on this GPU: out of memory at {peak}"
     steps, tokens = plan.document["steps"], plan.document["tokens"]["total"]
     speed = trial.tokens / trial.seconds
     devices = steps["global_batch"] // plan.settings.per_device_train_bs // plan.settings.grad_accum
     seconds = tokens * steps["total"] / steps["per_epoch"] / speed / devices
-    peak = f"{trial.peak / 2**30:.2f} GiB"
     return f"largest micro-batch on this GPU: {speed:,.0f} tokens/s, peak {peak}; training about {duration(seconds)}"
 
 
 def memory_table(estimate: Estimate, plan: Plan) -> str:
     """Each part, and the micro-batch it was worked out for."""
     record = estimate.record()
-    unit, size = ("GiB", 2**30) if estimate.total >= 2**30 else ("MiB", 2**20)
-    rows = [["", unit], *([part, f"{record[part] / size:,.2f}"] for part in MEMORY)]
+    rows = [["part", "size"], *([part, size(record[part])] for part in MEMORY)]
     batch = plan.batch
     checkpointing = "with" if plan.checkpointing else "without"
     largest = f"largest micro-batch: {batch.rows} rows, {batch.tokens:,} tokens; " if batch else ""
@@ -172,6 +173,11 @@ def row_previews(plan: Plan) -> Iterator[tuple[str, str]]:
         text = preview(plan.tokenizer, rows.row(0, position), colour=colour)
         shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..." + "\x1b[0m" * colour
         yield f"Row {position + 1} as rendered (trained tokens {marks})", shown
+
+
+def size(num_bytes: int) -> str:
+    """3 GiB as "3.00 GiB", less than one in MiB."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def cut(value: Any) -> str:
