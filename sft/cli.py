@@ -118,7 +118,7 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
 
 
 def let_main_speak() -> None:
-    """A launcher ends all ranks when the first one has ended; the main process, which lists the problems, goes first."""
+    """A launcher ends all ranks when one has ended: the main process, which lists the problems, goes first."""
     STOP.deferred = True
     end = time.monotonic() + MAIN_SPEAKS_SECONDS
     while launched().rank > 0 and STOP.number is None and time.monotonic() < end:
