@@ -45,9 +45,8 @@ def count(text: str) -> int:
     return int(text)
 
 
-def find_stage(settings: "Settings") -> "Origin":
-    """What the stage's model is made of. Raises Problems for a stage that is not complete or was outdated since."""
-    from sft.export import find_origin
+def trained_folder(settings: "Settings") -> Path:
+    """OUT_stageN. Raises Problems, without importing torch, where there is no trained stage in it."""
     from sft.lineage import stage_folder
     from sft.manifest import MANIFEST
 
@@ -55,6 +54,13 @@ def find_stage(settings: "Settings") -> "Origin":
     if not (folder / MANIFEST).is_file():
         remedy = f"train it with python train.py --stage {settings.stage}, or name its folder by --env-dir or --set"
         raise Problems([f"{folder}: holds no trained stage; {remedy}"])
+    return folder
+
+
+def find_stage(folder: Path) -> "Origin":
+    """What the stage's model is made of. Raises Problems for a stage that is not complete or was outdated since."""
+    from sft.export import find_origin
+
     try:
         return find_origin(folder)
     except Problems as found:
@@ -207,6 +213,7 @@ def main() -> None:
     from sft.settings import load_settings
 
     settings = load_settings(options.stage, env_dir=options.env_dir, overrides=options.overrides)
+    folder = trained_folder(settings)
     settings.export_passthrough()
     from sft.hub import offline_unless_reachable
     from sft.quiet import silence_libraries, silence_torch
@@ -217,7 +224,7 @@ def main() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    origin = find_stage(settings)
+    origin = find_stage(folder)
     model, tokenizer = load(settings, origin)
     talk(model, tokenizer, options)
 
