@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.modeling_utils import set_zero3_state
 
 from sft.model import adapter_config, compute_dtype
 
@@ -108,9 +109,10 @@ def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def blank_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
-    """The model in its compute type, without any memory behind its weights."""
+    """The model in its compute type, without any memory behind its weights; whole under ZeRO-3 too, where transformers
+    would split it over all processes and wait for those that do not ask."""
     trusted = settings.trust_remote_code
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=compute_dtype(settings), trust_remote_code=trusted
         )

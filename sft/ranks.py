@@ -42,6 +42,10 @@ def join() -> PartialState:
     gpus, here = torch.cuda.device_count(), launched().local_processes
     if 0 < gpus < here:
         raise Problems([f"--num_processes: {here} processes were started on a machine with {gpus} GPUs; start {gpus}"])
+    if launched().deepspeed:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # the stage before left it; it would split what one process makes alone
     if launched().deepspeed and not gpus:
         import deepspeed.ops
 

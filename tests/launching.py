@@ -1,6 +1,7 @@
 """train.py under a launcher, as people start it: two processes on the CPU, found again by a mark they carry."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,7 +43,12 @@ def start(kind: str, mark: Path, *arguments: object, script: Path = ROOT / "trai
 
 def run(kind: str, mark: Path, *arguments: object, script: Path = ROOT / "train.py") -> tuple[int, str]:
     """The same, to the end: the launcher's exit code and everything printed."""
-    code = start(kind, mark, *arguments, script=script).wait(timeout=300)
+    started = start(kind, mark, *arguments, script=script)
+    try:
+        code = started.wait(timeout=300)
+    finally:
+        for process in processes(mark).values():  # after a hang
+            os.kill(process, signal.SIGKILL)
     return code, mark.with_suffix(".log").read_text(encoding="utf-8")
 
 
