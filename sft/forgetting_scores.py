@@ -102,7 +102,7 @@ def ladder_scores(stage: Stage, trainer: StagedTrainer, earlier: Earlier) -> dic
     table: dict[str, dict[str, TaskScores]] = _previous_table(stage)
     for model, tasks in earlier.scores.items():
         table.setdefault(model, {}).update(tasks)
-    here, before = f"stage {stage.number}", f"stage {stage.number - 1}" if stage.parents else "base"
+    here, before = f"stage {stage.number}", f"stage {stage.parents[-1].stage}" if stage.parents else "base"
     table.setdefault(before, {})[here] = task_scores(_metrics_at(stage, 0))
     table.setdefault(here, {})[here] = task_scores(_metrics_at(stage, trainer.state.global_step))
     for parent in stage.parents:

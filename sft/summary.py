@@ -23,7 +23,7 @@ def close_stage(stage: Stage, tracker: Tracker | None) -> None:
         for path in (stage.folder / "stage.json", report, stage.folder / "report.json"):
             tracker.log_artifact(path)
     metrics = manifest["metrics"]
-    figures = [f"{manifest['steps']} steps", f"{manifest['tokens']['trained']:,} trained tokens"]
+    figures = [f"{manifest['steps']} steps", f"{manifest['metrics'].get('tokens', 0):,} tokens"]
     shown = {"loss": "loss", "eval_loss": "eval loss", "gen_score": "gen_score"}
     figures += [f"{text} {metrics[name]:.4f}" for name, text in shown.items() if metrics.get(name) is not None]
     print(f"\nStage {stage.number} is complete: {', '.join(figures)}")
