@@ -54,7 +54,8 @@ def main() -> None:
     origin = find_origin(options.checkpoint_dir)
     target = options.output or options.checkpoint_dir / "merged"
     check_target(target)
-    print(f"Merging {len(origin.adapters)} adapters into {origin.base} ...", flush=True)
+    what = f"Merging {len(origin.adapters)} adapters into" if origin.adapters else "Copying"
+    print(f"{what} {origin.base} ...", flush=True)
     record = export(origin, target)
     for warning in record.warnings:
         print(f"[WARNING] {warning}")

@@ -12,12 +12,11 @@ library_name: transformers
 pipeline_tag: text-generation
 {base_line}tags:
 - sft
-- lora
----
+{lora_tag}---
 
 # {title}
 
-{base} with {count} folded into its weights, in the order in which they were trained.
+{origin}
 
 ## Stages
 {stages}
@@ -33,16 +32,23 @@ before you share the model.
 
 def model_card(base: str, manifests: Sequence[dict[str, Any]], record: "MergeRecord") -> str:
     """Markdown: base, stages with their data and settings, how the weights were made, licence unknown."""
-    count = f"{len(record.adapters)} LoRA adapter{'s' if len(record.adapters) != 1 else ''}"
+    count = len(record.adapters)
     name = _public(base)
     return CARD.format(
         base_line=f"base_model: {base}\n" if name == base else "",
         title=f"{Path(name).name}, fine-tuned",
-        base=f"`{name}`" + (f" at revision `{record.base_revision}`" if record.base_revision else ""),
-        count=count,
+        lora_tag="- lora\n" if count else "",
+        origin=_origin(f"`{name}`" + (f" at revision `{record.base_revision}`" if record.base_revision else ""), count),
         stages=_stages(manifests),
         weights=_weights(record),
     )
+
+
+def _origin(base: str, adapters: int) -> str:
+    if not adapters:
+        return f"{base}, all of whose weights were trained."
+    many = "s, in the order in which they were trained," if adapters > 1 else ""
+    return f"{base} with {adapters} LoRA adapter{many} folded into its weights."
 
 
 def _public(name: str) -> str:
@@ -76,6 +82,8 @@ def _cell(fact: Any) -> str:
 
 
 def _weights(record: "MergeRecord") -> str:
+    if not record.adapters:
+        return f"{record.dtype}, as trained."
     lines = [f"{record.dtype}; {record.tensors_changed} tensors changed, added in float32 and rounded once."]
     if record.rounding_loss:
         lines.append(f"Rounding took {100 * record.rounding_loss:.2g} % of the update.")

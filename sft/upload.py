@@ -8,8 +8,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from sft.errors import Problems, RunFailed
 
-# merge.json names folders of this machine.
-KEPT_HERE = ["merge.json"]
+# merge.json names folders of this machine, and the mark of completeness lists it.
+KEPT_HERE = ["merge.json", "COMPLETE.json"]
 
 
 def check_repository(name: str, *, offline: bool) -> None:

@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from sft.lineage import result_sha256
 from sft.manifest import blank_manifest
 from sft.probe import FILE as PROBE
 from sft.probe import store_probe
@@ -120,7 +121,7 @@ def test_the_card_names_base_stages_data_and_no_path(export, ladder, tmp_path):
     """What a reader of the hub needs: base, one line per stage, how it was verified, licence unknown."""
     export("--checkpoint_dir", ladder[1][1], "--output", tmp_path / "served")
     card = (tmp_path / "served" / "README.md").read_text(encoding="utf-8")
-    assert "`base` with 2 LoRA adapters folded into its weights" in card
+    assert "`base` with 2 LoRA adapters, in the order in which they were trained, folded into its weights." in card
     assert "| 1 | org/rows1 (70) | 70 | 9 | 0.0001 | 2, 4 | 1.25 |" in card
     assert "| 2 | org/rows2 (70) | 70 | 9 | 0.0001 | 2, 4 | 1.25 |" in card
     assert "Verified on probe prompts against base + adapters: mean KL" in card
@@ -151,6 +152,25 @@ def test_a_plain_adapter_goes_into_the_base_it_names(export, ladder):
     assert_weights(stages[0] / "merged", expected_weights(base, [stages[0]]))
     assert "Verified: KL " in out
     assert "Not known: the adapter came without" in (stages[0] / "merged" / "README.md").read_text()
+
+
+def test_a_stage_trained_in_full_is_copied(export, ladder):
+    """Full fine-tuning: the result is a model already, exported as it is and said to be so."""
+    base, stages = ladder
+    for path in stages[0].iterdir():
+        path.unlink()
+    for path in base.iterdir():
+        (stages[0] / path.name).write_bytes(path.read_bytes())
+    (stages[0] / "adapter_model.safetensors").write_bytes(b"")  # for the manifest's helper
+    save_manifest(stages[0], 1, base, [], adapter_sha256=None)
+    (stages[0] / "adapter_model.safetensors").unlink()
+    digest = result_sha256(stages[0])[1]
+    manifest = json.loads((stages[0] / "stage.json").read_text())
+    (stages[0] / "stage.json").write_text(json.dumps(manifest | {"adapter_sha256": digest}))
+    code, _, err = export("--checkpoint_dir", stages[0])
+    assert (code, err) == (0, "")
+    assert_weights(stages[0] / "merged", expected_weights(base, []))
+    assert "`out_stage1`, all of whose weights were trained." in (stages[0] / "merged" / "README.md").read_text()
 
 
 def test_a_second_export_replaces_the_first(export, ladder):
