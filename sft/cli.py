@@ -98,6 +98,14 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
     """Runs `main` with the options and turns its end into an exit code; people never see a traceback."""
     options = parser().parse_args(argv)
     STOP.install(processes=launched().processes)
+    code = _exit_code(main, options)
+    together = sys.modules.get("sft.ranks")  # imported where several processes have met
+    if code and together:
+        together.tell_end(code)
+    return code
+
+
+def _exit_code(main: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
     try:
         return main(options) or 0
     except Problems as found:

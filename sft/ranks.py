@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from sft.errors import Problems, RunFailed
 from sft.files import json_text
 from sft.launched import launched
+from sft.signals import STOP, Stopped
 
 # The main process may merge, label or save this long before the others give up.
 HOURS = 6.0
@@ -28,6 +30,7 @@ HOURS = 6.0
 STEP_LIMIT = timedelta(minutes=30)
 # Without a launcher the ranks save what they have within a minute or not at all.
 ALONE_SECONDS = 30.0
+_END = "sft/end"
 _PR_SET_PDEATHSIG = 1
 _meetings = count()
 
@@ -90,10 +93,31 @@ def _meet(state: PartialState, what: str, hours: float) -> None:
     store.set(f"{meeting}/{state.process_index}", "here")
     store.add(meeting, 1)
     while store.add(meeting, 0) < state.num_processes:
+        if store.check([_END]):
+            raise _ended(json.loads(store.get(_END)))
         if time.monotonic() > end:
             raise RunFailed(_missing(store, meeting, state, what=what, hours=hours))
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
+
+
+def tell_end(code: int) -> None:
+    """Lets the ranks that wait hear that this one has ended; a launcher on another machine would not tell them."""
+    if torch.distributed.is_initialized():
+        end = {"rank": torch.distributed.get_rank(), "host": socket.gethostname(), "code": code}
+        with suppress(DistError):
+            _get_default_store().set(_END, json.dumps(end))
+
+
+def _ended(end: dict[str, Any]) -> BaseException:
+    """What a rank that waits raises when another has ended: the same stop, or a failure that names it."""
+    if end["code"] in (130, 143):
+        STOP.agree()
+        return Stopped(signal.SIGINT if end["code"] == 130 else signal.SIGTERM)
+    return RunFailed(
+        f"Rank {end['rank']} on {end['host']} has ended with exit code {end['code']}; its own lines say why. "
+        "The same command goes on from the last checkpoint."
+    )
 
 
 def _meet_without_launcher(state: PartialState, what: str) -> None:
