@@ -114,7 +114,7 @@ def load_model(source: str | Path, settings: Settings) -> PreTrainedModel:
         # bitsandbytes packs 4-bit weights in evaluation where the CPU has AVX-512 for bfloat16; training goes on with
         # them afterwards, and layers whose width is no multiple of 32 end in an assertion.
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # no tensor, a switch
     return model
 
 
