@@ -16,6 +16,7 @@ from sft import files
 from sft.checkpoints import RHYTHM, metrics_mark
 from sft.settings import metric_direction
 from sft.signals import STOP, Stopped
+from sft.step_start import PATIENCE_SECONDS, StepStart
 
 if TYPE_CHECKING:
     from sft.trainer import StagedTrainer
@@ -44,6 +45,7 @@ class StageRhythm(TrainerCallback):
         self.without_improvement = 0
         self.stopped = False
         self.evaluation_due = False
+        self.step_start: StepStart | None = None
         self.restored: dict[str, Any] = {}
 
     # Best model and early stopping
@@ -89,6 +91,22 @@ class StageRhythm(TrainerCallback):
             self.stopped, self.evaluation_due = True, control.should_evaluate
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A signal that came while a checkpoint was written: it is there already."""
+        if stop_agreed(self.trainer) and state.global_step < state.max_steps:
+            self.stopped = control.should_training_stop = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        self.step_start = StepStart.of(trainer, trainer.tokens_before_step) if args.world_size == 1 else None
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gives up a step that goes on long after a stop signal; of several ranks none can do that alone."""
+        if self.step_start and STOP.number is not None and time.monotonic() - STOP.arrived > PATIENCE_SECONDS:
+            self.step_start.restore(self.trainer)
+            self.stopped = True
+            raise Stopped(STOP.number)
 
     # What travels in a checkpoint
 

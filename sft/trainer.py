@@ -60,7 +60,7 @@ class StagedTrainer(SFTTrainer):
         self.stage, self.settings = stage, stage.settings
         self.generation, self.on_metrics = generation, on_metrics
         self.step_rows: list[int] = []
-        self.tokens_seen = 0  # by all ranks
+        self.tokens_seen = self.tokens_before_step = 0  # by all ranks
         self.step_rate: float | None = None
         confine_rows(model, stage.settings)
         train, val = mix.train, mix.val
@@ -118,6 +118,7 @@ class StagedTrainer(SFTTrainer):
         totals = torch.tensor([float(sum(batch["num_items"] for batch in batch_samples)), tokens], device=device)
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
+        self.tokens_before_step = self.tokens_seen
         self.tokens_seen += int(totals[1].item())
         return totals[0]
 
