@@ -92,6 +92,12 @@ class StageRhythm(TrainerCallback):
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A signal that came too late to cut the evaluation off: no further step is begun."""
+        if stop_agreed(self.trainer) and state.global_step < state.max_steps:
+            self.stopped = control.should_training_stop = True
+            control.should_save = state.global_step > 0
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A signal that came while a checkpoint was written: it is there already."""
         if stop_agreed(self.trainer) and state.global_step < state.max_steps:

@@ -74,14 +74,14 @@ class Ladder:
 def damage_campaign(ladder: Ladder, most: int, dice: random.Random) -> Campaign:
     """Cuts and flips every file that a killed ladder left, one at a time; the next run must notice or not need it."""
     campaign = Campaign("damaged files")
-    killed = ladder.root / "killed"
-    kill_in_stage_two(ladder, killed)
+    killed, out = ladder.root / "killed", ladder.root / "damaged"
+    kill_in_stage_two(ladder, out)
+    out.rename(killed)  # its copies lie where it was made: adapters name their base by its path
     outcomes: Counter[str] = Counter()
     refused: set[str] = set()
     names = sorted(path.relative_to(killed).as_posix() for path in killed.rglob("*") if damageable(path))
     cases = [(name, kind) for name in names for kind in ("cut in half", "one bit flipped")]
     for name, kind in cases if len(cases) <= most else dice.sample(cases, most):
-        out = ladder.root / "damaged"
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(killed, out)
         (cut if kind == "cut in half" else flip)(out / name, dice)

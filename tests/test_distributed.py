@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -131,9 +132,9 @@ def test_fsdp_splits_weights_where_it_may(ladder: Path, alone: Path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(ladder: Path):
+def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(ladder: Path, capsys: pytest.CaptureFixture[str]):
     """SIGTERM to rank 1 alone, under torchrun: a sealed checkpoint, exit code 143 on both, nobody left within a minute;
-    the same command then ends with the very bytes of a run that was never stopped."""
+    the same command then ends with the very bytes of a run that was never stopped, one process with the same losses."""
     settings = ("SFT_GRAD_ACCUM=1", "SFT_EVAL_STEPS=1", "SFT_MAX_STEPS=12", "SFT_SAVE_STEPS=100")
     out = ladder / "stopped"
     arguments = ["--stage", "1", *options(ladder, "stopped", *settings)]
@@ -152,6 +153,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(ladder: Path
     assert not files.damage(checkpoint)
     assert int(checkpoint.name.removeprefix("checkpoint-")) < 12
 
+    shutil.copytree(folder, ladder / "handed_stage1")
     code, shown = run("torchrun", out, *arguments)
     assert code == 0
     assert f"Found latest checkpoint: {checkpoint.name}" in shown
@@ -162,6 +164,13 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(ladder: Path
     found = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     assert metric_lines(folder, "loss") == metric_lines(whole, "loss")
+
+    # One process goes on from the checkpoint of two, with the same rows per step only.
+    arguments = ["--stage", "1", *options(ladder, "handed", *settings)]
+    assert run_train(*arguments) == 2
+    assert "rows per step: 8 → 4" in capsys.readouterr().err
+    assert run_train(*arguments, "--set", "SFT_GRAD_ACCUM=2") == 0
+    assert metric_lines(ladder / "handed_stage1", "loss") == pytest.approx(metric_lines(whole, "loss"), abs=LOSS)
 
 
 @pytest.mark.slow

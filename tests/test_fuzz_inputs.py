@@ -1,0 +1,255 @@
+"""Whatever is written in env files, on the command line, in mixes and in data files, the outcome is settings and rows
+to train on, or problems listed for a person (exit code 2): never a traceback.
+
+FUZZ_CASES=10000 runs so many cases instead of the few of the suite.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck
+from hypothesis import given as examples
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+
+from sft import cli
+from sft.data.mixture import prepare
+from sft.errors import Problems
+from sft.settings import NAMES, load_settings
+from tests.tiny import tokenizer
+
+CASES = int(os.environ.get("FUZZ_CASES", "240"))
+# capsys is read out after every example, so that examples share it is no harm.
+QUIET = [
+    HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture,
+]  # fmt: skip
+
+NASTY = st.sampled_from([
+    "", " ", "'", '"', "'[", "\\", "\x00", "\ufeff", "\u2028", "\r", "=", "==", "#", "$", "${", "$HOME", "~", "~root",
+    "%s", "{}", "[]", "null", "nan", "inf", "-1", "0", "1e999", "9" * 400, "-0.0", "0x10", "1_000", "True", "no",
+    "../../etc/passwd", "/", "/dev/null", "/proc/self/mem", ".", "a" * 5000, "\ud83d", "日本語", "\u202e", "<|im_end|>",
+    "!!python/object/apply:os.system ['true']", "`true`", "$(true)", "; true", '{"id": "x"}', '[{"id": "x"}]',
+])  # fmt: skip
+WORDS = st.one_of(NASTY, st.text(max_size=20), st.from_regex(r"[-+]?\d*\.?\d*(e[-+]?\d{1,4})?", fullmatch=True))
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(WORDS, inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def text_of(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def misspelt(name: str, place: int, letter: str) -> str:
+    place %= len(name)
+    return name[:place] + letter + name[place + 1 :]
+
+
+NAME = st.one_of(
+    st.sampled_from(list(NAMES)),
+    st.builds(misspelt, st.sampled_from(list(NAMES)), st.integers(0, 40), st.sampled_from("ABCX_ =\n")),
+    st.builds("SFT_{}".format, WORDS),
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="fuzz"))
+    (path / "base").mkdir()
+    (path / "base" / "config.json").write_text('{"model_type": "qwen3"}')
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = path / "cache"
+    yield path
+    datasets.config.HF_DATASETS_CACHE = before
+    shutil.rmtree(path)
+
+
+def outcome(folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Loads a ladder as train.py does; checks exit code and what is said."""
+
+    def load(options: Any) -> int:
+        return 0 if cli.load_ladder(options) else 1
+
+    try:
+        code = cli.command_line(load, ["--env-dir", str(folder), *arguments])
+    except SystemExit as end:  # the command line itself is refused
+        code = end.code
+    said = capsys.readouterr().err
+    assert code in (0, 2), said
+    assert "Traceback" not in said
+    if code == 2:
+        assert said.strip(), "refused without a word"
+
+
+# Env files and command lines
+
+LINE = st.one_of(
+    st.builds("{}={}".format, NAME, WORDS),
+    st.builds("{}='{}'".format, NAME, st.one_of(WORDS, VALUES.map(text_of))),
+    st.builds('export {} = "{}" # {}'.format, NAME, WORDS, WORDS),
+    st.builds("{}='[\n  {}\n]'".format, NAME, WORDS),
+    WORDS,
+)
+
+
+@effort(
+    max_examples=max(CASES * 4 // 10, 1),
+    deadline=None,
+    suppress_health_check=QUIET,
+)
+@examples(
+    lines=st.lists(LINE, max_size=12),
+    raw=st.one_of(st.just(b""), st.binary(max_size=40)),
+    overrides=st.lists(st.one_of(WORDS, st.builds("{}={}".format, NAME, WORDS)), max_size=3),
+    stage=st.one_of(st.just("1"), st.sampled_from(["all", "1-1", "0", "2-1", "1-", "x", "-1", "99999", ""]), WORDS),
+)
+def test_env_files_and_command_lines(folder, capsys, lines, raw, overrides, stage):
+    usual = f"SFT_BASE_MODEL={folder / 'base'}\nSFT_OUT_LORA_DIR={folder / 'out'}\nSFT_DATASET_ID=org/rows\n"
+    content = (usual + "\n".join(lines)).encode("utf-8", "surrogatepass") + raw
+    (folder / "stage1.env").write_bytes(content)
+    sets = [part for text in overrides for part in ("--set", text)]
+    outcome(folder, [f"--stage={stage}", *sets], capsys)
+
+
+# Mixes
+
+SOURCE_KEY = st.sampled_from("id weight split name revision limit repeat columns encoding wieght".split())
+SOURCE = st.one_of(
+    st.dictionaries(SOURCE_KEY, st.one_of(VALUES, st.just("org/rows"), st.floats(0, 5)), max_size=5),
+    st.builds(lambda more: {"id": "org/rows"} | more, st.dictionaries(SOURCE_KEY, VALUES, max_size=2)),
+    VALUES,
+)
+
+
+@effort(
+    max_examples=max(CASES * 3 // 10, 1),
+    deadline=None,
+    suppress_health_check=QUIET,
+)
+@examples(
+    mix=st.one_of(st.lists(SOURCE, max_size=4), VALUES),
+    name=st.sampled_from(["SFT_DATASET_MIX", "SFT_EVAL_DATASET", "SFT_GEN_EVAL_DATASET", "SFT_UPSAMPLE_RULES"]),
+    cut=st.one_of(st.none(), st.integers(0, 200)),
+)
+def test_mixes(folder, capsys, mix, name, cut):
+    usual = f"SFT_BASE_MODEL={folder / 'base'}\nSFT_OUT_LORA_DIR={folder / 'out'}\nSFT_DATASET_ID=org/rows\n"
+    text = text_of(mix)[:cut]
+    (folder / "stage1.env").write_text(usual, encoding="utf-8")
+    if "\x00" not in text:
+        outcome(folder, ["--stage=1", "--set", f"{name}={text}"], capsys)
+    (folder / "stage1.env").write_bytes((usual + f"{name}='{text}'\n").encode("utf-8", "surrogatepass"))
+    outcome(folder, ["--stage=1"], capsys)
+
+
+# Data files
+
+TURN = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.one_of(st.sampled_from("user assistant system human gpt model tool from".split()), VALUES),
+        "content": st.one_of(st.just("Answer: {\"a\": 1}"), VALUES), "from": st.sampled_from(["human", "gpt"]),
+        "value": VALUES,
+    },
+)  # fmt: skip
+GOOD_TURNS = st.lists(WORDS, min_size=1, max_size=3).map(
+    lambda texts: [{"role": role, "content": text} for text in texts for role in ("user", "assistant")]
+)
+CELL = st.one_of(VALUES, st.just("What is it?"), st.just('Output: {"a": [1, 2]}'))
+OF_MESSAGES = {"messages": st.one_of(GOOD_TURNS, st.lists(TURN, max_size=4), VALUES)}
+KEYS = {"subcategory": CELL, "metadata": CELL, "pack": CELL}
+ROW = st.one_of(
+    st.fixed_dictionaries(OF_MESSAGES, optional=KEYS),
+    st.fixed_dictionaries({"conversations": st.one_of(st.lists(TURN, max_size=4), VALUES)}),
+    st.fixed_dictionaries({"instruction": CELL, "output": CELL}, optional={"input": CELL, "history": CELL}),
+    st.fixed_dictionaries({"instruction": CELL, "response": CELL}),
+    st.fixed_dictionaries({"prompt": CELL, "completion": CELL}),
+    st.fixed_dictionaries({"text": CELL}),
+    st.fixed_dictionaries({"title": CELL, "abstract": CELL, "paths": CELL}),
+    VALUES,
+)  # fmt: skip
+SWITCHES = st.fixed_dictionaries(
+    {},
+    optional={
+        "SFT_OVERLONG": st.sampled_from(["drop", "truncate", "error"]), "SFT_MASK_COT": st.just("1"),
+        "SFT_MASKED_LOSS": st.just("inverse_frequency"),
+        "SFT_MASKED_LOSS_UNIT": st.sampled_from(["path_edge", "json_edge"]),
+        "SFT_TRAIN_ON_PROMPT": st.just("1"), "SFT_DEDUPLICATE": st.just("1"),
+        "SFT_VAL_RATIO": st.sampled_from(["0", "0.5"]),
+        "SFT_MAX_SEQ_LEN": st.sampled_from(["16", "64", "256"]),
+        "SFT_DATASET_MIX_TOTAL_SIZE": st.sampled_from(["1", "7"]),
+    },
+)  # fmt: skip
+
+
+def file_bytes(rows: list[Any], ending: str) -> bytes | None:
+    """The rows in that format; None where it can't hold them."""
+    if ending == "jsonl":
+        return "\n".join(json.dumps(row) for row in rows).encode()
+    if ending == "json":
+        return json.dumps(rows).encode()
+    tables = [row for row in rows if isinstance(row, dict)]
+    if ending == "csv":
+        stream = io.StringIO()
+        writer = csv.DictWriter(
+            stream, list(dict.fromkeys(key for row in tables for key in row)), extrasaction="ignore"
+        )
+        writer.writeheader()
+        writer.writerows(tables)
+        return stream.getvalue().encode("utf-8", "surrogatepass")
+    sink = pa.BufferOutputStream()
+    try:
+        pq.write_table(pa.Table.from_pylist(tables), sink)
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
+        return None
+    return sink.getvalue().to_pybytes()
+
+
+@effort(max_examples=max(CASES * 3 // 10, 1), deadline=None, suppress_health_check=QUIET)
+@examples(
+    rows=st.lists(ROW, max_size=6),
+    ending=st.sampled_from(["jsonl", "json", "csv", "parquet"]),
+    repeat=st.sampled_from([1, 1, 4]),
+    spoil=st.one_of(st.none(), st.tuples(st.integers(0, 10**6), st.binary(max_size=6), st.integers(0, 30))),
+    switches=SWITCHES,
+)
+def test_data_files(folder, rows, ending, repeat, spoil, switches):
+    """Rows have at least one trained token each and are within the length asked for, or problems are listed."""
+    content = file_bytes(rows * repeat, ending)
+    if content is None:
+        return
+    if spoil is not None:
+        place, added, lost = spoil
+        place %= len(content) + 1
+        content = content[:place] + added + content[place + lost :]
+    path = folder / f"rows.{ending}"
+    path.write_bytes(content)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    lines = {"SFT_BASE_MODEL": folder / "base", "SFT_OUT_LORA_DIR": folder / "out", "SFT_DATASET_ID": path} | switches
+    (folder / "stage1.env").write_text("".join(f"{name}='{value}'\n" for name, value in lines.items()))
+    said: list[str] = []
+    try:
+        settings = load_settings(1, env_dir=folder, environ={})
+        mix = prepare(settings, WORDS_TOKENIZER, say=said.append)
+    except Problems as found:
+        assert found.problems
+        assert all(text.strip() for text in found.problems)
+        return
+    for row in mix.train:
+        assert len(row["input_ids"]) == len(row["labels"]) <= settings.max_seq_len
+        assert any(label != -100 for label in row["labels"])
+
+
+WORDS_TOKENIZER = tokenizer()
