@@ -363,6 +363,20 @@ def test_units_are_token_spans_of_the_final_answer(rows_of: Any, make_settings: 
     assert label(rows_of(chat_), tokenizer, limit).dataset[0]["unit_edges"] == row["unit_edges"][:1]
 
 
+def test_titles_with_arrows_and_newlines_are_units_as_a_whole(tmp_path: Path, make_settings: Any):
+    """The borders are those of the row's own paths, not of the text they are rendered to."""
+    rows = tmp_path / "rows.jsonl"
+    paths = [["root", "x -> y", "two\nlines"], ["root", "z"]]
+    rows.write_text(json.dumps({"title": "T", "abstract": "A.", "paths": paths}))
+    settings, tokenizer = make_settings(masked_loss="inverse_frequency"), byte_tokenizer()
+    row = label(load_source(Source(id=str(rows)), settings), tokenizer, settings).dataset[0]
+    spans = zip(row["unit_starts"], row["unit_ends"], strict=True)
+    decoded = [tokenizer.decode(row["input_ids"][start:end]).strip() for start, end in spans]
+    assert decoded == ["x -> y", "two\nlines", "z"]
+    edges = [["path", "root", "x -> y"], ["path", "x -> y", "two\nlines"], ["path", "root", "z"]]
+    assert [json.loads(edge) for edge in row["unit_edges"]] == edges
+
+
 def test_json_units_begin_after_the_marker(rows_of: Any, make_settings: Any):
     """Braces in the reasoning are not the payload; an answer without JSON is trained unmasked and counted."""
     settings = make_settings(masked_loss="inverse_frequency", masked_loss_unit="json_edge")

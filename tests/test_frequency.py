@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sft.data import frequency
-from sft.data.frequency import EdgeMask, path_edges, path_edges_from_paths
+from sft.data.frequency import EdgeMask
+from sft.data.units import path_edges, path_edges_from_paths, render_paths
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Counts 6, 2 and 1: M = 9/3 = 3, so the first edge is kept with probability 1/2 and the others always.
@@ -238,7 +239,7 @@ def doid() -> EdgeMask:
         pytest.skip("needs ../shared")
     rows = [json.loads(line)["paths"] for line in path.read_text(encoding="utf-8").splitlines()]
     units = [path_edges_from_paths(paths)[1] for paths in rows]
-    assert units == [path_edges(frequency.render_paths(paths)) for paths in rows]
+    assert units == [path_edges(render_paths(paths)) for paths in rows]
     return EdgeMask.build([[unit.edge for unit in row] for row in units], np.arange(len(rows)), seed=0)
 
 

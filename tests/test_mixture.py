@@ -41,8 +41,7 @@ def labelled(
         "length": [2] * count,
         "trained": [1] * count,
     }
-    fields = [masks.SCHEMA.field(name) for name in masks.SCHEMA.names]
-    schema = pa.schema([*fields, *masks._LABELS.items()])
+    schema = pa.schema([*masks.CARRIED, *masks._LABELS.items()])
     table = pa.Table.from_pydict(columns, schema=schema)
     return Rows(Source(**{"id": "source", **source}), datasets.Dataset(table), Counter(), "f")
 

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sft.data import frequency
-from sft.data.frequency import Unit, path_edges
+from sft.data.units import Unit, path_edges
 
 
 def test_token_spans_by_offsets():

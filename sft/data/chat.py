@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["MASKED", "chat_template_for", "label", "preview"]
 
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
-VERSION = 1
+VERSION = 2
 _ROWS_AT_ONCE = 512
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000
@@ -100,7 +100,8 @@ def _label_all(
             chats = [template.fitted(chat) for chat in chats]
             table = table.set_column(0, SCHEMA.field("messages"), pa.array(chats, SCHEMA.field("messages").type))
         rendered = render(template, chats, eos=tokenizer.eos_token or "")
-        return _label_batch(table, rendered, encode([row.text if row else "" for row in rendered]), settings)
+        encodings = encode([row.text if row else "" for row in rendered])
+        return _label_batch(table, rendered, encodings, settings)
 
     processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
     if template is None:
@@ -120,9 +121,10 @@ def _label_batch(
     """The rows of the table that can be trained on, with labels, and counts of the others by reason."""
     counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
     kept, labelled = [], []
+    paths = table["paths"].to_pylist() if settings.masked_loss != "none" else [None] * len(table)
     for row, (rendered, encoded) in enumerate(zip(texts, encodings, strict=True)):
         try:
-            labelled.append(label_row(rendered, encoded, settings, noted=counted["noted"]))
+            labelled.append(label_row(rendered, encoded, settings, noted=counted["noted"], paths=paths[row]))
             kept.append(row)
         except Dropped as reason:
             counted["dropped"][str(reason)] += 1

@@ -15,22 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.data.units import Unit, answer_units, json_edges, label, path_edges, path_edges_from_paths, render_paths
-
-__all__ = [
-    "IGNORED",
-    "EdgeMask",
-    "Unit",
-    "answer_units",
-    "apply",
-    "json_edges",
-    "label",
-    "path_edges",
-    "path_edges_from_paths",
-    "render_paths",
-    "token_spans",
-    "token_weights",
-]
+from sft.data.units import Unit, label
 
 IGNORED = -100  # the label that torch's cross entropy skips
 Ints = NDArray[np.int64]

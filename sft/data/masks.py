@@ -19,11 +19,14 @@ from sft.data.rendering import Rendered
 from sft.data.shapes import Dropped
 from sft.data.sources import SCHEMA
 from sft.data.tokens import Encoded
+from sft.data.units import answer_units
 
 if TYPE_CHECKING:
     from sft.settings import Settings
 
 MASKED = -100
+# Of the rows of messages; the paths have become units.
+CARRIED = SCHEMA.remove(SCHEMA.get_field_index("paths"))
 _INTEGERS = pa.list_(pa.int32())
 _LABELS = {"input_ids": _INTEGERS, "labels": _INTEGERS, "length": pa.int32(), "trained": pa.int32()}
 _UNITS = {"unit_edges": pa.list_(pa.string()), "unit_starts": _INTEGERS, "unit_ends": _INTEGERS}
@@ -41,11 +44,20 @@ class Labelled:
 
 def schema(settings: Settings) -> pa.Schema:
     """Columns of labelled rows: those of messages, the labels, and the units under a masked loss."""
-    return pa.schema([*SCHEMA, *_LABELS.items(), *(_UNITS.items() if settings.masked_loss != "none" else ())])
+    return pa.schema([*CARRIED, *_LABELS.items(), *(_UNITS.items() if settings.masked_loss != "none" else ())])
 
 
-def label_row(rendered: Rendered | None, encoded: Encoded, settings: Settings, *, noted: Counter[str]) -> Labelled:
-    """What is trained of one row; `noted` counts what happened to rows that are kept. Raises Dropped."""
+def label_row(
+    rendered: Rendered | None,
+    encoded: Encoded,
+    settings: Settings,
+    *,
+    noted: Counter[str],
+    paths: Sequence[Sequence[str]] | None = None,
+) -> Labelled:
+    """What is trained of one row; `noted` counts what happened to rows that are kept. Raises Dropped.
+
+    `paths`: of an ontology row, the units' own borders."""
     if rendered is None:
         raise Dropped("unreadable")
     spans = _learned(rendered, settings, noted)
@@ -61,7 +73,7 @@ def label_row(rendered: Rendered | None, encoded: Encoded, settings: Settings, *
         raise Dropped("fully masked")
     if settings.masked_loss == "none" or rendered.shift is None:
         return Labelled(ids[:limit], trained)
-    edges, unit_spans = _units(rendered, encoded, settings, noted)
+    edges, unit_spans = _units(rendered, encoded, settings, noted, paths)
     inside = [any(a <= start and end <= b for a, b in trained) for start, end in unit_spans]
     return Labelled(ids[:limit], trained, _chosen(edges, inside), _chosen(unit_spans, inside))
 
@@ -94,17 +106,19 @@ def _markers(markers: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _units(
-    rendered: Rendered, encoded: Encoded, settings: Settings, noted: Counter[str]
+    rendered: Rendered,
+    encoded: Encoded,
+    settings: Settings,
+    noted: Counter[str],
+    paths: Sequence[Sequence[str]] | None,
 ) -> tuple[list[str], list[Span]]:
     """Edges of the final answer and their token spans; those without a token of their own are left out."""
     content = rendered.content or ""
-    if settings.masked_loss_unit == "path_edge":
-        units = frequency.path_edges(content)
-    else:
-        marker = _markers(settings.output_markers).search(content)
-        found = frequency.json_edges(content, marker.end() if marker else 0)
-        noted["no JSON in the answer"] += found is None
-        units = found or []
+    marker = _markers(settings.output_markers).search(content)
+    payload_start = marker.end() if marker else 0
+    found = answer_units(content, settings.masked_loss_unit, payload_start=payload_start, paths=paths)
+    noted["no JSON in the answer"] += found is None
+    units = found or []
     starts, ends = frequency.token_spans(encoded.offsets(), units, shift=rendered.shift or 0, text=rendered.text)
     spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
     own = [start < end for start, end in spans]
@@ -130,7 +144,7 @@ def with_labels(table: pa.Table, rows: Sequence[Labelled], columns: pa.Schema) -
     if "unit_edges" in columns.names:
         added.append(pa.array([list(row.edges) for row in rows], _UNITS["unit_edges"]))
         added += [pa.array([[span[i] for span in row.unit_spans] for row in rows], _INTEGERS) for i in (0, 1)]
-    return pa.Table.from_arrays([*table.select(SCHEMA.names).columns, *added], schema=columns)
+    return pa.Table.from_arrays([*table.select(CARRIED.names).columns, *added], schema=columns)
 
 
 def _borders(lengths: Sequence[int]) -> np.ndarray:

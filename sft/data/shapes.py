@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from sft.data.units import render_paths
+
 Row = Mapping[str, Any]
 Message = dict[str, str]
 
@@ -58,6 +60,11 @@ def read_messages(row: Row, shape: Shape) -> list[Message]:
     if not last["content"].strip():
         raise Dropped("empty answer")
     return messages
+
+
+def paths_of(row: Row, shape: Shape) -> list[list[str]] | None:
+    """The paths of an ontology row, whose titles may hold arrows and line breaks; None for other shapes."""
+    return _paths(row) if shape.read is _from_paths else None
 
 
 def content_hash(messages: list[Message]) -> int:
@@ -182,10 +189,12 @@ def _from_prompt(row: Row) -> list[Message]:
 
 def _from_paths(row: Row) -> list[Message]:
     """Document 003: title and abstract ask, the answer is one `A -> B -> C` line per path, each ended by a newline."""
-    paths = [_list(path) for path in _list(row["paths"])]
-    lines = [" -> ".join(_text(name) for name in path) + "\n" for path in paths if path]
     prompt = f"Title: {_text(row['title'])}\n{_optional_text(row['abstract'])}"
-    return [_turn("user", prompt), _turn("assistant", "".join(lines))]
+    return [_turn("user", prompt), _turn("assistant", render_paths(_paths(row)))]
+
+
+def _paths(row: Row) -> list[list[str]]:
+    return [[_text(name) for name in _list(path)] for path in _list(row["paths"])]
 
 
 def _from_text(row: Row) -> list[Message]:

@@ -14,20 +14,31 @@ import huggingface_hub.errors
 import pyarrow as pa
 
 from sft.data.readers import FILE_TYPES, ROWS_AT_ONCE, SourceError, read_file, tables_to_rows
-from sft.data.shapes import SHAPES, Dropped, Shape, content_hash, known_columns, read_messages, shape_of, task_key
+from sft.data.shapes import (
+    SHAPES,
+    Dropped,
+    Shape,
+    content_hash,
+    known_columns,
+    paths_of,
+    read_messages,
+    shape_of,
+    task_key,
+)
 from sft.data.store import Write, file_digest, key_of, stored
 
 if TYPE_CHECKING:
     from sft.settings import Settings, Source
 
 # Part of every key: raise it when rows come out differently, and old caches are left alone.
-VERSION = 1
+VERSION = 2
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
         "task_key": pa.string(),
         "pack": pa.string(),
         "content_hash": pa.uint64(),
+        "paths": pa.list_(pa.list_(pa.string())),
     }
 )
 
@@ -183,4 +194,5 @@ def _normalised(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
         "task_key": task_key(row, messages),
         "pack": "" if pack is None else str(pack),
         "content_hash": content_hash(messages),
+        "paths": paths_of(row, shape),
     }
