@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from sft.document import blank_document, print_documents
@@ -96,6 +97,7 @@ def _numbers(options: argparse.Namespace, found: dict[int | None, list[str]]) ->
 
 def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs `main` with the options and turns its end into an exit code; people never see a traceback."""
+    show_any_text()
     options = parser().parse_args(argv)
     STOP.install(processes=launched().processes)
     code = _exit_code(main, options)
@@ -103,6 +105,13 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
     if code and together:
         together.tell_end(code)
     return code
+
+
+def show_any_text() -> None:
+    """What a terminal's encoding lacks is shown as an escape: a file name or a row must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(main: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
