@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from sft.data import sources
 from sft.data.readers import ROWS_AT_ONCE, SourceError
-from sft.data.shapes import Dropped, Message, content_hash, known_columns, read_messages
+from sft.data.shapes import Dropped, Message, content_hash, read_messages
+from sft.data.sources import open_source, shaped_rows
 from sft.errors import Problems
 from sft.files import json_text, published_folder
 from sft.program import progress
@@ -120,12 +120,11 @@ def prepare(
 
 
 def _distinct(source: Source, text_format: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
-    wanted = known_columns().union((source.columns or {}).values())
     seen: set[int] = set()
-    for raw in sources._open(source, wanted)[1]():
-        row = sources._renamed(raw, source.columns or {})
+    _, raw_rows = open_source(source)
+    for row, shape in shaped_rows(raw_rows(), source):
         try:
-            messages = read_messages(row, sources._shape(tuple(row), raw, source))
+            messages = read_messages(row, shape)
             digest = content_hash(messages)
         except Dropped as reason:
             dropped[str(reason)] += 1

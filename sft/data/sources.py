@@ -64,8 +64,7 @@ def load_source(source: Source, settings: Settings) -> Rows:
         SourceError: with the reason to show after "Failed to load <id>:".
     """
     del settings  # nothing in the settings changes what a source holds
-    wanted = known_columns().union((source.columns or {}).values())
-    identity, raw_rows = _open(source, wanted)
+    identity, raw_rows = open_source(source)
     fingerprint = key_of("rows", VERSION, identity, source.limit, source.columns)
 
     def fill(write: Write) -> dict[str, Counter[str]]:
@@ -75,8 +74,13 @@ def load_source(source: Source, settings: Settings) -> Rows:
     return Rows(source, found.dataset, found.counted["dropped"], fingerprint)
 
 
-def _open(source: Source, wanted: frozenset[str]) -> tuple[Any, Callable[[], Iterator[dict[str, Any]]]]:
-    """What the source's content is known by, and a function that reads its rows."""
+def open_source(source: Source) -> tuple[Any, Callable[[], Iterator[dict[str, Any]]]]:
+    """What the source's content is known by, and a function that reads its rows as they stand there.
+
+    Raises:
+        SourceError: there is no such source; the function raises it for what it finds while it reads.
+    """
+    wanted = known_columns().union((source.columns or {}).values())
     path = Path(source.id).expanduser()
     if path.suffix.lower() in FILE_TYPES and (path.is_file() or not _may_be_hub_id(source.id)):
         if not path.is_file():
@@ -149,14 +153,9 @@ def _write_rows(raw_rows: Iterable[dict[str, Any]], source: Source, write: Write
     """Normalise and write in batches, so that memory does not grow with the rows. Returns dropped rows by reason."""
     dropped: Counter[str] = Counter()
     batch: list[dict[str, Any]] = []
-    shapes: dict[tuple[str, ...], Shape] = {}
-    for raw in raw_rows:
-        row = _renamed(raw, source.columns or {})
-        columns = tuple(row)
-        if columns not in shapes:
-            shapes[columns] = _shape(columns, raw, source)
+    for row, shape in shaped_rows(raw_rows, source):
         try:
-            batch.append(_normalised(row, shapes[columns]))
+            batch.append(_normalised(row, shape))
         except Dropped as reason:
             dropped[str(reason)] += 1
         if len(batch) == ROWS_AT_ONCE:
@@ -164,6 +163,17 @@ def _write_rows(raw_rows: Iterable[dict[str, Any]], source: Source, write: Write
             batch = []
     write(pa.Table.from_pylist(batch, schema=SCHEMA))
     return dropped
+
+
+def shaped_rows(raw_rows: Iterable[dict[str, Any]], source: Source) -> Iterator[tuple[dict[str, Any], Shape]]:
+    """Every row under our names for its columns, with the shape they tell. Raises SourceError for one of no shape."""
+    shapes: dict[tuple[str, ...], Shape] = {}
+    for raw in raw_rows:
+        row = _renamed(raw, source.columns or {})
+        columns = tuple(row)
+        if columns not in shapes:
+            shapes[columns] = _shape(columns, raw, source)
+        yield row, shapes[columns]
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
