@@ -197,11 +197,11 @@ def _stream(
 
 
 def _check_space(partial: Path, wanted: dict[str, list[Wanted]]) -> None:
-    needed = sum(DTYPES[w.dtype].itemsize * w.source.elements for tensors in wanted.values() for w in tensors)
-    free = files.free_bytes(partial)
-    if free < needed + SPARE_BYTES:
+    weights = sum(DTYPES[w.dtype].itemsize * w.source.elements for tensors in wanted.values() for w in tensors)
+    needed, free = weights + SPARE_BYTES, files.free_bytes(partial)
+    if free < needed:
         raise RunFailed(
-            f"The merged model needs {needed / 1e9:.1f} GB and {partial.parent} has {free / 1e9:.1f} GB free. "
+            f"The merged model needs {needed / 1e9:.2f} GB and {partial.parent} has {free / 1e9:.2f} GB free. "
             "Free space there or point SFT_OUT_LORA_DIR elsewhere."
         )
 

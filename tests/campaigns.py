@@ -162,7 +162,7 @@ def disk_campaign(ladder: Ladder, sizes: int) -> Campaign:
             message = "disk is full" in text or not text  # no room for the log itself
             if code != 0 and (code != 1 or not message or "Traceback" in text):
                 campaign.fail(f"{room} bytes: exit code {code}: {text[-1500:]}")
-            subprocess.run(["mount", "-o", f"remount,size={4 * total + 2**22}", place], check=True)
+            subprocess.run(["mount", "-o", f"remount,size={4 * total + 2**27}", place], check=True)
             if ladder.start(out).wait(RUN_LIMIT) != 0:
                 campaign.fail(f"{room} bytes: the run afterwards failed: {(out / 'log').read_text()[-1500:]}")
             elif different := faults.differences(ladder.end, faults.end_state(out)):

@@ -346,7 +346,7 @@ def test_prepare_goes_on_without_a_broken_source(tmp_path: Path, make_settings: 
     for settings in (make_settings(dataset_mix=both, strict=True), make_settings(dataset_mix=both[:1])):
         with pytest.raises(Problems) as caught:
             prepare(settings, word_tokenizer(), say=said.append)
-        assert caught.value.problems == [expected]
+        assert (caught.value.problems, said) == ([expected], [expected])  # told once, by the listing
 
 
 def test_losing_more_than_a_tenth_is_a_problem(tmp_path: Path, make_settings: Any):
@@ -375,7 +375,10 @@ def test_over_long_rows_can_be_an_error(tmp_path: Path, make_settings: Any):
 
 
 def test_nothing_left_is_a_problem(tmp_path: Path, make_settings: Any):
-    """An empty file, a failed audit: listed, not trained on."""
+    """An empty file, empty answers alone, a failed audit: listed, not trained on."""
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": ""}] * 3)
+    with pytest.raises(Problems, match=r"none of its 3 rows can be trained on \(3 empty answer\); repair the rows"):
+        prepare(make_settings(dataset_id=str(path), origins={"SFT_OVERLONG": "stage1.env"}), word_tokenizer())
     (tmp_path / "rows.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(Problems, match="no row is left to train on"):
         prepare(make_settings(dataset_id=str(tmp_path / "rows.jsonl")), word_tokenizer())

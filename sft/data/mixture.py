@@ -70,7 +70,7 @@ def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, say: Call
     mixed = mix(rows, settings, evaluation=evaluation)
     problems = [problem for part in (*rows, *evaluation) for problem in audit(part, tokenizer, settings)]
     if not len(mixed.train):
-        problems.append("SFT_DATASET_ID: no row is left to train on")
+        problems.append(f"{_asked(settings)}: no row is left to train on")
     if problems:
         raise Problems(problems)
     return mixed
@@ -90,9 +90,10 @@ def load(
             loaded.append(label(load_source(source, settings), tokenizer, settings))
         except SourceError as error:
             failed.append(f"[ERROR] Failed to load {source.id}: {error}")
-            say(failed[-1])
     if failed and (settings.strict or not loaded):
         raise Problems(failed)
+    for text in failed:
+        say(text)
     return loaded
 
 
@@ -105,13 +106,21 @@ def _losses(loaded: Sequence[Rows], settings: Settings) -> list[str]:
             f"SFT_OVERLONG=error: {dropped['over-long']} rows are longer than SFT_MAX_SEQ_LEN={settings.max_seq_len};"
             " raise it, shorten them, or choose drop or truncate"
         ]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    remedy = f"raise SFT_MAX_SEQ_LEN={settings.max_seq_len}" if dropped["over-long"] else "repair the rows"
+    if total and dropped.total() == total:
+        return [f"{_asked(settings)}: none of its {total} rows can be trained on ({reasons}); {remedy}"]
     if settings.origins.get("SFT_OVERLONG", "default") != "default" or dropped.total() <= _MOST_DROPPED * total:
         return []
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     return [
-        f"SFT_OVERLONG={settings.overlong}: {dropped.total()} of {total} rows would be dropped ({reasons}); raise"
-        f" SFT_MAX_SEQ_LEN={settings.max_seq_len}, repair the rows, or write SFT_OVERLONG=drop to accept it"
+        f"SFT_OVERLONG={settings.overlong}: {dropped.total()} of {total} rows would be dropped ({reasons}); {remedy}, "
+        f"or write SFT_OVERLONG=drop into stage{settings.stage}.env to accept it"
     ]
+
+
+def _asked(settings: Settings) -> str:
+    """The setting that names the sources."""
+    return "SFT_DATASET_MIX" if settings.dataset_mix else "SFT_DATASET_ID"
 
 
 def mix(sources: Sequence[Rows], settings: Settings, *, evaluation: Sequence[Rows] = ()) -> Mix:
