@@ -48,7 +48,8 @@ def merge_parents(stage: Stage) -> str:
         )
         for warning in record.warnings:
             say(f"[WARNING] {warning}")
-        say(f"Merged {len(stage.adapters)} adapters in {record.seconds:.1f} s: {stage.merged_base}")
+        count = len(stage.adapters)
+        say(f"Merged {count} adapter{'s' if count > 1 else ''} in {record.seconds:.1f} s: {stage.merged_base}")
         stage.update(merge=merge_facts(stage))
     wait_for_merge(stage)
     return str(stage.merged_base)
