@@ -22,6 +22,8 @@ EPILOG = """exit codes: 0 done, or already complete; 2 something to change (sett
 MAIN_SPEAKS_SECONDS = 10.0
 # What gloo, NCCL and torch's store say when the process at the other end is gone.
 LOST_PEER = ("closed by peer", "reset by peer", "ncclremoteerror", "distnetworkerror", "remote process exited")
+# What libraries say of a file they could not write to its end; the last two are torch's.
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "unexpected pos", "iostream error")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,7 +167,8 @@ def explain(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, RunFailed):
         return str(error)
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(sign in text for sign in DISK_FULL):
         return "The disk is full. What was complete before is intact; free some space and start the same command again."
     if launched().processes > 1 and any(sign in text.lower() for sign in LOST_PEER):
         return (

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft import checkpoints, files
+from sft.cli import explain
 from sft.settings import load_settings
 from sft.stages import Stage
 from tests.stops import before, tell
@@ -226,6 +227,15 @@ def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before(inputs, tm
     assert [path.name for path in folder.iterdir() if ".partial-" in path.name or path.name == ".saving"] == []
     assert train(inputs, tmp_path) == 0
     assert_same_end(tmp_path, inputs / "whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("write", [torch.save, lambda tensor, file: file.write(bytes(tensor))])
+def test_a_full_disk_is_called_that_by_whatever_meets_it(write):
+    """torch's writer of archives only says that it got less far than it meant to."""
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises((OSError, RuntimeError)) as caught:
+        write(torch.zeros(10_000, dtype=torch.uint8), file)
+    assert explain(caught.value).startswith("The disk is full.")
 
 
 def test_disk_space_is_asked_for_before_anything_is_written(inputs, tmp_path, monkeypatch, capsys):
