@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from sft.errors import Problems
-from sft.program import run
+from sft.program import count, run
 
 
 def arguments() -> argparse.Namespace:
@@ -32,12 +32,6 @@ def arguments() -> argparse.Namespace:
         "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bfloat16 on GPUs"
     )
     return parser.parse_args()
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def table(summary: dict) -> str:

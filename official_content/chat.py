@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import Problems, RunFailed
-from sft.program import run
+from sft.program import count, run, spoken_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,12 +39,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def trained_folder(settings: "Settings") -> Path:
     """OUT_stageN. Raises Problems, without importing torch, where there is no trained stage in it."""
     from sft.lineage import stage_folder
@@ -61,10 +55,8 @@ def find_stage(folder: Path) -> "Origin":
     """What the stage's model is made of. Raises Problems for a stage that is not complete or was outdated since."""
     from sft.export import find_origin
 
-    try:
+    with spoken_of("--checkpoint_dir ", ""):
         return find_origin(folder)
-    except Problems as found:
-        raise Problems(text.removeprefix("--checkpoint_dir ") for text in found.problems) from found
 
 
 def load(settings: "Settings", origin: "Origin") -> tuple[Any, "PreTrainedTokenizerBase"]:
@@ -225,7 +217,8 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     origin = find_stage(folder)
-    model, tokenizer = load(settings, origin)
+    with spoken_of("SFT_BASE_MODEL=", f"{folder}: its base model "):
+        model, tokenizer = load(settings, origin)
     talk(model, tokenizer, options)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sft.errors import Problems
 from sft.hub import offline_unless_reachable
-from sft.program import run
+from sft.program import run, spoken_of
 from sft.quiet import silence_libraries
 
 
@@ -56,7 +56,8 @@ def main() -> None:
     check_target(target)
     what = f"Merging {len(origin.adapters)} adapters into" if origin.adapters else "Copying"
     print(f"{what} {origin.base} ...", flush=True)
-    record = export(origin, target)
+    with spoken_of("SFT_BASE_MODEL=", f"--checkpoint_dir {options.checkpoint_dir}: its base model "):
+        record = export(origin, target)
     for warning in record.warnings:
         print(f"[WARNING] {warning}")
     print(f"Merged model: {target} ({record.dtype}, {record.tensors_changed} tensors changed, {record.seconds:.1f} s)")

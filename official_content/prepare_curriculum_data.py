@@ -17,7 +17,7 @@ from typing import Any
 
 from sft.data.streams import read_rows, written_rows
 from sft.errors import Problems
-from sft.program import progress, run
+from sft.program import count, encoding, progress, run
 
 Row = dict[str, Any]
 
@@ -31,14 +31,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="a .json or .jsonl file, not there yet"
     )
-    parser.add_argument("--encoding", default="utf-8-sig", help="encoding of the input files (utf-8)")
+    parser.add_argument("--encoding", type=encoding, default="utf-8-sig", help="encoding of the input files (utf-8)")
     return parser.parse_args()
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def copy_rows(rows: Iterator[Row], add: Callable[[Row], None], what: str) -> int:
@@ -56,6 +50,9 @@ def copy_rows(rows: Iterator[Row], add: Callable[[Row], None], what: str) -> int
 
 def merge(options: argparse.Namespace) -> tuple[int, int]:
     """Write the merged file; returns how many positives (one copy) and negatives it holds."""
+    missing = [file for file in (options.positives, options.negatives) if not file.exists()]
+    if missing:
+        raise Problems([f"{file}: no such file; a .json or .jsonl file is needed" for file in missing])
     with written_rows(options.output) as add:
         for copy in range(1, options.copies + 1):
             rows = read_rows(options.positives, options.encoding)

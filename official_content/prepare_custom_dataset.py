@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sft.errors import Problems
 from sft.hub import offline_unless_reachable
-from sft.program import run
+from sft.program import count, encoding, run
 
 if TYPE_CHECKING:
     import datasets
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-length", type=int, default=2048, metavar="L", help="most tokens of a row; 0 counts none (2048)"
     )
-    parser.add_argument("--encoding", help="encoding of a file that is not UTF-8")
+    parser.add_argument("--encoding", type=encoding, help="encoding of a file that is not UTF-8")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (datasets/<source>_<model>_<K>)")
     parser.add_argument(
         "--inspect", type=Path, metavar="DIR", help="only show rows, columns, lengths and the first row of DIR"
@@ -49,12 +49,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--input", metavar="P", help="another name of --source-path, or the hub id for huggingface")
     parser.add_argument("--input-type", choices=["jsonl", "csv", "huggingface"], help="with --input: what it is")
     return parser.parse_args()
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def take_aliases(options: argparse.Namespace) -> None:
@@ -84,6 +78,8 @@ def mistakes(options: argparse.Namespace) -> list[str]:
         found.append(
             f"--source-path {options.source_path}: --source {options.source} reads {' and '.join(endings)} files"
         )
+    if options.max_length < 0:
+        found.append(f"--max-length {options.max_length}: tokens of a row, 0 for no limit")
     if options.source_path and options.source and not endings:
         found.append(f"--source-path {options.source_path}: --source {options.source} is read from the hub")
     return found

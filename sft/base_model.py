@@ -28,7 +28,7 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
             snapshot = Path(snapshot_download(base, revision=revision, allow_patterns=[*TEXTS, "pytorch_model*.bin"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "name a folder with a model, or check the hub id, the network and the token"
+        remedy = "put a model folder there, or check the hub id, the network and the token"
         raise Problems(
             [f"SFT_BASE_MODEL={base}: is no folder here and not to be had from the hub ({reason}); {remedy}"]
         ) from error

@@ -29,8 +29,9 @@ def model_config(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise Problems(
-            [f"{name}: no such model shape ({str(error).splitlines()[0]}); known without the hub: {', '.join(shapes)}"]
+            [f"MODEL {name}: no such model shape ({reason}); known without the hub: {', '.join(shapes)}"]
         ) from error
 
 

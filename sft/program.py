@@ -1,8 +1,10 @@
-"""How a program beside train.py ends: 0 well, 2 for what the person must change, 1 for what failed."""
+"""What the programs beside train.py share: how they end (0 well, 2 to change something, 1 failed), what they accept."""
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sft.errors import Problems, RunFailed
 
@@ -20,6 +22,35 @@ def run(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def count(text: str) -> int:
+    """The value of an option that is a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def encoding(text: str) -> str:
+    """The value of an option that names how a file's text is stored."""
+    from sft.values import check_encoding
+
+    try:
+        return check_encoding(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from error
+
+
+@contextmanager
+def spoken_of(setting: str, words: str) -> Iterator[None]:
+    """Problems from inside speak of what this program was told instead of a setting it does not have.
+
+    `spoken_of("SFT_BASE_MODEL=", "--model ")` turns "SFT_BASE_MODEL=gpt3: ..." into "--model gpt3: ...".
+    """
+    try:
+        yield
+    except Problems as found:
+        raise Problems(text.replace(setting, words) for text in found.problems) from found
 
 
 def progress(text: str, *, last: bool = False) -> None:

@@ -177,7 +177,7 @@ def check_off_or_count(value: int) -> int:
 def check_encoding(value: str) -> str:
     """A text encoding Python knows."""
     try:
-        codecs.lookup(value)
+        "".encode(codecs.lookup(value).name)  # rot13 is known to Python as well, but no encoding of text
     except LookupError:
         raise ValueError("is no text encoding; write utf-8, cp932, latin-1 or another one Python knows") from None
     return value

@@ -154,6 +154,20 @@ def test_a_plain_adapter_goes_into_the_base_it_names(export, ladder):
     assert "Not known: the adapter came without" in (stages[0] / "merged" / "README.md").read_text()
 
 
+def test_a_base_that_is_gone_is_said_of_the_adapter(export, ladder):
+    """There is no SFT_BASE_MODEL here: the option that was given and the name in the adapter's file."""
+    folder = ladder[1][0]
+    for name in ("stage.json", PROBE):
+        (folder / name).unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/base"}))
+    code, _, err = export("--checkpoint_dir", folder)
+    assert code == 2
+    assert f"[ERROR] --checkpoint_dir {folder}: its base model gone/base: is no folder here" in err
+    assert "SFT_" not in err
+    assert not (folder / "merged").exists()
+
+
 def test_a_stage_trained_in_full_is_copied(export, ladder):
     """Full fine-tuning: the result is a model already, exported as it is and said to be so."""
     base, stages = ladder

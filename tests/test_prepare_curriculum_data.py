@@ -92,11 +92,21 @@ def test_a_bad_file_is_named(folder, content, message):
     assert message in result.stderr
 
 
+def test_both_missing_inputs_are_named_at_once(folder):
+    """Before the positives are copied for minutes."""
+    (folder / "pos.json").unlink()
+    (folder / "neg.jsonl").unlink()
+    result = merge(folder)
+    assert result.returncode == 2
+    assert result.stderr.count("no such file") == 2
+
+
 def test_another_encoding_is_named(folder):
     """Shift-JIS is refused as UTF-8 and read when it is named."""
     (folder / "pos.json").write_text(json.dumps(POSITIVES, ensure_ascii=False), encoding="shift_jis")
     (folder / "neg.jsonl").write_text('{"instruction": "無"}\n', encoding="shift_jis")
-    assert "--encoding" in merge(folder).stderr
+    assert "pos.json: is not utf-8 text (invalid start byte); add --encoding cp932" in merge(folder).stderr
+    assert "'shift' is no text encoding" in merge(folder, "--encoding", "shift").stderr
     assert merge(folder, "--copies", "1", "--encoding", "shift_jis").returncode == 0
     assert json.loads((folder / "merged.json").read_text(encoding="utf-8"))[0] == POSITIVES[0]
 

@@ -157,8 +157,10 @@ def test_inspect_shows_rows_columns_lengths_and_the_first_row(prepare):
         (["--source", "json", "--source-path", "none.json"], "none.json"),
         (["--source", "json", "--source-path", "object.json"], "where a list of rows belongs"),
         (["--source", "json", "--source-path", "empty.json"], "no row is left (empty answer 1)"),
-        (["--source", "json", "--source-path", "sjis.json"], '"encoding": "cp932"'),
+        (["--source", "json", "--source-path", "sjis.json"], 'add --encoding "cp932"'),
         (["--source", "csv", "--source-path", "missing.csv"], "none of the known shapes"),
+        (["--source", "csv", "--source-path", "missing.csv"], "name the file itself in SFT_DATASET_MIX"),
+        (["--source", "json", "--source-path", "rows.json", "--max-length", "-1"], "--max-length -1"),
         (["--source", "json", "--source-path", "rows.json", "--output", "taken"], "is not overwritten"),
     ],
 )
@@ -180,10 +182,9 @@ def test_all_missing_arguments_are_named_at_once():
     result = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.count("[ERROR]") == 2
-    unknown = subprocess.run(
-        [sys.executable, PROGRAM, "--source", "reddit"], capture_output=True, text=True, check=False
-    )
-    assert (unknown.returncode, "'reddit'" in unknown.stderr) == (2, True)
+    for mistake in (["--source", "reddit"], ["--encoding", "reddit"], ["--num-samples", "reddit"]):
+        unknown = subprocess.run([sys.executable, PROGRAM, *mistake], capture_output=True, text=True, check=False)
+        assert (unknown.returncode, "'reddit'" in unknown.stderr, "Traceback" in unknown.stderr) == (2, True, False)
 
 
 def test_the_hub_sources_are_the_real_ids():

@@ -16,7 +16,7 @@ from sft.data.shapes import Dropped, Message, content_hash, read_messages
 from sft.data.sources import open_source, shaped_rows
 from sft.errors import Problems
 from sft.files import json_text, published_folder
-from sft.program import progress
+from sft.program import progress, spoken_of
 from sft.settings import Source
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         from sft.model import load_problem
 
-        (reason,) = load_problem("the tokenizer", model, error).problems
-        text = reason.replace("SFT_BASE_MODEL=", "--model ")
-        raise Problems([f"{text}; or --max-length 0 counts no tokens and needs no tokenizer"]) from error
+        with spoken_of("SFT_BASE_MODEL=", "--model "):
+            (reason,) = load_problem("the tokenizer", model, error).problems
+            raise Problems([f"{reason}; or --max-length 0 counts no tokens and needs no tokenizer"]) from error
 
 
 def prepare(
@@ -112,11 +112,17 @@ def prepare(
                 del prepared.rows[num_samples:], prepared.lengths[num_samples:]
                 break
     except SourceError as error:
-        raise Problems([f"Failed to load {source.id}: {error}"]) from error
+        raise Problems([f"Failed to load {source.id}: {_without_a_mix(error)}"]) from error
     progress(f"{source.id}: {len(prepared.rows):,} rows", last=True)
     if not prepared.rows:
         raise Problems([f"{source.id}: no row is left ({lost(prepared.dropped) or 'it is empty'})"])
     return prepared
+
+
+def _without_a_mix(error: SourceError) -> str:
+    """The reason with remedies there are here, in place of keys of a mix."""
+    here = "rename them, or name the file itself in SFT_DATASET_MIX and say which column"
+    return str(error).replace('give the source "encoding": ', "add --encoding ").replace("say which column", here)
 
 
 def _distinct(source: Source, text_format: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -11,9 +11,9 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet
 
+from sft.data.encodings import likely_encoding
+
 _BLANK = re.compile(r"[ \t\r\n]*")
-# Tried in this order when a file is not in the encoding it should be; the first that reads it is suggested.
-_LIKELY_ENCODINGS = ("utf-8-sig", "cp932", "euc_jp", "gb18030", "cp1252")
 ROWS_AT_ONCE = 1000
 
 
@@ -153,17 +153,8 @@ def _wrong_encoding(path: Path, encoding: str) -> str:
         place = "some of its text"
     except UnicodeError as error:
         place = f"byte {getattr(error, 'start', 0)}"
-    candidates = ("utf-16", *_LIKELY_ENCODINGS) if content[:2] in (b"\xff\xfe", b"\xfe\xff") else _LIKELY_ENCODINGS
-    remedy = next((name for name in candidates if _decodes(content, name)), "its name")
+    remedy = likely_encoding(path) or "its name"
     return f'{path}: {place} is not {encoding}; give the source "encoding": "{remedy}" if that is how it was written'
-
-
-def _decodes(content: bytes, encoding: str) -> bool:
-    try:
-        content.decode(encoding)
-    except UnicodeError:
-        return False
-    return True
 
 
 _TEXT_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {

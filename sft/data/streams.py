@@ -12,6 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from sft.data.encodings import likely_encoding
 from sft.errors import Problems
 from sft.files import sync
 
@@ -32,7 +33,9 @@ def read_rows(path: Path, encoding: str = "utf-8-sig") -> Iterator[Row]:
             first = _first_character(stream)
             yield from _list_items(stream, path) if first == "[" else _lines(stream, path)
     except UnicodeDecodeError as error:
-        raise Problems([f"{path}: not {encoding} text ({error.reason}); name its encoding with --encoding"]) from error
+        known, remedy = encoding.removesuffix("-sig"), likely_encoding(path) or "NAME"
+        text = f"{path}: is not {known} text ({error.reason}); add --encoding {remedy} if that is how it was written"
+        raise Problems([text]) from error
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise Problems([f"{path}: {error.strerror}; a .json or .jsonl file is needed"]) from error
 
