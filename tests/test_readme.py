@@ -21,8 +21,8 @@ from sft.settings import NAMES, load_settings
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 GUIDE = ROOT / "official_content" / "TRAINING_GUIDE.md"
-PAGES = [ROOT / "README.md", GUIDE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "log.md"]
-TYPED = PAGES[:3]
+TYPED = [ROOT / "README.md", GUIDE, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "guide.md"]
+PAGES = [*TYPED, ROOT / "CHANGELOG.md", ROOT / "docs" / "log.md"]
 ASSIGNMENT = re.compile(r"^([A-Z][A-Z0-9_]*)=", re.MULTILINE)
 HEREDOC = re.compile(r"^cat > (\S+) <<'EOF'\n(.*?)^EOF\n", re.MULTILINE | re.DOTALL)
 # Written for the reader's own files and results.
