@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sft.checks import NO_FOLDER, is_missing_folder
 from sft.errors import Problems
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def model_config(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = NO_FOLDER if is_missing_folder(name) else str(error).splitlines()[0]
         raise Problems(
             [f"MODEL {name}: no such model shape ({reason}); known without the hub: {', '.join(shapes)}"]
         ) from error

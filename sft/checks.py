@@ -20,6 +20,7 @@ EXTRACTION_METRICS = (
     "gen_offender_presence_f1", "gen_fp_rate_on_negative", "gen_offender_name_set_f1", "gen_field_exact_match_rate",
     "gen_all_fields_exact_match_rate",
 )  # fmt: skip
+NO_FOLDER = "there is no such folder; correct the path, or give a hub id such as org/model"
 LOSS_METRICS = ("loss", "perplexity")
 _WITH_FLOOR = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
 _LOWER_IS_BETTER = {"loss", "perplexity", "gen_fp_rate_on_negative"}
@@ -135,5 +136,10 @@ def _base_model_rules(base_model: str) -> Iterator[Conflict]:
             adapter = is_there(path / "adapter_config.json")
             what = "is an adapter, no model" if adapter else "is no model folder: config.json is missing"
             yield Conflict(names, f"{what}; name the folder or hub id of a base model")
-    elif base_model.startswith(("/", ".")) or base_model.count("/") > 1:
-        yield Conflict(names, "there is no such folder; correct the path, or give a hub id such as org/model")
+    elif is_missing_folder(base_model):
+        yield Conflict(names, NO_FOLDER)
+
+
+def is_missing_folder(model: str) -> bool:
+    """Whether a model's name can only be a path, and nothing is there."""
+    return (model.startswith(("/", ".")) or model.count("/") > 1) and not is_there(Path(model))

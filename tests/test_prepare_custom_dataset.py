@@ -177,6 +177,15 @@ def test_mistakes_are_named_and_nothing_is_written(prepare, tmp_path, arguments,
     assert list((tmp_path / "taken").iterdir()) == []
 
 
+def test_a_model_that_can_only_be_a_path_is_no_hub_id(prepare):
+    """The hub is not asked, nor blamed."""
+    code, _, err = prepare("--model", "./gone", "--source", "json", "--source-path", "rows.json")
+    assert (code, err) == (
+        2,
+        "[ERROR] --model ./gone: there is no such folder; correct the path, or give a hub id such as org/model\n",
+    )
+
+
 def test_all_missing_arguments_are_named_at_once():
     """--help and mistakes in the arguments need no heavy library; an unknown source is refused."""
     result = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, check=False)

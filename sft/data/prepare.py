@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from sft.checks import NO_FOLDER, is_missing_folder
 from sft.data.readers import ROWS_AT_ONCE, SourceError
 from sft.data.shapes import Dropped, Message, content_hash, read_messages
 from sft.data.sources import open_source, shaped_rows
@@ -77,6 +78,8 @@ TEXTS: dict[str, Callable[[Sequence[Message], Mapping[str, Any]], str]] = {
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises Problems that say whether it is gated, misspelt or out of reach."""
+    if is_missing_folder(model):
+        raise Problems([f"--model {model}: {NO_FOLDER}"])
     from transformers import AutoTokenizer
 
     try:
