@@ -10,7 +10,6 @@ from sft.quiet import silence_torch
 silence_torch()
 
 import datasets  # noqa: E402 - the lines above keep deepspeed quiet, which accelerate imports
-import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
@@ -115,9 +114,8 @@ def checkpoints_gradients(settings: Settings, model: PreTrainedModel, mix: Mix) 
     """SFT_GRADIENT_CHECKPOINTING; auto turns it on where a step would not fit without it, on all ranks alike."""
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing == "1"
-    if launched().sharding == "zero3":
-        return torch.cuda.is_available()  # who shares out the weights is short of memory
-    held = sum(parameter.nbytes for parameter in model.parameters())
+    # Under ZeRO-3 a parameter is empty and its share of the numbers lies aside.
+    held = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in model.parameters())
     needed = checkpointing_needed(model.config, settings, largest_batch(mix.train, settings), held=held)
     return ranks.from_main(needed)
 
@@ -155,6 +153,8 @@ def build_trainer(
         evaluation.on_samples = SampleRecord(stage, trainer, tracker).take
     trained, total = parameter_counts(trainer.model)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in trained_modules(trainer.model).items())
+    for reason in trainer.unrouted:
+        say(f"[WARNING] adapters on experts take PEFT's slower way, through all experts for every batch: {reason}")
     say(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %): {kinds}")
     return trainer
 

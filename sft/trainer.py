@@ -17,6 +17,7 @@ from sft.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
 from sft.bundle import STAGING, best_model_record, published_together
 from sft.callbacks import Metrics, Readable, StageRhythm
 from sft.checkpoints import rotate
+from sft.experts import route_experts
 from sft.finite import finite_norm, named_rows, require_finite
 from sft.generation import answering, preserved_random_state
 from sft.model import adapter_config
@@ -73,6 +74,7 @@ class StagedTrainer(SFTTrainer):
             processing_class=tokenizer,
             peft_config=adapter_config(model, stage.settings),
         )
+        self.unrouted = route_experts(self.model)
         packs = pack(train["length"], self.settings.max_seq_len) if self.settings.packing else None
         self.train_dataset = TrainingRows(train, packs=packs, edge_mask=edge_mask, mode=self.settings.masked_loss_mode)
         self.val_rows = TrainingRows(val)
