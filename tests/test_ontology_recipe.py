@@ -25,7 +25,7 @@ BOTH = {
     "overlong": "drop",
     "seed": 0,
     "num_proc": 16,
-    "gen_eval": "samples",
+    "gen_eval": "structured",
     "num_generate_samples": 5,
 }
 STAGES = {
