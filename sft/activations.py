@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_utils import set_zero3_state
 
+from sft.experts import route_experts
 from sft.model import adapter_config, compute_dtype
 
 if TYPE_CHECKING:
@@ -56,9 +57,16 @@ class Device:
     fused_head: bool
 
 
+class Activations(NamedTuple):
+    """Bytes, and whether a step of shapes found them; else it was the rule of thumb."""
+
+    size: int
+    traced: bool
+
+
 def activation_bytes(
     config: PretrainedConfig, settings: Settings, batch: Batch, *, device: Device, checkpointing: bool
-) -> int:
+) -> Activations:
     """Peak bytes of one training step on top of weights, gradients and optimizer state.
 
     Where a model's code looks at values (which fake tensors have not) a rule of thumb is used instead.
@@ -70,7 +78,7 @@ def activation_bytes(
             for count in sorted({min(FEW, layers), min(MORE, layers)})
         }
     except (RuntimeError, NotImplementedError):
-        return rule_of_thumb(config, batch, device=device, checkpointing=checkpointing)
+        return Activations(rule_of_thumb(config, batch, device=device, checkpointing=checkpointing), traced=False)
     few, more = min(peaks), max(peaks)
     slope = (peaks[more] - peaks[few]) / (more - few) if more > few else 0.0
     peak = peaks[few] + slope * (layers - few)
@@ -79,7 +87,7 @@ def activation_bytes(
     if device.fused_head:
         tile = min(batch.trained, _TILE_TOKENS) * min(config.get_text_config().vocab_size, _TILE_WORDS)
         peak += tile * _TILE_BYTES
-    return round(peak)
+    return Activations(round(peak), traced=True)
 
 
 def rule_of_thumb(config: PretrainedConfig, batch: Batch, *, device: Device, checkpointing: bool) -> int:
@@ -131,6 +139,7 @@ def with_adapter(bare: PreTrainedModel, settings: Settings) -> torch.nn.Module:
         warnings.simplefilter("ignore")
         # Where weights have no memory, the adapter needs none either: filling it in takes seconds.
         model = get_peft_model(bare, adapter, low_cpu_mem_usage=next(bare.parameters()).is_meta)
+    route_experts(model)
     if settings.load_in_4bit or settings.load_in_8bit:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:

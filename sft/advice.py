@@ -9,9 +9,14 @@ if TYPE_CHECKING:
 _SMALL_RANK = 8
 
 
-def advice(settings: "Settings") -> str:
-    """The settings that save memory, with values that fit these settings, first the one to try first."""
-    return "in this order: " + "; ".join(_remedies(settings))
+def advice(settings: "Settings", *, answering: bool = False) -> str:
+    """The settings that save memory, with values that fit these settings, first the one to try first.
+
+    `answering`: the generation evaluation needs more than a training step does.
+    """
+    fewer = max(1, settings.gen_batch_size // 2)
+    first = [f"SFT_GEN_BATCH_SIZE={fewer}"] if answering and fewer < settings.gen_batch_size else []
+    return "in this order: " + "; ".join([*first, *_remedies(settings)])
 
 
 def _remedies(settings: "Settings") -> Iterator[str]:

@@ -4,7 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-MEMORY = ("weights", "adapter", "optimizer", "gradients", "activations", "total", "available")
+# Bytes per device. `total` holds the larger of `activations` and `generation`.
+MEMORY = ("weights", "adapter", "optimizer", "gradients", "activations", "generation", "total", "available")
+# What is known of the time: in all, of a step, the speed, what it was measured on or why it was not.
+TIME = ("seconds", "step_seconds", "tokens_per_second", "measured_on", "reason")
 
 
 def blank_document(stage: int | None, problems: Sequence[str] = ()) -> dict[str, Any]:
@@ -20,7 +23,8 @@ def blank_document(stage: int | None, problems: Sequence[str] = ()) -> dict[str,
         "tokens": {"total": None, "trained": None, "longest_row": None},
         "masked_loss": None,
         "steps": {"global_batch": None, "per_epoch": None, "total": None},
-        "memory": dict.fromkeys(MEMORY),
+        "memory": dict.fromkeys((*MEMORY, "activations_by")),
+        "time": dict.fromkeys(TIME),
         "lineage": {"decision": None, "parents": [], "changed": []},
         "problems": list(problems),
     }

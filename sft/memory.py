@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from sft.activations import Batch, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
 from sft.advice import advice
 from sft.batches import EpochBatches, pack
+from sft.cache import Answers, cache_bytes
+from sft.document import MEMORY
 from sft.errors import RunFailed
 from sft.model import compute_dtype
 from sft.settings import Launched, launched
@@ -55,7 +57,7 @@ _EPOCHS = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on each device."""
+    """Bytes on each device. `generation` is needed while answers are made, when there are no activations."""
 
     weights: int
     adapter: int
@@ -63,24 +65,28 @@ class Estimate:
     gradients: int
     activations: int
     available: int
+    generation: int = 0
+    traced: bool = True
+
+    @property
+    def training(self) -> int:
+        """The peak of a training step."""
+        return self.weights + self.adapter + self.optimizer + self.gradients + self.activations
 
     @property
     def total(self) -> int:
-        """All that is needed."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "available")
+        """The peak of training and generation evaluation, whichever is larger; gradients may be kept in between."""
+        return self.training + max(0, self.generation - self.activations)
 
     @property
     def fits(self) -> bool:
         """Whether there is as much as is needed."""
         return self.total <= self.available
 
-    def record(self) -> dict[str, int]:
+    def record(self) -> dict[str, int | str]:
         """The `memory` object of `--check --json`."""
-        parts = asdict(self)
-        return {name: parts[name] for name in parts if name != "available"} | {
-            "total": self.total,
-            "available": self.available,
-        }
+        how = "a step of shapes" if self.traced else "a rule of thumb"
+        return {name: getattr(self, name) for name in MEMORY} | {"activations_by": how}
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,10 @@ def estimate(
     checkpointing: bool,
     launch: Launched | None = None,
     available: int | None = None,
+    answers: Answers | None = None,
 ) -> Estimate:
-    """What training needs on each device. `available`: bytes there are; None asks the device.
+    """What training needs on each device. `available`: bytes there are; None asks the device. `answers`: of the
+    generation evaluation.
 
     Raises:
         Problems: no target module of the adapter exists in the model.
@@ -120,14 +128,16 @@ def estimate(
     if launch.processes > 1 and shares["gradients"] == 1 and not launch.deepspeed:
         gradients *= 2  # data parallel training keeps a second copy, in which they are exchanged
     heap = 1.0 if torch.cuda.is_available() else _HEAP
-    activations = activation_bytes(config, settings, batch, device=this_device(settings), checkpointing=checkpointing)
+    step = activation_bytes(config, settings, batch, device=this_device(settings), checkpointing=checkpointing)
     return Estimate(
         weights=(0 if "parameters" in launch.offload else weights // shares["weights"]) + gathered,
         adapter=adapter // shares["weights"],
         optimizer=0 if "optimizer" in launch.offload else optimizer,
         gradients=gradients,
-        activations=round(heap * activations) + parameters.largest_matrix,
+        activations=round(heap * step.size) + parameters.largest_matrix,
         available=available_bytes(launch.local_processes) if available is None else available,
+        generation=cache_bytes(config, answers, compute_dtype(settings)) if answers else 0,
+        traced=step.traced,
     )
 
 
@@ -279,4 +289,4 @@ def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: Ba
     if held and 4 * (rule_of_thumb(config, batch, device=device, checkpointing=False) + held) < available:
         return False
     need = estimate(config, settings, batch, checkpointing=False, available=available)
-    return need.total > COMFORTABLE * available
+    return need.training > COMFORTABLE * available

@@ -91,8 +91,10 @@ def quantization(settings: Settings) -> BitsAndBytesConfig | None:
     )
 
 
-def load_model(source: str | Path, settings: Settings) -> PreTrainedModel:
+def load_model(source: str | Path, settings: Settings, *, device: torch.device | None = None) -> PreTrainedModel:
     """The causal language model in `source` (a hub id, or a folder such as a merged base), ready for an adapter.
+
+    `device`: where a quantised model goes; None is this process's own, for which all processes must be there.
 
     Raises:
         Problems: it can't be loaded.
@@ -105,7 +107,7 @@ def load_model(source: str | Path, settings: Settings) -> PreTrainedModel:
     if (quantized := quantization(settings)) is not None:
         keywords["quantization_config"] = quantized
         # A quantised model is placed while it is loaded: each process onto its own device.
-        keywords["device_map"] = {"": PartialState().device}
+        keywords["device_map"] = {"": device or PartialState().device}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **keywords)
     except LOAD_ERRORS as error:

@@ -18,6 +18,7 @@ from sft.stages import Stage, stage_folder
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from sft.cache import Answers
     from sft.data.frequency import EdgeMask
     from sft.data.mixture import Mix
     from sft.doctor import Finding
@@ -43,6 +44,7 @@ class Plan:
     edge_mask: EdgeMask | None = None
     edges: dict[str, Any] | None = None
     batch: Batch | None = None
+    answers: Answers | None = None
     estimate: Estimate | None = None
     checkpointing: bool | None = None
     trial: Trial | None = None
@@ -101,10 +103,8 @@ def plan_stage(settings: Settings, *, fresh: bool = False, ladder: Sequence[Sett
         add_steps(plan, plan.mix)
         if config is not None:
             plan.attempt(add_memory, plan, plan.mix, config)
-            if not plan.problems:
-                from sft.trial import trial
-
-                plan.trial = trial(stage.start_model, settings, plan.mix, checkpointing=bool(plan.checkpointing))
+            if plan.estimate is not None and not plan.problems:
+                plan.attempt(add_time, plan, plan.mix, plan.estimate, stage.start_model)
     return plan
 
 
@@ -211,16 +211,27 @@ def steps(items: int, settings: Settings, *, processes: int) -> dict[str, int]:
 def add_memory(plan: Plan, mix: Mix, config: PretrainedConfig) -> None:
     """What a device needs and has; checkpointing where it is asked for or needed."""
     from sft.advice import advice
+    from sft.cache import largest_answers
     from sft.memory import COMFORTABLE, estimate, largest_batch
 
     settings = plan.settings
-    plan.batch = largest_batch(mix.train, settings)
+    plan.batch, plan.answers = largest_batch(mix.train, settings), largest_answers(mix.val, settings)
     plan.checkpointing = settings.gradient_checkpointing == "1"
-    plan.estimate = estimate(config, settings, plan.batch, checkpointing=plan.checkpointing)
-    if settings.gradient_checkpointing == "auto" and plan.estimate.total > COMFORTABLE * plan.estimate.available:
+    need = estimate(config, settings, plan.batch, checkpointing=plan.checkpointing, answers=plan.answers)
+    if settings.gradient_checkpointing == "auto" and need.training > COMFORTABLE * need.available:
         plan.checkpointing = True
-        plan.estimate = estimate(config, settings, plan.batch, checkpointing=True)
-    plan.document["memory"] = plan.estimate.record()
-    if not plan.estimate.fits:
-        need, there = (f"{size / 2**30:.1f} GiB" for size in (plan.estimate.total, plan.estimate.available))
-        plan.notes.append(f"[WARNING] does not fit: {need} needed per device, {there} available; {advice(settings)}")
+        need = estimate(config, settings, plan.batch, checkpointing=True, answers=plan.answers)
+    plan.estimate, plan.document["memory"] = need, need.record()
+    if not need.fits:
+        remedy = advice(settings, answering=need.generation > need.activations)
+        needed, there = (f"{size / 2**30:.1f} GiB" for size in (need.total, need.available))
+        plan.notes.append(f"[WARNING] does not fit: {needed} needed per device, {there} available; {remedy}")
+
+
+def add_time(plan: Plan, mix: Mix, need: Estimate, base: str) -> None:
+    """How long training takes, by a step of it on this device."""
+    from sft.trial import forecast, trial
+
+    plan.trial = trial(base, plan.settings, mix, estimate=need, checkpointing=bool(plan.checkpointing))
+    tokens, steps = plan.document["tokens"]["total"], plan.document["steps"]
+    plan.document["time"] = forecast(plan.trial, tokens=tokens, steps=steps)

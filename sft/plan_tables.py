@@ -125,7 +125,7 @@ def masked_loss_text(report: dict[str, Any]) -> str:
 
 
 def steps_text(steps: dict[str, int], plan: Plan) -> str:
-    """Steps, the global batch, and the time where a step was tried on a GPU."""
+    """Steps, the global batch, and the time they take, or why that isn't known."""
     settings = plan.settings
     lines = [
         f"{steps['total']:,} steps, {steps['per_epoch']:,} an epoch, "
@@ -134,30 +134,38 @@ def steps_text(steps: dict[str, int], plan: Plan) -> str:
         f" x {steps['global_batch'] // settings.per_device_train_bs // settings.grad_accum} devices)"
     ]
     if plan.trial:
-        lines.append(trial_text(plan.trial, plan))
+        lines += time_lines(plan.trial, plan.document["time"])
     return "\n".join(lines)
 
 
-def trial_text(trial: Trial, plan: Plan) -> str:
-    """Speed, time and peak memory as measured with the largest micro-batch."""
-    peak = f"{trial.peak / 2**30:.2f} GiB"
-    if not trial.fits:
-        return f"the largest micro-batch does not fit on this GPU: out of memory at {peak}"
-    steps, tokens = plan.document["steps"], plan.document["tokens"]["total"]
-    speed = trial.tokens / trial.seconds
-    devices = steps["global_batch"] // plan.settings.per_device_train_bs // plan.settings.grad_accum
-    seconds = tokens * steps["total"] / steps["per_epoch"] / speed / devices
-    return f"largest micro-batch on this GPU: {speed:,.0f} tokens/s, peak {peak}; training about {duration(seconds)}"
+def time_lines(trial: Trial, time: dict[str, Any]) -> list[str]:
+    """Estimated time, speed and peak memory as measured with the largest micro-batch."""
+    peak = f", peak {size(trial.peak)}" if trial.peak else ""
+    if time["seconds"] is None:
+        return [f"no estimate of the time: {time['reason']}{peak}"]
+    return [
+        f"training about {duration(time['seconds'])}, {time['step_seconds']:.3g} s a step, "
+        "without evaluating and saving",
+        f"measured on {time['measured_on']}: {time['tokens_per_second']:,.0f} tokens/s{peak}",
+    ]
 
 
 def memory_table(estimate: Estimate, plan: Plan) -> str:
-    """Each part, and the micro-batch it was worked out for."""
-    record = estimate.record()
-    rows = [["part", "size"], *([part, size(record[part])] for part in MEMORY)]
-    batch = plan.batch
+    """Each part, the micro-batch and the answers it was worked out for, and how far it can be trusted."""
+    parts = [part for part in MEMORY if part != "generation" or plan.answers]
+    rows = [["part", "size"], *([part, size(getattr(estimate, part))] for part in parts)]
+    batch, answers = plan.batch, plan.answers
     checkpointing = "with" if plan.checkpointing else "without"
     largest = f"largest micro-batch: {batch.rows} rows, {batch.tokens:,} tokens; " if batch else ""
-    return f"{aligned(rows)}\n{largest}{checkpointing} gradient checkpointing"
+    lines = [f"{largest}{checkpointing} gradient checkpointing"]
+    if answers:
+        lines.append(
+            f"generation: keys and values of {answers.rows} answers, {answers.tokens:,} tokens with their prompts; "
+            "the total has the larger of activations and generation"
+        )
+    if not estimate.traced:
+        lines.append("activations: by a rule of thumb, much less exact: this model's code can't run on shapes alone")
+    return "\n".join([aligned(rows), *lines])
 
 
 def row_previews(plan: Plan) -> Iterator[tuple[str, str]]:

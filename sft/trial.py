@@ -1,62 +1,115 @@
-"""One step on the real GPU: the largest micro-batch forward and backward, with its time and peak memory."""
+"""One step on the real device: the largest micro-batch forward and backward, with its time and, on a GPU, its peak."""
 
 from __future__ import annotations
 
+import inspect
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from sft.activations import with_adapter
+from sft.attention import confine_rows
 from sft.batches import TrainingRows, join
+from sft.document import TIME
 from sft.memory import largest_items, packs_of
 from sft.model import compute_dtype, load_model
+from sft.settings import launched
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sft.data.mixture import Mix
+    from sft.memory import Estimate
     from sft.settings import Settings
+
+# Multiplications and additions a CPU is asked for at most: a few seconds at 20 to 50 billion a second.
+_CPU_LIMIT = 1e11
+# Per weight and token: forward and twice that backward, in two passes.
+_PER_WEIGHT = 12
 
 
 class Trial(NamedTuple):
-    """What was measured: seconds of a micro-batch of `tokens`, bytes at the peak, whether it could be done at all."""
+    """What was measured: seconds of a micro-batch of `tokens`, bytes at a GPU's peak, whether it could be done at all;
+    or, in `reason`, why nothing was."""
 
-    seconds: float
-    tokens: int
-    peak: int
+    seconds: float = 0.0
+    tokens: int = 0
+    peak: int = 0
     fits: bool = True
+    rows: int = 0
+    device: str = ""
+    reason: str = ""
 
 
-def trial(base: str, settings: Settings, mix: Mix, *, checkpointing: bool) -> Trial | None:
-    """Loads the model and trains the largest micro-batch without keeping anything; None without a GPU.
+def trial(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkpointing: bool) -> Trial:
+    """Loads the model and trains the largest micro-batch without keeping anything.
 
-    The second of two passes is timed: the first one also sets up kernels and memory.
+    The second of two passes is timed: the first one also sets up kernels and memory. On a CPU only where both take a
+    few seconds.
+
+    Raises:
+        Problems: the model can't be loaded.
     """
-    if not torch.cuda.is_available():
-        return None
     rows = largest_items(np.asarray(mix.train["length"]), settings, packs=packs_of(mix.train, settings))
     batch = join([[TrainingRows(mix.train).row(0, row) for row in rows]])
-    inputs = {name: batch[name].cuda() for name in ("input_ids", "position_ids", "labels")}
-    torch.cuda.reset_peak_memory_stats()
+    tokens = batch["input_ids"].numel()
+    if reason := untried(settings, estimate, tokens):
+        return Trial(tokens=tokens, rows=len(rows), reason=reason)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")}
     seconds, fits = 0.0, True
     try:
-        model = trained_model(base, settings, checkpointing=checkpointing)
+        model = trained_model(base, settings, device=device, checkpointing=checkpointing)
         for _ in range(2):
             seconds = timed_pass(model, inputs, compute_dtype(settings))
     except torch.OutOfMemoryError:
         fits = False
-    return Trial(seconds, inputs["input_ids"].numel(), torch.cuda.max_memory_allocated(), fits)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return Trial(seconds, tokens, peak, fits, rows=len(rows), device=device_name())
 
 
-def trained_model(base: str, settings: Settings, *, checkpointing: bool) -> torch.nn.Module:
-    """The model as the trainer has it: with TRL's fused head and the stage's adapter, on the GPU."""
-    from trl.trainer.utils import add_fused_lm_head
+def untried(settings: Settings, estimate: Estimate, tokens: int) -> str:
+    """Why no time can be claimed; "" where the step can be tried."""
+    launch = launched()
+    if launch.splits_weights:
+        return f"under {launch.sharding} no device holds the whole model, so one alone can't try a step"
+    if torch.cuda.is_available():
+        return ""
+    if settings.load_in_4bit or settings.load_in_8bit:
+        return "a step of a quantised model takes too long on this CPU to be tried"
+    weights = (estimate.weights + estimate.adapter) / compute_dtype(settings).itemsize
+    if _PER_WEIGHT * weights * tokens > _CPU_LIMIT:
+        return f"{tokens:,} tokens through {weights / 1e6:,.0f} million weights take too long on this CPU to be tried"
+    return ""
 
-    bare = load_model(base, settings)
-    add_fused_lm_head(bare)
+
+def device_name() -> str:
+    """The GPU's name, or the CPU with the threads that work."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"this CPU with {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def trained_model(base: str, settings: Settings, *, device: torch.device, checkpointing: bool) -> torch.nn.Module:
+    """The model as the trainer has it, with the stage's adapter: on a GPU with TRL's fused head, on the CPU with
+    attention row by row."""
+    disable_progress_bar()
+    bare = load_model(base, settings, device=device)
+    if device.type == "cuda":
+        from trl.trainer.utils import add_fused_lm_head
+
+        torch.cuda.reset_peak_memory_stats()
+        add_fused_lm_head(bare)
+    else:
+        confine_rows(bare, settings)
     model = with_adapter(bare, settings)
     if not settings.load_in_4bit and not settings.load_in_8bit:
-        model.cuda()  # a quantised model was placed while it was loaded
+        model.to(device)  # a quantised model was placed while it was loaded
     if checkpointing:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
         bare.enable_input_require_grads()
@@ -65,9 +118,40 @@ def trained_model(base: str, settings: Settings, *, checkpointing: bool) -> torc
 
 def timed_pass(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
     """Seconds of one forward and backward pass."""
+    device = inputs["input_ids"].device.type
     start = time.perf_counter()
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        loss = model(**inputs, fused_lm_head=True).loss
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        loss = model(**inputs, fused_lm_head=True).loss if device == "cuda" else cpu_loss(model, inputs)
     loss.backward()
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def cpu_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Loss of the trained tokens; where the model can, only their positions go through the output head."""
+    targets = (inputs["labels"][0] != -100).nonzero()[:, 0]
+    bare: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {name: inputs[name] for name in ("input_ids", "position_ids")}
+    if "logits_to_keep" in inspect.signature(type(bare).forward).parameters:
+        logits = model(**names, use_cache=False, logits_to_keep=targets - 1).logits[0]
+    else:
+        logits = model(**names, use_cache=False).logits[0, targets - 1]
+    return torch.nn.functional.cross_entropy(logits.float(), inputs["labels"][0, targets])
+
+
+def forecast(trial: Trial, *, tokens: int, steps: dict[str, int]) -> dict[str, Any]:
+    """The `time` object of `--check --json`: steps x seconds of a step with the mean number of tokens.
+
+    Args:
+        tokens: of an epoch, all devices together.
+        steps: the `steps` object.
+    """
+    if trial.reason or not trial.fits:
+        reason = trial.reason or f"out of memory on {trial.device}"
+        return dict.fromkeys(TIME) | {"reason": reason}
+    speed = trial.tokens / trial.seconds * launched().processes
+    step = tokens / steps["per_epoch"] / speed
+    batch = f"the largest micro-batch ({trial.rows} rows, {trial.tokens:,} tokens)"
+    measured = f"{trial.device}, forward and backward of {batch}"
+    return dict(zip(TIME, (steps["total"] * step, step, speed, measured, None), strict=True))

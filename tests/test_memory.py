@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from sft.activations import Batch, Device, Tally, activation_bytes, with_adapter
+from sft.activations import Activations, Batch, Device, Tally, activation_bytes, with_adapter
 from sft.advice import advice
 from sft.batches import EpochBatches
+from sft.cache import Answers
 from sft.memory import (
     COMFORTABLE,
     Estimate,
@@ -123,7 +124,7 @@ def test_optimizer_state(settings, name, bytes_per_parameter):
 
 def test_zero_stages_share_out_one_part_after_another(settings, monkeypatch):
     """Four devices: stage 1 the optimizer, stage 2 gradients as well, stage 3 everything; off-loading empties it."""
-    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: 1000)
+    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=True))
     chosen = settings(dtype="float32")
 
     def need(**launch):
@@ -138,6 +139,56 @@ def test_zero_stages_share_out_one_part_after_another(settings, monkeypatch):
     assert need(sharding="zero2", deepspeed=True, offload=frozenset({"optimizer"})).optimizer == 0
     assert need().gradients == 2 * 4 * ADAPTER
     assert {each.activations for each in (alone, one, two, three)} == {alone.activations}
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp"])
+def test_auto_checkpointing_knows_what_is_shared_out(settings, monkeypatch, sharding):
+    """Eight devices hold an eighth of weights and optimizer each: a step fits without checkpointing where one device
+    alone would need it; activations are not shared out."""
+    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    chosen = settings(dtype="float32", use_lora=0)
+    shared = Launched(0, 8, 8, sharding, deepspeed=sharding == "zero3")
+    alone = Launched(0, 1)
+    needs = [
+        estimate(dense(), chosen, BATCH, checkpointing=False, launch=launch, available=1).training
+        for launch in (alone, shared)
+    ]
+    whole = 4 * MODEL
+    adam = 3 * whole if sharding == "zero3" else 2 * whole
+    assert needs == [4 * whole + 1000, (2 * whole + adam) // 8 + 2 * 4 * LAYER + 1000]
+    monkeypatch.setattr("sft.memory.available_bytes", lambda processes: sum(needs) // 2)
+    for launch, expected in ((alone, True), (shared, False)):
+        monkeypatch.setattr("sft.memory.launched", lambda launch=launch: launch)
+        assert checkpointing_needed(dense(), chosen, BATCH) is expected
+
+
+def test_the_total_has_the_larger_of_training_and_generation(settings, monkeypatch):
+    """Activations are gone while answers are made, so the larger of the two counts."""
+    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=False))
+    chosen = settings(dtype="float32")
+    without, with_cache = (
+        estimate(dense(), chosen, BATCH, checkpointing=False, available=1, answers=answers)
+        for answers in (None, Answers(rows=8, tokens=100))
+    )
+    cache = 2 * 8 * 100 * 2 * 16 * LAYERS * 4
+    assert (without.generation, with_cache.generation) == (0, cache)
+    assert without.total == without.training == with_cache.training
+    assert with_cache.total == without.total - without.activations + cache
+    assert with_cache.record()["activations_by"] == "a rule of thumb"
+
+
+def test_code_that_needs_values_gets_the_rule_of_thumb_and_says_so(settings, monkeypatch):
+    """As a model does whose code looks at the numbers in its tensors."""
+
+    def fail(*step, **how):
+        raise NotImplementedError("data-dependent")
+
+    monkeypatch.setattr("sft.activations._peak", fail)
+    chosen = settings(dtype="float32")
+    found = activation_bytes(dense(), chosen, BATCH, device=CPU, checkpointing=False)
+    kept = LAYERS * (14 * HIDDEN + 6 * WIDE)
+    assert found == (BATCH.tokens * kept * 4 + BATCH.trained * WORDS * 16, False)
 
 
 def test_launch_environment():
@@ -183,12 +234,13 @@ def test_a_step_of_shapes_takes_what_a_real_step_takes(settings, config, checkpo
     chosen = settings(dtype="float32")
     expected = measured(config, chosen, BATCH, checkpointing)
     found = activation_bytes(config, chosen, BATCH, device=CPU, checkpointing=checkpointing)
-    assert found == pytest.approx(expected, rel=0.1)
+    assert found.size == pytest.approx(expected, rel=0.1)
+    assert found.traced
 
 
 def test_checkpointing_is_turned_on_only_where_it_must(settings, monkeypatch):
     """auto: above 90 % of what is available, and not below."""
-    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: 1_000_000)
+    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1_000_000, traced=True))
     chosen = settings(dtype="float32")
     need = estimate(dense(), chosen, BATCH, checkpointing=False, available=1).total
     monkeypatch.setattr("sft.memory.available_bytes", lambda processes: round(need / COMFORTABLE) + 1024)
@@ -217,6 +269,7 @@ def test_advice_keeps_the_order_of_document_004(settings):
         "SFT_LOAD_IN_4BIT=1; SFT_GRADIENT_CHECKPOINTING=1; SFT_MAX_SEQ_LEN below 2048; more devices with "
         "configs/accelerate/zero3.yaml"
     )
+    assert advice(settings(), answering=True).startswith("in this order: SFT_GEN_BATCH_SIZE=4; SFT_PER_DEVICE")
     small = settings(per_device_train_bs=1, lora_r=8, load_in_4bit=1, gradient_checkpointing=1)
     assert advice(small).startswith("in this order: SFT_MAX_SEQ_LEN below 2048")
     need = Estimate(weights=2**30, adapter=0, optimizer=0, gradients=2**29, activations=0, available=1)

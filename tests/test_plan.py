@@ -1,6 +1,7 @@
 """--check: the document, the same steps as the trainer, every problem listed, nothing written."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,11 @@ from tests import tiny
 
 KEYS = [
     "stage", "settings", "sources", "train_rows", "val_rows", "dropped", "upsampling", "tokens", "masked_loss", "steps",
-    "memory", "lineage", "problems",
+    "memory", "time", "lineage", "problems",
 ]  # fmt: skip
-MEMORY = ["weights", "adapter", "optimizer", "gradients", "activations", "total", "available"]
+MEMORY = [
+    "weights", "adapter", "optimizer", "gradients", "activations", "generation", "total", "available", "activations_by",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,8 @@ def test_the_document_has_the_keys_of_the_contract_and_nothing_is_written(ladder
     assert document["steps"] == {"global_batch": 8, "per_epoch": 5, "total": 5}
     assert list(document["memory"]) == MEMORY
     assert document["memory"]["total"] == sum(document["memory"][name] for name in MEMORY[:5])
+    assert document["memory"]["generation"] == 0
+    assert document["memory"]["activations_by"] == "a step of shapes"
     assert document["lineage"] == {"decision": "fresh", "parents": [], "changed": []}
     assert document["settings"]["SFT_LORA_R"] == {"value": 4, "origin": "stage1.env"}
     assert document["settings"]["SFT_SEED"] == {"value": 3407, "origin": "default"}
@@ -70,6 +75,46 @@ def test_a_bfloat16_tiny_model_needs_what_its_parameters_need(ladder, capsys):
     document = run_check(ladder(SFT_DTYPE="bfloat16"), capsys)[1]
     adapter = document["memory"]["adapter"]
     assert (document["memory"]["gradients"], document["memory"]["optimizer"]) == (adapter, 2 * adapter)
+
+
+def test_a_small_model_is_tried_and_its_time_told(ladder, capsys):
+    """A step of 30,000 weights takes no time on a CPU: five steps of 36 / 5 rows at the measured speed."""
+    folder = ladder()
+    document = run_check(folder, capsys)[1]
+    time, tokens = document["time"], document["tokens"]["total"]
+    assert time["step_seconds"] == pytest.approx(tokens / 5 / time["tokens_per_second"])
+    assert time["seconds"] == pytest.approx(5 * time["step_seconds"])
+    assert 0.0 < time["step_seconds"] < 60.0
+    assert re.fullmatch(
+        r"this CPU with \d+ threads?, forward and backward of the largest micro-batch \(4 rows, \d+ tokens\)",
+        time["measured_on"],
+    )
+    assert time["reason"] is None
+    assert tiny.run_train("--check", "--stage", 1, "--env-dir", folder) == 0
+    assert "measured on this CPU with" in capsys.readouterr().out
+
+
+def test_a_model_too_large_for_this_cpu_has_no_time_and_says_why(ladder, capsys, monkeypatch):
+    monkeypatch.setattr("sft.trial._CPU_LIMIT", 1e3)
+    folder = ladder()
+    time = run_check(folder, capsys)[1]["time"]
+    assert [time[name] for name in ("seconds", "step_seconds", "tokens_per_second", "measured_on")] == [None] * 4
+    assert re.fullmatch(r"\d+ tokens through 0 million weights take too long on this CPU to be tried", time["reason"])
+    assert tiny.run_train("--check", "--stage", 1, "--env-dir", folder) == 0
+    assert "no estimate of the time: " in capsys.readouterr().out
+
+
+def test_the_cache_of_the_generation_evaluation_is_a_line_of_its_own(ladder, capsys):
+    """Two layers, one key-value head of 16 numbers, 4 answers: 2 x 4 x tokens x 16 x 2 x 4 bytes."""
+    folder = ladder(SFT_GEN_EVAL="structured", SFT_GEN_BATCH_SIZE=4, SFT_GEN_MAX_NEW_TOKENS=30_000)
+    document = run_check(folder, capsys)[1]
+    memory = document["memory"]
+    tokens, rest = divmod(memory["generation"], 2 * 4 * 16 * 2 * 4)
+    assert rest == 0
+    assert 30_000 < tokens < 30_000 + document["tokens"]["longest_row"]
+    assert memory["total"] == sum(memory[name] for name in MEMORY[:4]) + memory["generation"]
+    assert tiny.run_train("--check", "--stage", 1, "--env-dir", folder) == 0
+    assert f"keys and values of 4 answers, {tokens:,} tokens with their prompts" in capsys.readouterr().out
 
 
 def test_a_later_stage_of_a_ladder_does_not_miss_the_stages_before_it(ladder, capsys):
@@ -98,10 +143,12 @@ def test_a_model_that_is_not_there_is_one_problem_and_the_rest_is_told(ladder, c
     """An unreachable base model: lineage, settings and the rows of the source are known all the same."""
     code, document, _ = run_check(ladder(SFT_BASE_MODEL="nobody/nothing"), capsys)
     assert (code, len(document["problems"])) == (2, 1)
-    assert document["problems"][0].startswith("SFT_BASE_MODEL=nobody/nothing: the tokenizer could not be loaded")
+    said = r"SFT_BASE_MODEL=nobody/nothing: the (tokenizer|configuration) could not be loaded"
+    assert re.match(said, document["problems"][0])
     assert [source["rows"] for source in document["sources"]] == [40]
     assert document["lineage"]["decision"] == "fresh"
     assert document["memory"] == dict.fromkeys(MEMORY)
+    assert set(document["time"].values()) == {None}
 
 
 def test_problems_of_data_are_listed(ladder, capsys):
