@@ -257,6 +257,7 @@ def conditions(trainer: BenchmarkTrainer) -> dict[str, Any]:
     names: Sequence[str] = ("torch", "transformers", "peft", "trl", "accelerate")
     on_gpu = torch.cuda.is_available()
     kind = str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]
+    kind = {"NO": "one process", "MULTI_CPU": "DDP", "MULTI_GPU": "DDP"}.get(kind, kind)
     plugin = trainer.accelerator.state.deepspeed_plugin
     return {
         "processes": trainer.args.world_size,

@@ -18,25 +18,30 @@ SPEED = (
     "nodes",
     "devices",
     "tokens/s",
-    "tokens/s per device",
+    "per device",
     "efficiency",
-    "s per step",
+    "s/step",
     "peak GB",
-    "of matrix rate",
+    "matrix rate",
 )
 COSTS = ("model", "devices", "evaluation, s per 1,000 tokens", "checkpoint, s", "checkpoint, MB")
 EXPLAINED = (
     "Efficiency is tokens/s at n over n times tokens/s at the smallest run of the same work, counted in devices (with "
     "equal machines: in nodes). The matrix rate is what a large matrix product reached on the device at the same "
-    "time; its share counts the model's own operations, not recomputed ones. Memory is that of one device, on a CPU of "
-    "one process."
+    "time; the share of it counts the model's own operations, not recomputed ones. Memory is that of one device, on a "
+    "CPU of one process."
 )
 
 
 def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(complete runs in the order of their names, what is wrong with each of the others)."""
+    """(complete runs in the order of their names, what is wrong with each of the others).
+
+    What collect_metrics.sh recorded beside them is no run and no fault.
+    """
     runs, broken = [], []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if (place / "cpu_metrics.csv").is_file():
+            continue
         try:
             summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
             missing = NEEDED - set(summary)

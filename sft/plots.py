@@ -48,6 +48,7 @@ def line_chart(
         if zero:
             axes.set_ylim(bottom=0)
         axes.set_xlabel(label)
+        axes.locator_params(axis="x", integer=True)  # half a step and half a device are nothing
 
     return _svg(draw, title)
 

@@ -68,6 +68,15 @@ def test_broken_runs_are_named_and_left_out(tmp_path):
     assert [text.split(":")[0] for text in broken] == ["b_half", "c_poor", "d_empty"]
 
 
+def test_a_recording_beside_the_runs_is_no_broken_run(tmp_path):
+    """collect_metrics.sh writes to results/metrics where it is not told otherwise."""
+    write(tmp_path, "a_good", json.dumps(summary(1, 10.0)))
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "cpu_metrics.csv").write_text("timestamp,node\n", encoding="utf-8")
+    runs, broken = read_runs(tmp_path)
+    assert (len(runs), broken) == (1, [])
+
+
 def generate(folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PROGRAMS / "generate_report.py"), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -82,6 +91,7 @@ def test_the_report_is_one_file_without_outside_resources(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2
     assert "90%" in page
+    assert ">1.4</text>" not in page  # one and two devices, nothing between
     assert "H200 &lt;b&gt;" in page
     assert "http" not in page
     assert "| 1,800 | 900 | 90% |" in (tmp_path / "report.md").read_text(encoding="utf-8")
