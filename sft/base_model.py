@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from sft.checks import is_missing_folder
 from sft.errors import Problems
 
 # A repository often carries the same weights in several formats: safetensors first, pickles only without them.
@@ -15,6 +16,8 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder, None
+    if is_missing_folder(base):
+        raise Problems([f"SFT_BASE_MODEL={base}: there is no such folder; put the model there again"])
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -340,7 +340,7 @@ def test_trained_biases_are_refused(parts):
 def test_too_little_disk_space_is_said_before_writing(parts, monkeypatch):
     """The message has needed and free space; nothing stays behind."""
     monkeypatch.setattr("sft.files.free_bytes", lambda path: 1000)
-    with pytest.raises(RunFailed, match=r"needs 0\.0 GB and .* has 0\.0 GB free"):
+    with pytest.raises(RunFailed, match=r"needs 0\.07 GB and .* has 0\.00 GB free"):
         merge(parts[0], [parts[1]], parts[2])
     assert_nothing_left(parts[2])
 
