@@ -125,13 +125,13 @@ def _exit_code(main: Callable[[argparse.Namespace], int | None], options: argpar
             let_main_speak()
         return 2
     except Stopped as stop:
-        return stopped(stop)
+        return stopped(stop, options)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the end of the line: whatever a library raised becomes one plain message
         say("\n".join([f"[ERROR] {explain(error)}", *getattr(error, "__notes__", [])]), every_rank=True)
         # A signal that also reached a library's own processes shows as their failure.
-        return 1 if STOP.number is None else stopped(Stopped(STOP.number))
+        return 1 if STOP.number is None else stopped(Stopped(STOP.number), options)
     finally:
         STOP.close()
 
@@ -144,8 +144,8 @@ def let_main_speak() -> None:
         time.sleep(0.05)
 
 
-def stopped(stop: Stopped) -> int:
-    say(f"Stopped by {stop}. The same command goes on from the last checkpoint.")
+def stopped(stop: Stopped, options: argparse.Namespace) -> int:
+    say(f"Stopped by {stop}.{'' if options.check else ' The same command goes on from the last checkpoint.'}")
     return stop.exit_code
 
 

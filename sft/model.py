@@ -10,6 +10,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from sft.checks import is_missing_folder
 from sft.data.chat import chat_template_for
 from sft.errors import Problems
 
@@ -35,6 +36,8 @@ def load_problem(what: str, name: str, error: Exception) -> Problems:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).expanduser().exists():
         remedy = "the folder must hold config.json, tokenizer files and safetensors weights"
+    elif is_missing_folder(name):
+        remedy = "there is no such folder"
     elif "gated" in text or "401" in text or "403" in text:
         remedy = "the model is gated: accept its licence on its page and run official_content/configure_huggingface.sh"
     elif "404" in text or "not a valid model identifier" in text or "repositorynotfound" in text:
@@ -50,6 +53,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     Raises:
         Problems: it can't be loaded.
     """
+    load_config(settings)  # one small file: a hub that can't be reached makes itself known once, not for each file
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             settings.base_model, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
