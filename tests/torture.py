@@ -81,7 +81,9 @@ def kill_campaign(ladder: Ladder, kills: int, dice: random.Random) -> Campaign:
             told.append(f"{signal.Signals(number).name} in {phase}")
         finish_chain(ladder, out, campaign, told)
         print(f"chain {chain}: {', '.join(told)}", flush=True)
-    campaign.notes = {"chains compared": chain, "slowest stop (s)": round(slowest, 1)}
+    if repeated := repeated_metrics(ladder.inputs / "mlruns" / "mlflow.db"):
+        campaign.fail(f"MLflow has {repeated} metrics twice for the same step")
+    campaign.notes |= {"chains compared": chain, "slowest stop (s)": round(slowest, 1)}
     return campaign
 
 
