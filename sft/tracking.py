@@ -236,7 +236,9 @@ class Tracker:
         if key in self.sent:
             return
         stamp = int(record.get("time", time.time()) * 1000)
-        numbers = {k: v for k, v in record.items() if k not in ("step", "time") and isinstance(v, int | float)}
+        # An evaluation may fall on a step that was logged already, with the same epoch.
+        left_out = {"step", "time"} if "loss" in record else {"step", "time", "epoch"}
+        numbers = {k: v for k, v in record.items() if k not in left_out and isinstance(v, int | float)}
         metrics = [Metric(name, float(value), stamp, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), 500):
             client.log_batch(self.run_id, metrics=metrics[start : start + 500])

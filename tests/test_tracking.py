@@ -100,8 +100,8 @@ def test_metrics_arrive_once_each_however_often_the_stage_is_resumed(store, tmp_
     folder, uri = tmp_path / "out_stage1", f"sqlite:///{store}"
     first = Tracker(settings(uri), folder, run_id=None, say=pytest.fail)
     for step in (1, 2):
-        first.log_metrics(record(folder, step, loss=3.0 - step))
-    first.log_metrics(record(folder, 2, eval_loss=5.0))
+        first.log_metrics(record(folder, step, loss=3.0 - step, epoch=step / 2))
+    first.log_metrics(record(folder, 2, eval_loss=5.0, epoch=1.0))
     run_id = first.wait_for_run(60.0)
     first.close("KILLED")
     record(folder, 3, loss=0.25)  # the server never heard of this one
@@ -111,6 +111,7 @@ def test_metrics_arrive_once_each_however_often_the_stage_is_resumed(store, tmp_
     assert second.run_id == run_id
     assert history(store, run_id, "loss") == [(1, 2.0), (2, 1.0), (3, 0.25), (4, 0.125)]
     assert history(store, run_id, "eval_loss") == [(2, 5.0)]
+    assert history(store, run_id, "epoch") == [(1, 0.5), (2, 1.0)]
 
 
 def test_a_database_that_refuses_for_a_while_gets_everything_later(store, tmp_path, monkeypatch):
