@@ -10,7 +10,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sft.checks import is_missing_folder
+from sft.checks import NO_FOLDER, is_missing_folder
 from sft.data.chat import chat_template_for
 from sft.errors import Problems
 
@@ -37,7 +37,7 @@ def load_problem(what: str, name: str, error: Exception) -> Problems:
     if Path(name).expanduser().exists():
         remedy = "the folder must hold config.json, tokenizer files and safetensors weights"
     elif is_missing_folder(name):
-        remedy = "there is no such folder"
+        remedy = NO_FOLDER
     elif "gated" in text or "401" in text or "403" in text:
         remedy = "the model is gated: accept its licence on its page and run official_content/configure_huggingface.sh"
     elif "404" in text or "not a valid model identifier" in text or "repositorynotfound" in text:

@@ -138,8 +138,8 @@ class Tracker:
         return True
 
     def _succeeds(self, call: Call) -> bool:
-        # The one broad except of the project: MLflow raises whatever its database, HTTP and file layers raise, and
-        # none of it may reach training.
+        # Only the end of the command line catches as broadly: MLflow raises whatever its database, HTTP and file
+        # layers raise, and none of it may reach training.
         try:
             if self.client is None:
                 self.client = self._open()

@@ -1,7 +1,7 @@
 """Whatever is written in env files, on the command line, in mixes and in data files, the outcome is settings and rows
 to train on, or problems listed for a person (exit code 2): never a traceback.
 
-FUZZ_CASES=10000 runs so many cases instead of the few of the suite.
+FUZZ_CASES=10000 runs so many cases, all tests together, instead of the few of the suite.
 """
 
 import csv
@@ -18,7 +18,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, example
 from hypothesis import given as examples
 from hypothesis import settings as effort
 from hypothesis import strategies as st
@@ -34,6 +34,12 @@ CASES = int(os.environ.get("FUZZ_CASES", "240"))
 QUIET = [
     HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture,
 ]  # fmt: skip
+
+
+def share(tenths: int) -> Any:
+    """How many tenths of all cases a test has."""
+    return effort(max_examples=max(CASES * tenths // 10, 1), deadline=None, suppress_health_check=QUIET)
+
 
 NASTY = st.sampled_from([
     "", " ", "'", '"', "'[", "\\", "\x00", "\ufeff", "\u2028", "\r", "=", "==", "#", "$", "${", "$HOME", "~", "~root",
@@ -105,11 +111,8 @@ LINE = st.one_of(
 )
 
 
-@effort(
-    max_examples=max(CASES * 4 // 10, 1),
-    deadline=None,
-    suppress_health_check=QUIET,
-)
+@share(4)
+@example(lines=[], raw=b"", overrides=[], stage="\ud83d")  # no stream that is strict can show it
 @examples(
     lines=st.lists(LINE, max_size=12),
     raw=st.one_of(st.just(b""), st.binary(max_size=40)),
@@ -134,11 +137,7 @@ SOURCE = st.one_of(
 )
 
 
-@effort(
-    max_examples=max(CASES * 3 // 10, 1),
-    deadline=None,
-    suppress_health_check=QUIET,
-)
+@share(3)
 @examples(
     mix=st.one_of(st.lists(SOURCE, max_size=4), VALUES),
     name=st.sampled_from(["SFT_DATASET_MIX", "SFT_EVAL_DATASET", "SFT_GEN_EVAL_DATASET", "SFT_UPSAMPLE_RULES"]),
@@ -217,7 +216,7 @@ def file_bytes(rows: list[Any], ending: str) -> bytes | None:
     return sink.getvalue().to_pybytes()
 
 
-@effort(max_examples=max(CASES * 3 // 10, 1), deadline=None, suppress_health_check=QUIET)
+@share(3)
 @examples(
     rows=st.lists(ROW, max_size=6),
     ending=st.sampled_from(["jsonl", "json", "csv", "parquet"]),

@@ -40,7 +40,7 @@ DEMO_BYTES = 12 * 2**20
 PUBLIC_HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "huggingface.co", "www.apache.org", "www.w3.org"}
 FORBIDDEN = {
     "a path of a machine": re.compile(r"(?<![\w.~])/(?:work|root|home|Users|mnt|tmp)/[\w.-]"),
-    "a token": re.compile(r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_\w{30,}|\bsk-[\w-]{30,}|\bAKIA[0-9A-Z]{16}"),
+    "a token": re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_\w{30,}|\bsk-[\w-]{30,}|\bAKIA[0-9A-Z]{16}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE" + " KEY"),
 }
 

@@ -143,7 +143,7 @@ def test_a_model_that_is_not_there_is_one_problem_and_the_rest_is_told(ladder, c
     """An unreachable base model: lineage, settings and the rows of the source are known all the same."""
     code, document, _ = run_check(ladder(SFT_BASE_MODEL="nobody/nothing"), capsys)
     assert (code, len(document["problems"])) == (2, 1)
-    said = r"SFT_BASE_MODEL=nobody/nothing: the (tokenizer|configuration) could not be loaded"
+    said = r"SFT_BASE_MODEL=nobody/nothing: the configuration could not be loaded"
     assert re.match(said, document["problems"][0])
     assert [source["rows"] for source in document["sources"]] == [40]
     assert document["lineage"]["decision"] == "fresh"

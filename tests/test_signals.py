@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 import weakref
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from sft import checkpoints, files
+from sft import checkpoints, cli, files
 from sft.signals import STOP, Stopped, follow_parent
 from tests.stops import before, tell
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
@@ -195,3 +196,9 @@ def test_a_stop_in_any_phase_loses_nothing(ladder, tmp_path, monkeypatch, capsys
     manifests = [json.loads((each / "stage.json").read_text()) for each in (folder, whole)]
     assert manifests[0]["forgetting"] == manifests[1]["forgetting"]
     assert [path.name for path in folder.parent.rglob("*") if ".partial-" in path.name or path.name == ".saving"] == []
+
+
+@pytest.mark.parametrize(("check", "goes_on"), [(True, False), (False, True)])
+def test_a_stopped_check_speaks_of_no_checkpoint(capsys, check, goes_on):
+    assert cli.stopped(Stopped(signal.SIGTERM), Namespace(check=check)) == 143
+    assert ("goes on from the last checkpoint" in capsys.readouterr().err) is goes_on
