@@ -12,6 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from sft.prefill import read_prompts
+
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,24 +65,26 @@ def prompt_texts(prompts: Sequence[list[dict[str, str]]], tokenizer: PreTrainedT
 def answer_batch(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, max_new_tokens: int, together: bool
 ) -> list[str]:
-    """Greedy answers to rendered prompts, one batch. `together`: ranks share parameters, so all make the same number
-    of decoding steps (transformers' `synced_gpus`)."""
+    """Greedy answers to rendered prompts, one batch. `together`: ranks share parameters, so all call the model equally
+    often, which prompts read in groups would break, and make the same number of decoding steps (`synced_gpus`)."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    batch = batch.to(model.device)
-    ids = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        synced_gpus=together,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    order = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+    asked = {name: batch[name][order].to(model.device) for name in ("input_ids", "attention_mask")}
+    greedy = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "use_cache": True,
+        "synced_gpus": together,
+        "eos_token_id": end_tokens(model, tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    cache = None if together else read_prompts(model, **asked, **greedy)
+    ids = model.generate(**asked, **greedy, past_key_values=cache)
+    answers = ids[order.argsort(), asked["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def is_split(model: torch.nn.Module) -> bool:

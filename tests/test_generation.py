@@ -1,0 +1,135 @@
+"""Answers in batches: what reading prompts in groups and writing into a roomy cache must not change."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig,
+    PreTrainedModel, Qwen3MoeConfig,
+)  # fmt: skip
+
+from sft.generation import generate_answers
+from sft.prefill import RoomyLayer, read_prompts, similar_lengths
+from tests.tiny import tokenizer
+
+WORDS = tokenizer()
+NEW_TOKENS = 12
+SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 8,
+    "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": None, "pad_token_id": WORDS.pad_token_id,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.5}
+GROUPED = {
+    "llama": LlamaConfig(**SIZES),
+    "mixture of experts": Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "keys and values of different sizes": DeepseekV3Config(**SIZES | LATENT),
+    "learned positions": GPT2Config(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=None, **GPT2),
+}
+LEFT_ALONE = {
+    "window": MistralConfig(**SIZES, sliding_window=16),
+    "window in one layer": Gemma3TextConfig(
+        **SIZES, sliding_window=16, layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=False
+    ),
+    "recurrent": MambaConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, initializer_range=0.5, tie_word_embeddings=False
+    ),
+}
+
+
+def model_of(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.bos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
+def prompts(lengths: tuple[int, ...] = (3, 40, 1, 25, 3, 6, 80, 2)) -> list[list[dict[str, str]]]:
+    said = "red blue green small large name color size".split()
+    return [
+        [{"role": "user", "content": " ".join(said[(row + word) % 8] for word in range(length))}]
+        for row, length in enumerate(lengths)
+    ]
+
+
+def answers(model: Any, size: int) -> list[str]:
+    return generate_answers(model, WORDS, prompts(), max_new_tokens=NEW_TOKENS, batch_size=size)
+
+
+def one_by_one(model: PreTrainedModel) -> list[str]:
+    """transformers' own generate, a prompt at a time, without any of our cache."""
+    found = []
+    for prompt in prompts():
+        text = WORDS.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = WORDS(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ends = {"eos_token_id": WORDS.eos_token_id, "pad_token_id": WORDS.pad_token_id}
+        with torch.no_grad():
+            made = model.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False, **ends)
+        found.append(WORDS.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+@pytest.mark.parametrize("name", [*GROUPED, *LEFT_ALONE])
+def test_batches_of_any_size_answer_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Prompts of 1 to 80 words, so that a batch holds several groups; architectures with other caches too."""
+    model = model_of((GROUPED | LEFT_ALONE)[name])
+    used: list[bool] = []
+    monkeypatch.setattr("sft.generation.read_prompts", lambda *a, **k: (used.append(c := read_prompts(*a, **k)), c)[1])
+    expected = one_by_one(model)
+    assert len(set(expected)) > 4
+    for size in (1, 3, 8):
+        assert answers(model, size) == expected, size
+    assert all((cache is not None) == (name in GROUPED) for cache in used)
+
+
+def test_an_adapter_takes_part():
+    """PEFT's wrapper: answers of the adapted model, other than those of its base."""
+    model = model_of(GROUPED["llama"])
+    plain = answers(model, 8)
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for weight in (p for name, p in adapted.named_parameters() if "lora_" in name):
+            weight.mul_(20)
+    assert answers(adapted, 8) == one_by_one(adapted) != plain
+
+
+def test_reading_in_groups_computes_less_padding():
+    """Positions computed before the first new token: no more than a third above the prompts' own, where padding to the
+    longest makes it several times as many."""
+    model = model_of(GROUPED["llama"])
+    computed: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    answers(model, 8)
+    texts = [WORDS.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts()]
+    own, longest = sum(map(len, texts)), max(map(len, texts))
+    read = sum(computed) - len(texts) * NEW_TOKENS  # every decoding step computes one position of each row
+    assert own <= read <= 4 / 3 * own
+    assert len(texts) * longest > 2 * read
+
+
+def test_groups_hold_similar_lengths():
+    """No group's shortest is below three quarters of its longest, and no row is lost."""
+    lengths = [100, 80, 75, 74, 20, 16, 15, 14, 1]
+    assert [lengths[group] for group in similar_lengths(lengths)] == [[100, 80, 75], [74], [20, 16, 15], [14], [1]]
+    assert similar_lengths([5]) == [slice(0, 1)]
+
+
+def test_the_cache_stays_where_it_is():
+    """Keys and values of a layer are views of one allocation, however many tokens follow."""
+    layer = RoomyLayer(2, 6)
+    states = torch.randn(2, 1, 3, 4)
+    keys, _ = layer.update(states, states)
+    more, _ = layer.update(states[:, :, :1], states[:, :, :1])
+    assert more.data_ptr() == keys.data_ptr()
+    assert torch.equal(more, torch.cat([states, states[:, :, :1]], dim=2))
+    assert layer.get_seq_length() == 4
