@@ -6,8 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig,
-    PreTrainedModel, Qwen3MoeConfig,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
 )  # fmt: skip
 
 from sft.generation import generate_answers
