@@ -25,6 +25,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from sft.experts import route_experts
 from sft.model import adapter_config, compute_dtype
+from sft.token_loss import token_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -266,8 +267,7 @@ def _step(model: torch.nn.Module, bare: Any, batch: Batch, *, device: Device) ->
             hidden = bare.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             loss = hidden[0, where].float().sum()
         else:
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=where).logits[0]
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            loss = losses.sum()
-            del logits, losses
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=where).logits
+            loss = token_cross_entropy(logits.squeeze(0), targets).sum()
+            del logits
     loss.backward()

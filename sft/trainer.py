@@ -22,6 +22,7 @@ from sft.finite import finite_norm, named_rows, require_finite
 from sft.generation import answering, preserved_random_state
 from sft.model import adapter_config
 from sft.signals import follow_parent
+from sft.token_loss import token_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,8 +143,8 @@ class StagedTrainer(SFTTrainer):
             outputs = model(**inputs, labels=labels, fused_lm_head=True)
             return -outputs.log_probs[outputs.label_mask]
         targets = (labels[0] != -100).nonzero()[:, 0]
-        logits = model(**inputs, logits_to_keep=targets - 1).logits[0]
-        return torch.nn.functional.cross_entropy(logits.float(), labels[0, targets], reduction="none")
+        logits = model(**inputs, logits_to_keep=targets - 1).logits.squeeze(0)
+        return token_cross_entropy(logits, labels[0, targets])
 
     def compute_loss(
         self,

@@ -17,6 +17,7 @@ from sft.document import TIME
 from sft.memory import largest_items, packs_of
 from sft.model import compute_dtype, load_model
 from sft.settings import launched
+from sft.token_loss import token_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,10 +135,10 @@ def cpu_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     bare: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = {name: inputs[name] for name in ("input_ids", "position_ids")}
     if "logits_to_keep" in inspect.signature(type(bare).forward).parameters:
-        logits = model(**names, use_cache=False, logits_to_keep=targets - 1).logits[0]
+        logits = model(**names, use_cache=False, logits_to_keep=targets - 1).logits.squeeze(0)
     else:
         logits = model(**names, use_cache=False).logits[0, targets - 1]
-    return torch.nn.functional.cross_entropy(logits.float(), inputs["labels"][0, targets])
+    return token_cross_entropy(logits, inputs["labels"][0, targets]).mean()
 
 
 def forecast(trial: Trial, *, tokens: int, steps: dict[str, int]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sft.memory import (
     shortage,
 )
 from sft.settings import Launched, launched, load_settings
+from sft.token_loss import token_cross_entropy
 
 CPU = Device(torch.float32, fused_head=False)
 HIDDEN, WIDE, LAYERS, WORDS = 64, 160, 6, 512
@@ -219,10 +220,9 @@ def measured(config, settings, batch, checkpointing):
     with Tally(model) as tally:
         logits = model(
             input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False, logits_to_keep=kept
-        ).logits[0]
-        losses = torch.nn.functional.cross_entropy(logits.float(), torch.zeros_like(kept), reduction="none")
-        loss = losses.sum()
-        del logits, losses
+        ).logits.squeeze(0)
+        loss = token_cross_entropy(logits, torch.zeros_like(kept)).sum()
+        del logits
         loss.backward()
     return tally.peak
 
