@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_utils import set_zero3_state
 
 from sft.experts import route_experts
-from sft.model import adapter_config, compute_dtype
+from sft.model import adapter_config, casts_left_to_autocast, compute_dtype, lora_layers
 from sft.token_loss import token_cross_entropy
 
 if TYPE_CHECKING:
@@ -262,12 +262,14 @@ def _step(model: torch.nn.Module, bare: Any, batch: Batch, *, device: Device) ->
     """Forward and backward as `StagedTrainer` does them."""
     ids, positions = (torch.empty((1, batch.tokens), dtype=torch.long) for _ in range(2))
     where, targets = (torch.empty(batch.trained, dtype=torch.long) for _ in range(2))
-    with torch.autocast("cpu", device.dtype, enabled=device.dtype != torch.float32):
-        if device.fused_head:
-            hidden = bare.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            loss = hidden[0, where].float().sum()
-        else:
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=where).logits
-            loss = token_cross_entropy(logits.squeeze(0), targets).sum()
-            del logits
-    loss.backward()
+    mixed = device.dtype != torch.float32
+    with casts_left_to_autocast(lora_layers(model) if mixed else ()):
+        with torch.autocast("cpu", device.dtype, enabled=mixed):
+            if device.fused_head:
+                hidden = bare.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+                loss = hidden[0, where].float().sum()
+            else:
+                logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=where).logits
+                loss = token_cross_entropy(logits.squeeze(0), targets).sum()
+                del logits
+        loss.backward()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sft.checks import NO_FOLDER, is_missing_folder
@@ -166,6 +169,27 @@ def adapter_config(model: PreTrainedModel, settings: Settings) -> LoraConfig | N
         use_rslora=settings.lora_rslora,
         use_dora=settings.lora_dora,
     )
+
+
+@contextmanager
+def casts_left_to_autocast(layers: Iterable[LoraLayer]) -> Iterator[None]:
+    """Adapters take their input as it comes, for a pass under autocast.
+
+    PEFT casts it to the adapter's float32 first and autocast back to bfloat16 at once: the same numbers, but every
+    adapted projection then keeps a copy of its own for the backward pass. PEFT's 4-bit layers leave it out as well.
+    """
+    changed = [layer for layer in layers if layer.cast_input_dtype_enabled]
+    for layer in changed:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in changed:
+            layer.cast_input_dtype_enabled = True
+
+
+def lora_layers(model: torch.nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def trained_modules(model: torch.nn.Module) -> dict[str, int]:

@@ -50,6 +50,7 @@ class RoomyLayer(DynamicLayer):
         for room, states in zip(self.rooms, (key_states, value_states), strict=True):
             room[self.rows, :, start:end] = states
         self.turn_to(self.rows, self.first, end)
+        assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
 
@@ -81,11 +82,12 @@ def read_prompts(
     if not plain or model.generation_config.cache_implementation is not None:
         return None
     count, width = input_ids.shape
-    cache.layers = [RoomyLayer(count, width + max_new_tokens) for _ in cache.layers]
+    layers = [RoomyLayer(count, width + max_new_tokens) for _ in cache.layers]
+    cache.layers = list(layers)
     lengths = attention_mask.sum(dim=1).tolist()
     for rows in similar_lengths(lengths):
         first = width - lengths[rows.start]
-        for layer in cache.layers:
+        for layer in layers:
             layer.turn_to(rows, first, first)
         model.generate(
             input_ids=input_ids[rows, first:],
@@ -93,8 +95,8 @@ def read_prompts(
             past_key_values=cache,
             **generate | {"max_new_tokens": 1, "min_new_tokens": 0},
         )
-        if any(layer.get_seq_length() != width - first for layer in cache.layers):
+        if any(layer.get_seq_length() != width - first for layer in layers):
             return None
-    for layer in cache.layers:
+    for layer in layers:
         layer.turn_to(slice(0, count), 0, width - 1)
     return cache

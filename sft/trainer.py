@@ -20,7 +20,7 @@ from sft.checkpoints import rotate
 from sft.experts import route_experts
 from sft.finite import finite_norm, named_rows, require_finite
 from sft.generation import answering, preserved_random_state
-from sft.model import adapter_config
+from sft.model import adapter_config, casts_left_to_autocast, lora_layers
 from sft.signals import follow_parent
 from sft.token_loss import token_cross_entropy
 
@@ -76,6 +76,7 @@ class StagedTrainer(SFTTrainer):
             peft_config=adapter_config(model, stage.settings),
         )
         self.unrouted = route_experts(self.model)
+        self.lora_layers = lora_layers(self.model)
         packs = pack(train["length"], self.settings.max_seq_len) if self.settings.packing else None
         self.train_dataset = TrainingRows(train, packs=packs, edge_mask=edge_mask, mode=self.settings.masked_loss_mode)
         self.val_rows = TrainingRows(val)
@@ -130,6 +131,10 @@ class StagedTrainer(SFTTrainer):
         return super()._get_learning_rate() if self.step_rate is None else self.step_rate
 
     # Loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with casts_left_to_autocast(self.lora_layers if self.accelerator.native_amp else ()):
+            return super().training_step(*args, **kwargs)
 
     def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of each trained token, shape (trained tokens,).

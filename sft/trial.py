@@ -15,7 +15,7 @@ from sft.attention import confine_rows
 from sft.batches import TrainingRows, join
 from sft.document import TIME
 from sft.memory import largest_items, packs_of
-from sft.model import compute_dtype, load_model
+from sft.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers
 from sft.settings import launched
 from sft.token_loss import token_cross_entropy
 
@@ -120,10 +120,12 @@ def trained_model(base: str, settings: Settings, *, device: torch.device, checkp
 def timed_pass(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
     """Seconds of one forward and backward pass."""
     device = inputs["input_ids"].device.type
+    mixed = dtype != torch.float32
     start = time.perf_counter()
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        loss = model(**inputs, fused_lm_head=True).loss if device == "cuda" else cpu_loss(model, inputs)
-    loss.backward()
+    with casts_left_to_autocast(lora_layers(model) if mixed else ()):
+        with torch.autocast(device, dtype, enabled=mixed):
+            loss = model(**inputs, fused_lm_head=True).loss if device == "cuda" else cpu_loss(model, inputs)
+        loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft import trainer as trainer_module
+from sft.activations import Tally
 from sft.batches import TrainingRows, join
 from sft.errors import RunFailed
-from sft.model import adapter_config, linear_names, trained_modules
+from sft.model import adapter_config, casts_left_to_autocast, linear_names, lora_layers, trained_modules
 from tests.tiny import metric_lines, run_train, tokenizer, write_model, write_rows, write_stage
 
 
@@ -72,6 +73,42 @@ def test_the_default_targets_reach_every_projection(tmp_path: Path):
         "q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide,
         "gate_proj": inner, "up_proj": inner, "down_proj": inner,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_leaving_casts_to_autocast_saves_memory_and_changes_no_bit(tmp_path: Path, checkpointing: bool):
+    """Gradients of all adapters in bfloat16, against PEFT's own casting; without checkpointing less is kept."""
+    from peft import get_peft_model
+
+    chosen = SimpleNamespace(
+        use_lora=True, lora_target_modules=["all-linear"], lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_rslora=False,
+        lora_dora=False,
+    )  # fmt: skip
+    folder = write_model(tmp_path / "m")
+    ids = torch.arange(400)[None] % 300
+    gradients, peaks = [], []
+    for left in (False, True):
+        bare = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        torch.manual_seed(0)
+        model = get_peft_model(bare, adapter_config(bare, chosen)).train()
+        if checkpointing:
+            bare.gradient_checkpointing_enable({"use_reentrant": False})
+            bare.enable_input_require_grads()
+        layers = lora_layers(model)
+        assert len(layers) == 14
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_B["default"].weight.normal_()
+        with Tally(model) as tally, casts_left_to_autocast(layers if left else ()):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
+            loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        peaks.append(tally.peak)
+        assert all(layer.cast_input_dtype_enabled for layer in layers)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert peaks[1] <= (1.0 if checkpointing else 0.95) * peaks[0]
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run():
