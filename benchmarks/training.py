@@ -104,7 +104,7 @@ class TrainingJob:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.steps = 6 if bench.full else 2
+        self.steps = 6 if bench.full else 3
         self.folder = bench.folder("training")
         lines = bench.rows.read_text(encoding="utf-8").splitlines()
         self.rows = self.folder / "rows.jsonl"
