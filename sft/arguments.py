@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from sft.settings import Settings
 
 
+# The part of the steps in which warmup_stable_decay falls, as in MiniCPM (https://arxiv.org/abs/2404.06395).
+_DECAY_SHARE = 0.1
+
+
 def scheduler(settings: Settings) -> dict[str, Any]:
     """Scheduler arguments; a cosine with a floor is another name in transformers."""
     name = settings.lr_scheduler
@@ -24,6 +29,13 @@ def scheduler(settings: Settings) -> dict[str, Any]:
         "lr_scheduler_type": name,
         "lr_scheduler_kwargs": {"min_lr_rate": settings.min_lr_ratio} if floored else {},
     }
+
+
+def steps_to_schedule(settings: Settings, steps: int) -> dict[str, Any]:
+    """Scheduler arguments that depend on the number of steps, which is known when training begins."""
+    if settings.lr_scheduler != "warmup_stable_decay":
+        return {}
+    return {"num_decay_steps": math.ceil(_DECAY_SHARE * steps), "min_lr_ratio": settings.min_lr_ratio}
 
 
 def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool, validated: bool) -> SFTConfig:

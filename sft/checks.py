@@ -22,7 +22,8 @@ EXTRACTION_METRICS = (
 )  # fmt: skip
 NO_FOLDER = "there is no such folder; correct the path, or give a hub id such as org/model"
 LOSS_METRICS = ("loss", "perplexity")
-_WITH_FLOOR = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
+_WITH_FLOOR = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 _LOWER_IS_BETTER = {"loss", "perplexity", "gen_fp_rate_on_negative"}
 
 RESULT_NEUTRAL = frozenset({
@@ -98,6 +99,9 @@ def _evaluation_rules(settings: Any) -> Iterator[Conflict]:
     if settings.gen_eval != "none" and not settings.gen_eval_dataset:
         text = f"there are no rows to generate answers for; {remedy}, or SFT_GEN_EVAL_DATASET"
         yield Conflict(("SFT_GEN_EVAL", "SFT_VAL_RATIO", "SFT_EVAL_DATASET", "SFT_GEN_EVAL_DATASET"), text)
+    if settings.lr_scheduler in _BY_EVALUATION:
+        text = f"{settings.lr_scheduler} goes by the loss on validation rows; {remedy}"
+        yield Conflict(("SFT_LR_SCHEDULER", "SFT_VAL_RATIO", "SFT_EVAL_DATASET"), text)
     if settings.early_stopping_patience > 0 and not settings.gen_eval_dataset:
         text = f"early stopping needs validation rows; {remedy}"
         yield Conflict(("SFT_EARLY_STOPPING_PATIENCE", "SFT_VAL_RATIO", "SFT_EVAL_DATASET"), text)

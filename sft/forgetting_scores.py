@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from sft import files, ranks
 from sft.evaluation import ROWS, GenerationEvaluation
-from sft.forgetting import MARGIN, drops
+from sft.forgetting import MARGIN, drops, stage_number
 from sft.lineage import stage_folder
 from sft.manifest import is_intact, read_manifest, with_digest
 from sft.model import load_model
@@ -140,8 +140,8 @@ def _previous_table(stage: Stage) -> dict[str, dict[str, TaskScores]]:
 
 
 def _record(table: dict[str, dict[str, TaskScores]], margin: float = MARGIN) -> dict[str, Any]:
-    models = sorted(table, key=lambda name: (name != "base", name))
-    tasks = sorted({name for scores in table.values() for name in scores})
+    models = sorted(table, key=stage_number)
+    tasks = sorted({name for scores in table.values() for name in scores}, key=stage_number)
     matrix = {
         "metric": METRIC,
         "margin": margin,

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from sft import files
+from sft.arguments import steps_to_schedule
 from sft.attention import confine_rows
 from sft.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
 from sft.bundle import STAGING, best_model_record, published_together
@@ -129,6 +130,10 @@ class StagedTrainer(SFTTrainer):
     def _get_learning_rate(self) -> float:
         """The rate the step was made with: DeepSpeed has moved its schedule on when the Trainer asks."""
         return super()._get_learning_rate() if self.step_rate is None else self.step_rate
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        self.args.lr_scheduler_kwargs |= steps_to_schedule(self.settings, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # Loss
 

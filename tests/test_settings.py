@@ -514,6 +514,7 @@ def test_contradictions():
     for text, start in {
         "SFT_LOAD_IN_4BIT=1\nSFT_USE_LORA=0": "SFT_LOAD_IN_4BIT=1: quantised weights cannot be trained themselves",
         "SFT_EARLY_STOPPING_PATIENCE=3\nSFT_VAL_RATIO=0": "SFT_EARLY_STOPPING_PATIENCE=3: early stopping needs",
+        "SFT_LR_SCHEDULER=greedy\nSFT_VAL_RATIO=0": "SFT_LR_SCHEDULER=greedy: greedy goes by the loss on validation",
         "SFT_MIN_LR_RATIO=0.1\nSFT_LR_SCHEDULER=linear": "SFT_MIN_LR_RATIO=0.1: SFT_LR_SCHEDULER=linear has no lowest",
     }.items():
         (problem,) = problems(text)

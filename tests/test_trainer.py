@@ -4,16 +4,19 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from sft import trainer as trainer_module
 from sft.activations import Tally
+from sft.arguments import scheduler, steps_to_schedule
 from sft.batches import TrainingRows, join
 from sft.errors import RunFailed
+from sft.kinds import Scheduler
 from sft.model import adapter_config, casts_left_to_autocast, linear_names, lora_layers, trained_modules
 from tests.tiny import metric_lines, run_train, tokenizer, write_model, write_rows, write_stage
 
@@ -109,6 +112,21 @@ def test_leaving_casts_to_autocast_saves_memory_and_changes_no_bit(tmp_path: Pat
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert peaks[1] <= (1.0 if checkpointing else 0.95) * peaks[0]
+
+
+@pytest.mark.parametrize("name", get_args(Scheduler))
+def test_every_scheduler_can_be_made(name: str):
+    """With the arguments that a stage of 40 steps gives it; warmup_stable_decay falls over the last four."""
+    chosen = SimpleNamespace(lr_scheduler=name, min_lr_ratio=0.0)
+    made = scheduler(chosen)
+    keywords = made["lr_scheduler_kwargs"] | steps_to_schedule(chosen, 40)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    course = get_scheduler(made["lr_scheduler_type"], optimizer, 4, 40, scheduler_specific_kwargs=keywords)
+    if name == "warmup_stable_decay":
+        rates = [course.lr_lambdas[0](step) for step in range(41)]
+        assert rates[4:37] == [1.0] * 33
+        assert rates[37] < 1.0
+        assert rates[40] == pytest.approx(0.0)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run():

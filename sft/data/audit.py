@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sft.settings import Settings
 
-_ROWS_AT_ONCE = 10_000
+_ROWS_AT_ONCE = 1000
 _ROWS_SHOWN = 5
 _PROMPTS_CHECKED = 100
 
