@@ -12,11 +12,19 @@ from trl import SFTConfig
 from sft.model import compute_dtype
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from sft.settings import Settings
 
 
 # The part of the steps in which warmup_stable_decay falls, as in MiniCPM (https://arxiv.org/abs/2404.06395).
 _DECAY_SHARE = 0.1
+# What transformers calls the lowest rate.
+_FLOORS = {
+    "cosine_with_min_lr": "min_lr_rate",
+    "cosine_warmup_with_min_lr": "min_lr_rate",
+    "warmup_stable_decay": "min_lr_ratio",
+}
 
 
 def scheduler(settings: Settings) -> dict[str, Any]:
@@ -24,18 +32,14 @@ def scheduler(settings: Settings) -> dict[str, Any]:
     name = settings.lr_scheduler
     if settings.min_lr_ratio and name == "cosine":
         name = "cosine_with_min_lr"
-    floored = name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
-    return {
-        "lr_scheduler_type": name,
-        "lr_scheduler_kwargs": {"min_lr_rate": settings.min_lr_ratio} if floored else {},
-    }
+    floor = _FLOORS.get(name)
+    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": {floor: settings.min_lr_ratio} if floor else {}}
 
 
-def steps_to_schedule(settings: Settings, steps: int) -> dict[str, Any]:
+def steps_to_schedule(args: TrainingArguments, steps: int) -> dict[str, Any]:
     """Scheduler arguments that depend on the number of steps, which is known when training begins."""
-    if settings.lr_scheduler != "warmup_stable_decay":
-        return {}
-    return {"num_decay_steps": math.ceil(_DECAY_SHARE * steps), "min_lr_ratio": settings.min_lr_ratio}
+    stable = args.lr_scheduler_type == "warmup_stable_decay"
+    return {"num_decay_steps": math.ceil(_DECAY_SHARE * steps)} if stable else {}
 
 
 def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool, validated: bool) -> SFTConfig:

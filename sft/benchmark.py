@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from sft.batches import EpochBatches, EpochLoader, join
 from sft.benchmark_model import flops_per_token, matmul_parameters, model_config
+from sft.model import lora_layers
 from sft.trainer import StagedTrainer
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class BenchmarkTrainer(StagedTrainer):
             processing_class=_no_tokenizer(),
             peft_config=adapter,
         )
+        self.lora_layers = lora_layers(self.model)
         self.train_dataset = rows  # type: ignore[assignment]  # rows made up on the fly, addressed in the same way
         self.loss_is_scaled_for_ga = True  # type: ignore[assignment]
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters

@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from sft import files
-from sft.arguments import scheduler, steps_to_schedule
+from sft.arguments import steps_to_schedule
 from sft.attention import confine_rows
 from sft.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
 from sft.bundle import STAGING, best_model_record, published_together
@@ -132,8 +132,8 @@ class StagedTrainer(SFTTrainer):
         return super()._get_learning_rate() if self.step_rate is None else self.step_rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        known = scheduler(self.settings)["lr_scheduler_kwargs"]
-        self.args.lr_scheduler_kwargs = known | steps_to_schedule(self.settings, num_training_steps)
+        known: Any = self.args.lr_scheduler_kwargs or {}
+        self.args.lr_scheduler_kwargs = known | steps_to_schedule(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     # Loss

@@ -117,9 +117,8 @@ def test_leaving_casts_to_autocast_saves_memory_and_changes_no_bit(tmp_path: Pat
 @pytest.mark.parametrize("name", get_args(Scheduler))
 def test_every_scheduler_can_be_made(name: str):
     """With the arguments that a stage of 40 steps gives it; warmup_stable_decay falls over the last four."""
-    chosen = SimpleNamespace(lr_scheduler=name, min_lr_ratio=0.0)
-    made = scheduler(chosen)
-    keywords = made["lr_scheduler_kwargs"] | steps_to_schedule(chosen, 40)
+    made = scheduler(SimpleNamespace(lr_scheduler=name, min_lr_ratio=0.0))
+    keywords = made["lr_scheduler_kwargs"] | steps_to_schedule(SimpleNamespace(lr_scheduler_type=name), 40)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     course = get_scheduler(made["lr_scheduler_type"], optimizer, 4, 40, scheduler_specific_kwargs=keywords)
     if name == "warmup_stable_decay":
