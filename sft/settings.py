@@ -149,7 +149,7 @@ class Settings(BaseModel):
     lr: Positive = setting(1e-4, "Highest learning rate.")
     lr_scheduler: Scheduler = setting(
         "cosine",
-        "Course of the learning rate, as transformers names it; warmup_stable_decay falls over the last tenth of the steps.",
+        "Course of the learning rate, as transformers names it; warmup_stable_decay falls in the last tenth of steps.",
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "Lowest learning rate as a share of SFT_LR.")
     warmup_ratio: Share = setting(0.03, "Share of the steps in which the learning rate rises to SFT_LR.")
