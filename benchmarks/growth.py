@@ -70,18 +70,21 @@ def train_step(model: Path, length: int, *, total: int = 4096) -> dict[str, floa
     import torch
 
     from benchmarks.training import TARGETS
-    from benchmarks.training_peers import adapted_model, token_losses
+    from benchmarks.training_peers import adapted_model
     from sft.attention import confine_rows
+    from sft.token_loss import token_cross_entropy
 
     loaded, adapted = adapted_model(model, TARGETS.split(","))
     confine_rows(loaded, SimpleNamespace(attn="auto", torch_compile=False))
     ids = torch.randint(0, 1000, (1, total), generator=torch.Generator().manual_seed(0))
-    labels = ids.masked_fill(torch.arange(total)[None] % length < length // 2, -100)
-    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.arange(total)[None] % length}
+    positions = torch.arange(total)[None] % length
+    trained = (positions[0] >= length // 2).nonzero()[:, 0]
     before, seconds, peak = resident_bytes(), [], 0
     for _ in range(2):
         started = time.perf_counter()
-        loss = token_losses(adapted, batch, all_positions=False).sum()
+        logits = adapted(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=trained - 1).logits
+        loss = token_cross_entropy(logits.squeeze(0), ids[0, trained]).sum()
+        del logits
         peak = max(peak, resident_bytes())
         loss.backward()
         seconds.append(time.perf_counter() - started)
