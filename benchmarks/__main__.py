@@ -68,7 +68,9 @@ def run(name: str, bench: Bench) -> dict[str, Any]:
     progress(f"{name} ...")
     before, started = load_average(), time.monotonic()
     result = ITEMS[name](bench)
-    print(f"\n{result['title']}\n\n{tables.comparisons(result['comparisons'])}", flush=True)
+    print(f"\n{result['title']}", flush=True)
+    if result["comparisons"]:
+        print(f"\n{tables.comparisons(result['comparisons'])}", flush=True)
     for table in result.get("tables", []):
         print(f"\n{table['title']}\n\n{tables.grid(table['head'], table['rows'])}", flush=True)
     print(flush=True)
