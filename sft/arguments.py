@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import SFTConfig
 
+from sft.checks import FLOORS
 from sft.model import compute_dtype
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 
 # The part of the steps in which warmup_stable_decay falls, as in MiniCPM (https://arxiv.org/abs/2404.06395).
 _DECAY_SHARE = 0.1
-# What transformers calls the lowest rate.
-_FLOORS = {
-    "cosine_with_min_lr": "min_lr_rate",
-    "cosine_warmup_with_min_lr": "min_lr_rate",
-    "warmup_stable_decay": "min_lr_ratio",
-}
 
 
 def scheduler(settings: Settings) -> dict[str, Any]:
@@ -32,7 +27,7 @@ def scheduler(settings: Settings) -> dict[str, Any]:
     name = settings.lr_scheduler
     if settings.min_lr_ratio and name == "cosine":
         name = "cosine_with_min_lr"
-    floor = _FLOORS.get(name)
+    floor = FLOORS.get(name)
     return {"lr_scheduler_type": name, "lr_scheduler_kwargs": {floor: settings.min_lr_ratio} if floor else {}}
 
 

@@ -22,7 +22,12 @@ EXTRACTION_METRICS = (
 )  # fmt: skip
 NO_FOLDER = "there is no such folder; correct the path, or give a hub id such as org/model"
 LOSS_METRICS = ("loss", "perplexity")
-_WITH_FLOOR = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+# Schedulers with a lowest rate, and what transformers calls it; a plain cosine becomes the first.
+FLOORS = {
+    "cosine_with_min_lr": "min_lr_rate",
+    "cosine_warmup_with_min_lr": "min_lr_rate",
+    "warmup_stable_decay": "min_lr_ratio",
+}
 _BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 _LOWER_IS_BETTER = {"loss", "perplexity", "gen_fp_rate_on_negative"}
 
@@ -87,7 +92,7 @@ def _weight_rules(settings: Any) -> Iterator[Conflict]:
 def _training_rules(settings: Any) -> Iterator[Conflict]:
     if settings.epochs == 0 and settings.max_steps < 0:
         yield Conflict(("SFT_EPOCHS", "SFT_MAX_STEPS"), "nothing would be trained; give more than 0, or SFT_MAX_STEPS")
-    if settings.min_lr_ratio > 0 and settings.lr_scheduler not in _WITH_FLOOR:
+    if settings.min_lr_ratio > 0 and settings.lr_scheduler not in {"cosine", *FLOORS}:
         text = f"SFT_LR_SCHEDULER={settings.lr_scheduler} has no lowest rate; take cosine, or leave the ratio out"
         yield Conflict(("SFT_MIN_LR_RATIO", "SFT_LR_SCHEDULER"), text)
 

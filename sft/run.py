@@ -145,8 +145,8 @@ def build_trainer(
         mix=mix,
         edge_mask=edge_mask,
         generation=evaluation,
-        on_metrics=MetricsRecord(stage, tracker).take,
     )
+    trainer.on_metrics = MetricsRecord(stage, tracker).take
     if launched().splits_weights and stage.checkpoint is None:
         trainer.add_callback(AtStart(lambda model: verify_merged(stage, model)))  # its adapter does nothing yet
     if evaluation:

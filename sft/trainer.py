@@ -58,10 +58,10 @@ class StagedTrainer(SFTTrainer):
         mix: Mix,
         edge_mask: EdgeMask | None = None,
         generation: GenerationEvaluation | None = None,
-        on_metrics: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         self.stage, self.settings = stage, stage.settings
-        self.generation, self.on_metrics = generation, on_metrics
+        self.generation = generation
+        self.on_metrics: Callable[[dict[str, Any]], None] = lambda record: None
         self.step_rows: list[int] = []
         self.tokens_seen = self.tokens_before_step = 0  # by all ranks
         self.step_rate: float | None = None

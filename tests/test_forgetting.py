@@ -2,7 +2,7 @@
 
 import pytest
 
-from sft import forgetting
+from sft import forgetting, forgetting_scores
 
 
 @pytest.mark.parametrize(("after", "fell"), [(0.8, False), (0.74, True)])
@@ -48,3 +48,12 @@ def test_sentence_names_the_six_largest_falls():
 def test_format_of_a_task_key(key, name):
     """The output format is what follows the last _to_; a key without one stands for itself."""
     assert forgetting.format_of(key) == name
+
+
+def test_stages_stand_in_the_order_of_their_numbers():
+    """Base first, stage 10 after stage 2: rows and columns alike."""
+    names = ["stage 10", "stage 2", "base", "stage 1"]
+    table = {name: {"stage 10": {"": 0.5}, "stage 2": {"": 0.5}} for name in names}
+    matrix = forgetting_scores._record(table)
+    assert matrix["models"] == ["base", "stage 1", "stage 2", "stage 10"]
+    assert matrix["tasks"] == ["stage 2", "stage 10"]

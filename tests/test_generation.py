@@ -88,12 +88,13 @@ def one_by_one(model: PreTrainedModel) -> list[str]:
 def test_batches_of_any_size_answer_as_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch):
     """Prompts of 1 to 80 words, so that a batch holds several groups; architectures with other caches too."""
     model = model_of((GROUPED | LEFT_ALONE)[name])
-    used: list[bool] = []
+    used: list[Any] = []
     monkeypatch.setattr("sft.generation.read_prompts", lambda *a, **k: (used.append(c := read_prompts(*a, **k)), c)[1])
     expected = one_by_one(model)
     assert len(set(expected)) > 4
     for size in (1, 3, 8):
         assert answers(model, size) == expected, size
+    assert used
     assert all((cache is not None) == (name in GROUPED) for cache in used)
 
 

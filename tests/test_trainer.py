@@ -137,6 +137,35 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
 
 
 @pytest.mark.slow
+def test_a_stage_leaves_casts_to_autocast_and_its_rate_falls_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In bfloat16: no adapter casts in training, all do while answers are generated; logits become their gradient."""
+    seen: set[tuple[bool, bool]] = set()
+    made: list[str] = []
+    losses = trainer_module.StagedTrainer.token_losses
+
+    def watched(self, *arguments):
+        seen.update((self.model.training, layer.cast_input_dtype_enabled) for layer in self.lora_layers)
+        found = losses(self, *arguments)
+        made.append(type(found.grad_fn).__name__)
+        return found
+
+    monkeypatch.setattr(trainer_module.StagedTrainer, "token_losses", watched)
+    common = {"SFT_BASE_MODEL": write_model(tmp_path / "base"), "SFT_OUT_LORA_DIR": tmp_path / "out"}
+    rows = {"SFT_DATASET_ID": write_rows(tmp_path / "rows.jsonl", 40), "SFT_MAX_STEPS": 20, "SFT_WARMUP_STEPS": 2}
+    wanted = {"SFT_DTYPE": "bfloat16", "SFT_LR_SCHEDULER": "warmup_stable_decay", "SFT_GEN_EVAL": "structured"}
+    short = {"SFT_GEN_EVAL_SAMPLES": 2, "SFT_GEN_MAX_NEW_TOKENS": 4, "SFT_EVAL_STEPS": 20}
+    write_stage(tmp_path, 1, common | rows | wanted | short)
+    assert run_train("--stage", 1, "--env-dir", tmp_path) == 0
+    assert seen == {(True, False), (False, True)}
+    assert "_TokenCrossEntropyBackward" in made
+    rates = metric_lines(tmp_path / "out_stage1", "learning_rate")
+    assert rates[2:19] == [1e-2] * 17
+    assert rates[19] < 1e-2
+
+
+@pytest.mark.slow
 def test_packing_trains_the_same_tokens_in_fewer_steps(tmp_path: Path):
     """The trained tokens of an epoch are those of the unpacked run; 36 short rows fit into a few sequences."""
     write_model(tmp_path / "base")
