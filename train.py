@@ -6,18 +6,20 @@ import gc
 import sys
 
 from sft import cli
-from sft.checkpoints import announce
 from sft.settings import Settings
+from sft.stages.notices import announce
 
 
 def train_stage(settings: Settings, *, fresh: bool) -> None:
     """The stage in order. Imports wait until it is known that there is something to do: torch alone takes seconds."""
-    from sft.opening import open_stage
+    from sft.environment import silence_torch
+    from sft.stages.opening import open_stage
 
     with open_stage(settings, fresh=fresh) as stage:  # lineage and lock
         announce(stage, cli.say)
         if stage.decision == "complete":
             return
+        silence_torch()
         from sft import run
 
         tokenizer = run.load_tokenizer(settings)
@@ -36,20 +38,20 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
 
 def main(options: argparse.Namespace) -> None:
     if options.check and not options.stage:
-        from sft.doctor import doctor
+        from sft.planning.machine import doctor
 
         doctor(options)
         return
     ladder = cli.load_ladder(options)
     if options.check:
-        from sft.plan import check
+        from sft.planning.check import check
 
         check(ladder, options)
         return
     for settings in ladder:
         train_stage(settings, fresh=options.fresh)
     if len(ladder) > 1:
-        from sft.summary import close_ladder
+        from sft.reporting.report import close_ladder
 
         close_ladder(ladder)
 

@@ -72,7 +72,7 @@ def generate(model: Path, rows: Path, size: int, tokens: int) -> dict[str, float
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sft.generation import generate_answers
+    from sft.evaluation.answers import generate_answers
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -88,7 +88,7 @@ def generate(model: Path, rows: Path, size: int, tokens: int) -> dict[str, float
 
 def score(rows: Path) -> dict[str, float]:
     """Reference answers scored as `structured` scores a model's."""
-    from sft.scoring import score as score_rows
+    from sft.scoring.score import score as score_rows
 
     read = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()[:2000]]
     cases = []
@@ -106,7 +106,7 @@ def run_stage(env_dir: Path) -> dict[str, float]:
     """A stage as the program runs it, with a clock around training, evaluating, saving and logging."""
     import train
     from sft import cli, run
-    from sft.trainer import StagedTrainer
+    from sft.training.trainer import StagedTrainer
 
     clock: dict[str, float] = {}
     clocked(StagedTrainer, "evaluate", "evaluate", "evaluations", clock)

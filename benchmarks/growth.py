@@ -71,8 +71,8 @@ def train_step(model: Path, length: int, *, total: int = 4096) -> dict[str, floa
 
     from benchmarks.training import TARGETS
     from benchmarks.training_peers import adapted_model
-    from sft.attention import confine_rows
-    from sft.token_loss import token_cross_entropy
+    from sft.models.attention import confine_rows
+    from sft.training.loss import token_cross_entropy
 
     loaded, adapted = adapted_model(model, TARGETS.split(","))
     confine_rows(loaded, SimpleNamespace(attn="auto", torch_compile=False))

@@ -97,9 +97,9 @@ class Peak:
 def label_ours(model: Path, rows: Path, folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    from sft.data.audit import audit
-    from sft.data.chat import label
-    from sft.data.sources import load_source
+    from sft.data.labels.audit import audit
+    from sft.data.labels.label import label
+    from sft.data.sources.load import load_source
     from sft.settings import Settings, Source
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -132,7 +132,7 @@ def write_adapter(folder: Path, sizes: tuple[int, ...], *, seed: int = 1) -> Pat
 
 
 def merge_ours(folder: Path, adapters: int = 1) -> dict[str, float]:
-    from sft.merge import merge
+    from sft.merging.merge import merge
 
     imported, started = resident_bytes(), time.perf_counter()
     merge(folder / "base", [folder / "adapter"] * adapters, folder / "ours")

@@ -159,9 +159,9 @@ def prepare(env_dir: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from sft.batches import EpochBatches, TrainingRows, join
     from sft.data.mixture import prepare as prepare_mix
     from sft.settings import load_settings
+    from sft.training.batches import EpochBatches, TrainingRows, join
 
     settings = load_settings(1, env_dir=env_dir)
     mix = prepare_mix(settings, AutoTokenizer.from_pretrained(settings.base_model))
@@ -184,7 +184,7 @@ def run_ours(env_dir: Path) -> dict[str, Any]:
     """train.py with a clock at its logs: (tokens so far, seconds, CPU seconds, loss) of every step."""
     import train
     from sft import cli
-    from sft.callbacks import Metrics
+    from sft.training.progress import Metrics
 
     steps: list[tuple[float, ...]] = []
     log = Metrics.on_log

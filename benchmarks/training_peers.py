@@ -45,7 +45,7 @@ def bare_loop(model: Path, folder: Path, attention: str, *, accumulation: int, t
 
     loaded, adapted = adapted_model(model, targets)
     if attention == "rows":
-        from sft.attention import confine_rows
+        from sft.models.attention import confine_rows
 
         confine_rows(loaded, SimpleNamespace(attn="auto", torch_compile=False))
     parameters = [p for p in adapted.parameters() if p.requires_grad]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from sft.errors import Problems
-from sft.program import count, run
+from sft.programs.ending import count, run
 
 
 def arguments() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def measured(options: argparse.Namespace) -> dict:
     """The figures and their conditions, on every process."""
     import torch
 
-    from sft import benchmark
+    from sft.programs import benchmark
 
     dtype = options.dtype
     if dtype == "auto":
@@ -63,24 +63,23 @@ def measured(options: argparse.Namespace) -> dict:
 
 def write(options: argparse.Namespace, figures: dict) -> None:
     """summary.json in its own folder; the table for people, then one line of JSON."""
-    from sft import files
+    from sft.storage import atomic, json_files
 
-    summary = {"model": options.model, "nodes": options.nodes, "time": files.utc_stamp()} | figures
+    summary = {"model": options.model, "nodes": options.nodes, "time": atomic.utc_stamp()} | figures
     target = options.results / f"{summary['time']}_{Path(options.model).name}_{options.nodes}node"
     if target.exists():
         raise Problems([f"{target}: exists already and is not overwritten"])
-    with files.published_folder(target) as folder:
-        files.write_json(folder / "summary.json", summary)
+    with atomic.published_folder(target) as folder:
+        json_files.write_json(folder / "summary.json", summary)
     print(f"{table(summary)}\n  written to {target / 'summary.json'}")
-    print(files.json_text(summary, indent=None))
+    print(json_files.json_text(summary, indent=None))
 
 
 def main() -> None:
     options = arguments()
     if options.lora_r < 0:
         raise Problems([f"--lora-r {options.lora_r}: a rank is 1 or more, 0 trains every weight"])
-    from sft.hub import offline_unless_reachable
-    from sft.quiet import silence_libraries, silence_torch
+    from sft.environment import offline_unless_reachable, silence_libraries, silence_torch
 
     offline_unless_reachable()
     silence_libraries()

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import Problems, RunFailed
-from sft.program import count, run, spoken_of
+from sft.programs.ending import count, run, spoken_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sft.export import Origin
+    from sft.programs.export import Origin
     from sft.settings import Settings
 
 Messages = list[dict[str, str]]
@@ -41,8 +41,8 @@ def arguments() -> argparse.Namespace:
 
 def trained_folder(settings: "Settings") -> Path:
     """OUT_stageN. Raises Problems, without importing torch, where there is no trained stage in it."""
-    from sft.lineage import stage_folder
-    from sft.manifest import MANIFEST
+    from sft.stages.lineage import stage_folder
+    from sft.stages.manifest import MANIFEST
 
     folder = stage_folder(settings.out_lora_dir, settings.stage)
     if not (folder / MANIFEST).is_file():
@@ -53,7 +53,7 @@ def trained_folder(settings: "Settings") -> Path:
 
 def find_stage(folder: Path) -> "Origin":
     """What the stage's model is made of. Raises Problems for a stage that is not complete or was outdated since."""
-    from sft.export import find_origin
+    from sft.programs.export import find_origin
 
     with spoken_of("--checkpoint_dir ", ""):
         return find_origin(folder)
@@ -65,8 +65,8 @@ def load(settings: "Settings", origin: "Origin") -> tuple[Any, "PreTrainedTokeni
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from sft.lineage import stage_folder
-    from sft.model import load_model
+    from sft.models.model import load_model
+    from sft.stages.lineage import stage_folder
 
     merged = Path(f"{stage_folder(settings.out_lora_dir, settings.stage)}_merged_base")
     earlier, own = origin.adapters[:-1], origin.adapters[-1:]
@@ -91,8 +91,8 @@ def load(settings: "Settings", origin: "Origin") -> tuple[Any, "PreTrainedTokeni
 
 def holds(merged: Path, origin: "Origin") -> bool:
     """Whether the published merge was made from these earlier adapters."""
-    from sft.files import DamagedFile, read_json
-    from sft.lineage import result_sha256
+    from sft.stages.lineage import result_sha256
+    from sft.storage.json_files import DamagedFile, read_json
 
     try:
         record = read_json(merged / "merge.json")
@@ -134,7 +134,7 @@ def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages,
     import torch
     from transformers import TextStreamer
 
-    from sft.generation import end_tokens
+    from sft.evaluation.answers import end_tokens
 
     ids = prompt_ids(tokenizer, messages).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -207,8 +207,7 @@ def main() -> None:
     settings = load_settings(options.stage, env_dir=options.env_dir, overrides=options.overrides)
     folder = trained_folder(settings)
     settings.export_passthrough()
-    from sft.hub import offline_unless_reachable
-    from sft.quiet import silence_libraries, silence_torch
+    from sft.environment import offline_unless_reachable, silence_libraries, silence_torch
 
     offline_unless_reachable()
     silence_libraries()

@@ -15,10 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sft.environment import offline_unless_reachable, silence_libraries
 from sft.errors import Problems
-from sft.hub import offline_unless_reachable
-from sft.program import run, spoken_of
-from sft.quiet import silence_libraries
+from sft.programs.ending import run, spoken_of
 
 
 def arguments() -> argparse.Namespace:
@@ -46,10 +45,10 @@ def main() -> None:
     silence_libraries()
     offline = offline_unless_reachable()
     if options.push:
-        from sft.upload import check_repository
+        from sft.programs.export import check_repository
 
         check_repository(options.push, offline=offline)
-    from sft.export import check_target, export, find_origin
+    from sft.programs.export import check_target, export, find_origin
 
     origin = find_origin(options.checkpoint_dir)
     target = options.output or options.checkpoint_dir / "merged"
@@ -64,7 +63,7 @@ def main() -> None:
     if record.kl is not None:
         print(f"Verified: KL {record.kl:.2g}, largest logit difference {record.max_abs_diff:.2g} on probe prompts")
     if options.push:
-        from sft.upload import upload
+        from sft.programs.export import upload
 
         print(f"Uploaded: {upload(target, options.push, private=options.private)}")
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from sft.errors import Problems
-from sft.program import run
+from sft.programs.ending import run
 
 
 def arguments() -> argparse.Namespace:
@@ -26,9 +26,9 @@ def main() -> None:
     options = arguments()
     if not options.results.is_dir():
         raise Problems([f"{options.results}: no such folder; run_benchmark.sh MODEL NODES makes the first run in it"])
-    from sft import benchmark_report as report
-    from sft.files import write_text
-    from sft.report import page
+    from sft.programs import benchmark_report as report
+    from sft.reporting.report import page
+    from sft.storage.atomic import write_text
 
     found, broken = report.read_runs(options.results)
     for text in broken:

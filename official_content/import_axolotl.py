@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import Problems
-from sft.program import run
+from sft.programs.ending import run
 
 
 def arguments() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def check(text: str) -> None:
 def main() -> None:
     path = arguments().file
     config = read_config(path)
-    from sft.axolotl import translate
+    from sft.programs.axolotl import translate
 
     translation = translate(config)
     text = translation.env(path.name)

@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sft.data.streams import read_rows, written_rows
 from sft.errors import Problems
-from sft.program import count, encoding, progress, run
+from sft.programs.ending import count, encoding, progress, run
+from sft.programs.row_streams import read_rows, written_rows
 
 Row = dict[str, Any]
 

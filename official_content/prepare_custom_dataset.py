@@ -14,14 +14,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft.environment import offline_unless_reachable
 from sft.errors import Problems
-from sft.hub import offline_unless_reachable
-from sft.program import count, encoding, run
+from sft.programs.ending import count, encoding, run
+from sft.programs.prepare_dataset import Prepared
 
 if TYPE_CHECKING:
     import datasets
 
-    from sft.data import prepare
     from sft.settings import Source
 
 FILE_ENDINGS = {"json": (".json", ".jsonl"), "csv": (".csv",)}
@@ -97,7 +97,7 @@ def refuse_existing(target: Path) -> None:
 
 
 def chosen_source(options: argparse.Namespace) -> "Source":
-    from sft.data.prepare import HUB_SOURCES
+    from sft.programs.prepare_dataset import HUB_SOURCES
     from sft.settings import Source
 
     if options.source == "huggingface":
@@ -111,13 +111,13 @@ def build(options: argparse.Namespace) -> None:
     if options.output or options.num_samples:
         refuse_existing(target_folder(options, 0))
     offline_unless_reachable()
-    from sft.data import prepare
+    from sft.programs import prepare_dataset
 
     source = chosen_source(options)
-    prepared = prepare.prepare(
+    prepared = prepare_dataset.prepare(
         source,
         text_format=options.format,
-        tokenizer=prepare.load_tokenizer(options.model) if options.max_length else None,
+        tokenizer=prepare_dataset.load_tokenizer(options.model) if options.max_length else None,
         max_length=options.max_length,
         num_samples=options.num_samples,
     )
@@ -131,14 +131,14 @@ def build(options: argparse.Namespace) -> None:
         "max_length": options.max_length,
         "requested_samples": options.num_samples,
     }
-    prepare.save(prepared, target, metadata)
+    prepare_dataset.save(prepared, target, metadata)
     tell(options, source.id, prepared)
     print(f"In stageN.env: SFT_DATASET_ID={target}")
 
 
-def tell(options: argparse.Namespace, name: str, prepared: "prepare.Prepared") -> None:
+def tell(options: argparse.Namespace, name: str, prepared: "Prepared") -> None:
     """How many rows there are, what was lost, how long they are."""
-    from sft.data.prepare import bars, histogram, lost
+    from sft.programs.prepare_dataset import bars, histogram, lost
 
     kept = len(prepared.rows)
     if options.num_samples and kept < options.num_samples:
@@ -161,7 +161,7 @@ def inspect(folder: Path) -> None:
 
 def show(folder: Path, splits: "dict[str, datasets.Dataset]") -> None:
     """Rows and columns of every split, lengths, first rows."""
-    from sft.data.prepare import bars, histogram
+    from sft.programs.prepare_dataset import bars, histogram
 
     for name, split in splits.items():
         print(f"{name}: {len(split):,} rows, columns {', '.join(split.column_names)}")

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sft.errors import Problems
-from sft.program import run
+from sft.programs.ending import run
 from sft.scoring.formats import FORMATS
 from sft.scoring.structured import StructuredScore, aggregate, score_answer, target_format
 

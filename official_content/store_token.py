@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from sft.errors import Problems, RunFailed
-from sft.files import sync
-from sft.program import run
+from sft.programs.ending import run
+from sft.storage.atomic import sync
 
 
 def account(token: str) -> str | None:

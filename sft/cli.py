@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
-from sft.document import blank_document, print_documents
-from sft.env import hide_secrets
-from sft.errors import Problems, RunFailed
-from sft.settings import Settings, launched, load_settings
-from sft.signals import STOP, Stopped
+from sft.distributed.launch import launched
+from sft.distributed.signals import STOP, Stopped
+from sft.errors import Problems, RunFailed, hide_secrets
+from sft.planning.document import blank_document, print_documents
+from sft.settings import Settings, load_settings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
 1 the run failed; 143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
@@ -103,7 +103,7 @@ def command_line(main: Callable[[argparse.Namespace], int | None], argv: Sequenc
     options = parser().parse_args(argv)
     STOP.install(processes=launched().processes)
     code = _exit_code(main, options)
-    together = sys.modules.get("sft.ranks")  # imported where several processes have met
+    together = sys.modules.get("sft.distributed.ranks")  # imported where several processes have met
     if code and together:
         together.tell_end(code)
     return code

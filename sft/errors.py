@@ -1,5 +1,6 @@
 """The two ways a run ends badly; train.py turns them into exit codes."""
 
+import re
 from collections.abc import Iterable
 
 
@@ -16,3 +17,14 @@ class Problems(Exception):
 
 class RunFailed(Exception):
     """The run failed for a reason outside the settings (exit code 1). The message is plain and ends with advice."""
+
+
+_SECRET_NAME = re.compile(r"TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
+
+
+_SECRET_TEXT = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{20,}")
+
+
+def hide_secrets(text: str) -> str:
+    """The text with credentials inside URLs and hub tokens replaced by ***."""
+    return _SECRET_TEXT.sub("***", text)

@@ -5,42 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.quiet import silence_torch
+import datasets
+import transformers
+from accelerate import PartialState
 
-silence_torch()
-
-import datasets  # noqa: E402 - the lines above keep deepspeed quiet, which accelerate imports
-import transformers  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-
-from sft import files, ranks  # noqa: E402
-from sft.arguments import training_arguments  # noqa: E402
-from sft.bundle import parameter_counts, write_result  # noqa: E402
-from sft.callbacks import AtStart, stop_agreed  # noqa: E402
-from sft.data.frequency import EdgeMask  # noqa: E402
-from sft.data.mixture import prepare as prepare_mix  # noqa: E402
-from sft.data.readers import SourceError  # noqa: E402
-from sft.data.sources import load_source  # noqa: E402
-from sft.errors import Problems  # noqa: E402
-from sft.evaluation import GenerationEvaluation, questions, write_questions  # noqa: E402
-from sft.forgetting_scores import Earlier, ladder_scores, score_earlier  # noqa: E402
-from sft.memory import checkpointing_needed, largest_batch, raise_shortage  # noqa: E402
-from sft.model import load_tokenizer, trained_modules  # noqa: E402
-from sft.parents import keep_probe, load_verified, merge_parents, verify_merged  # noqa: E402
-from sft.ranks import say  # noqa: E402
-from sft.recording import MetricsRecord, SampleRecord, tracked  # noqa: E402
-from sft.settings import launched  # noqa: E402
-from sft.signals import STOP, Stopped  # noqa: E402
-from sft.space import require_space  # noqa: E402
-from sft.trainer import StagedTrainer  # noqa: E402
+from sft.data.masked_loss.edge_mask import EdgeMask
+from sft.data.mixture import prepare as prepare_mix
+from sft.data.sources.load import load_source
+from sft.data.sources.readers import SourceError
+from sft.distributed import ranks
+from sft.distributed.launch import launched
+from sft.distributed.ranks import say
+from sft.distributed.signals import STOP, Stopped
+from sft.errors import Problems
+from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
+from sft.evaluation.ladder_scores import Earlier, ladder_scores, score_earlier
+from sft.merging.parents import keep_probe, load_verified, merge_parents, verify_merged
+from sft.models.model import load_tokenizer, trained_modules
+from sft.planning.disk import require_space
+from sft.planning.memory import checkpointing_needed, largest_batch, raise_shortage
+from sft.reporting.recording import MetricsRecord, SampleRecord, tracked
+from sft.storage import json_files
+from sft.training.arguments import training_arguments
+from sft.training.progress import AtStart
+from sft.training.results import parameter_counts, write_result
+from sft.training.rhythm import stop_agreed
+from sft.training.trainer import StagedTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.data.mixture import Mix
+    from sft.reporting.tracker import Tracker
     from sft.settings import Settings
-    from sft.stages import Stage
-    from sft.tracking import Tracker
+    from sft.stages.stage import Stage
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -181,16 +179,20 @@ def train(stage: Stage, trainer: StagedTrainer) -> None:
 
 def finish(stage: Stage, trainer: StagedTrainer, mix: Mix, earlier: Earlier | None, tracker: Tracker | None) -> None:
     """Writes the result, scores it on all stages' rows, completes the manifest and writes the report."""
-    from sft.summary import close_stage
+    from sft.reporting.report import close_stage
 
     write_result(trainer, stage.folder)
-    keep_probe(stage, trainer)
-    forgetting = ladder_scores(stage, trainer, earlier) if earlier else None
+    model, accelerator = trainer.model, trainer.accelerator
+    keep_probe(stage, accelerator.unwrap_model(model), trainer.processing_class)
+    forgetting = None
+    if earlier and trainer.generation:
+        step = trainer.state.global_step
+        forgetting = ladder_scores(stage, trainer.generation, earlier, model=model, accelerator=accelerator, step=step)
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:
         return
     last: dict[str, Any] = {}
-    for record in files.read_records(stage.folder / "metrics.jsonl"):
+    for record in json_files.read_records(stage.folder / "metrics.jsonl"):
         last |= {name: value for name, value in record.items() if name not in ("step", "time")}
     stage.complete(
         sources=mix.sources,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sft import files
+from sft.storage import atomic
 from tests import faults
 
 RUN_LIMIT = 1800.0
@@ -175,7 +175,7 @@ def disk_campaign(ladder: Ladder, sizes: int) -> Campaign:
 
 def no_space_check() -> None:
     """As if the disk had filled up after the check."""
-    files.free_bytes = lambda path: 2**60  # type: ignore[assignment]
+    atomic.free_bytes = lambda path: 2**60  # type: ignore[assignment]
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 import sft.run  # noqa: F401 - imported here so that children find it loaded
 import train
-from sft import checkpoints, cli
+from sft import cli
+from sft.stages import checkpoints
 from tests.tiny import write_model, write_rows, write_stage
 
 # Threads that encode texts do not survive a fork.

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from sft import files
 from sft.settings import Settings, load_settings
-from sft.stages import Stage
+from sft.stages.stage import Stage
+from sft.storage import seals
 
 
 def make_settings(root: Path, stage: int = 1, *, strict: bool = False, **values: object) -> Settings:
@@ -36,7 +36,7 @@ def add_checkpoint(folder: Path, step: int, *, epoch: float = 0.5, sealed: bool 
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     (checkpoint / "adapter_model.safetensors").write_bytes(b"weights of step %d" % step)
     if sealed:
-        files.seal(checkpoint)
+        seals.seal(checkpoint)
     return checkpoint
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from sft.attention import NAME, RowsUnknown, attend, confine_rows, row_lengths
+from sft.models.attention import NAME, RowsUnknown, attend, confine_rows, row_lengths
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,7 +91,7 @@ def test_no_row_sees_another():
 def test_no_mask_is_made_for_joined_rows(monkeypatch: pytest.MonkeyPatch):
     """The T x T mask is what costs; only a window or padding still asks for one."""
     made = []
-    monkeypatch.setattr("sft.attention.sdpa_mask", lambda **keywords: made.append(keywords["q_length"]))
+    monkeypatch.setattr("sft.models.attention.sdpa_mask", lambda **keywords: made.append(keywords["q_length"]))
     model = llama()
     model.set_attn_implementation(NAME)
     joined(model)

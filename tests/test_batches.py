@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
-from sft.data.frequency import EdgeMask
+from sft.data.masked_loss.edge_mask import EdgeMask
+from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
 
 
 def rows() -> datasets.Dataset:

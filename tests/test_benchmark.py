@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.benchmark_report import read_runs, with_efficiency
+from sft.programs.benchmark_report import read_runs, with_efficiency
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / "official_content"
@@ -112,7 +112,7 @@ def test_operations_are_counted_by_hand():
     """Two layers of width 8 (2 heads of 4), rows of 10, 1,000 weights, adapter of 100: attention 960."""
     from transformers import Qwen3Config
 
-    from sft.benchmark_model import flops_per_token
+    from sft.programs.benchmark_shapes import flops_per_token
 
     config = Qwen3Config(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, head_dim=4)
     assert flops_per_token(config, 1000, 100, seq_len=10, full=False) == 4 * 1000 + 6 * 100 + 960
@@ -121,7 +121,7 @@ def test_operations_are_counted_by_hand():
 
 def test_only_the_experts_a_token_meets_are_active():
     """tiny-moe: 8 experts of 3 x 128 x 96 in 4 layers, of which 2 are met; router and attention are met in full."""
-    from sft.benchmark_model import matmul_parameters, model_config
+    from sft.programs.benchmark_shapes import matmul_parameters, model_config
 
     total, active = matmul_parameters(model_config("tiny-moe"))
     experts, router, attention, head = 4 * 3 * 128 * 96, 4 * 8 * 128, 4 * (2 * 128 * 128 + 2 * 128 * 64), 2048 * 128
@@ -145,7 +145,7 @@ def test_only_the_experts_a_token_meets_are_active():
 )
 def test_the_shapes_have_the_published_sizes(model, billions):
     """To three places of what the model cards say."""
-    from sft.benchmark_model import matmul_parameters, model_config
+    from sft.programs.benchmark_shapes import matmul_parameters, model_config
 
     assert matmul_parameters(model_config(model))[0] / 1e9 == pytest.approx(billions, rel=2e-3)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, GPT2Config, LlamaConfig
 
-from sft.cache import Answers, cache_bytes, largest_answers, longest_prompt
+from sft.planning.answers_cache import Answers, cache_bytes, largest_answers, longest_prompt
 from tests.ladders import make_settings
 
 ANSWERS = Answers(rows=8, tokens=1000)

@@ -13,16 +13,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sft.data import chat
-from sft.data.audit import audit
-from sft.data.builtin_templates import BUILT_IN
-from sft.data.chat import chat_template_for, label, preview
-from sft.data.chat_template import template_of
-from sft.data.parallel import in_order
-from sft.data.rendering import render
-from sft.data.sources import Rows, load_source
+from sft.data.labels import label as labelling
+from sft.data.labels.audit import audit
+from sft.data.labels.label import in_order, label, preview
+from sft.data.labels.rendering import render
+from sft.data.labels.template import BUILT_IN, chat_template_for, template_of
+from sft.data.sources.load import Rows, load_source
 from sft.errors import Problems, RunFailed
-from sft.kinds import Source
+from sft.settings import Source
 from tests.conftest import CHATML, byte_tokenizer, word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -396,7 +394,7 @@ def test_json_units_begin_after_the_marker(rows_of: Any, make_settings: Any):
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every time rows are tokenised."""
     calls: list[int] = []
-    original = chat.encoder
+    original = labelling.encoder
 
     def counting(tokenizer: Any) -> Any:
         encode = original(tokenizer)
@@ -407,7 +405,7 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return count
 
-    monkeypatch.setattr(chat, "encoder", counting)
+    monkeypatch.setattr(labelling, "encoder", counting)
     return calls
 
 
@@ -459,7 +457,7 @@ def test_several_processes_give_the_same_rows_in_order(
     rows_of: Any, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """Two processes over 5 batches of 2; counts add up."""
-    monkeypatch.setattr(chat, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(labelling, "_ROWS_AT_ONCE", 2)
     tokenizer = byte_tokenizer()
     chats = [exchange(f"question {number}", f"answer {number}" * (100 if number == 4 else 1)) for number in range(9)]
     one, two = (label(rows_of(*chats), tokenizer, make_settings(max_seq_len=60 + n, num_proc=n)) for n in (1, 2))
@@ -550,7 +548,7 @@ def test_any_text_is_trained_exactly(pairs: list[tuple[str, str]], trim: bool):
     (row,) = render(template, [messages], eos="")
     assert row is not None
     assert [row.text[start:end] for start, end in row.turns] == [f"{answer}<|im_end|>" for _, answer in pairs]
-    (encoded,) = chat.encoder(tokenizer)([row.text])
+    (encoded,) = labelling.encoder(tokenizer)([row.text])
     spans = [encoded.ids[encoded.first(start) : encoded.end(end)] for start, end in row.turns]
     assert [tokenizer.decode(ids) for ids in spans] == [f"{answer}<|im_end|>" for _, answer in pairs]
 

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sft.errors import Problems
-from sft.generation import answer_batch, prompt_texts
-from sft.manifest import with_digest
+from sft.evaluation.answers import answer_batch, prompt_texts
 from sft.settings import load_settings
+from sft.stages.manifest import with_digest
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

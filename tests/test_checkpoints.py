@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from sft import checkpoints
-from sft.stages import Stage
+from sft.stages import checkpoints, notices
+from sft.stages.stage import Stage
 from tests.ladders import add_checkpoint, make_settings, train
 
 BANNER = "=" * 50
@@ -13,7 +13,7 @@ BANNER = "=" * 50
 
 def said(stage: Stage) -> list[str]:
     lines: list[str] = []
-    checkpoints.announce(stage, lines.append)
+    notices.announce(stage, lines.append)
     return lines
 
 

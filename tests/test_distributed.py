@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sft import files
+from sft.storage import seals
 from tests.launching import processes, run, start, until
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
 
@@ -77,7 +77,7 @@ def assert_same(alone: Path, together: Path, *, loss: float = LOSS, weight: floa
             assert {key: tensor.shape for key, tensor in expected.items()} == {k: t.shape for k, t in found.items()}
             assert max(float((expected[key] - found[key]).abs().max()) for key in expected) < weight
         assert json.loads((two / "stage.json").read_text())["status"] == "complete"
-        assert not files.damage(two / f"checkpoint-{STEPS}")
+        assert not seals.damage(two / f"checkpoint-{STEPS}")
 
 
 def assert_said_once(shown: str) -> None:
@@ -150,7 +150,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(ladder: Path
     assert shown.count("exitcode  : 143") == 2
     assert shown.count("Stopped by SIGTERM") == 1
     (checkpoint,) = folder.glob("checkpoint-*")
-    assert not files.damage(checkpoint)
+    assert not seals.damage(checkpoint)
     assert int(checkpoint.name.removeprefix("checkpoint-")) < 12
 
     shutil.copytree(folder, ladder / "handed_stage1")
@@ -187,7 +187,7 @@ def test_a_killed_rank_takes_the_others_with_it(ladder: Path):
     shown = out.with_suffix(".log").read_text()
     assert "rank      : 1 (local_rank: 1)" in shown
     assert "Signal 9 (SIGKILL)" in shown
-    assert not files.damage(max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime))
+    assert not seals.damage(max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime))
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_a_killed_launcher_leaves_nobody_behind(ladder: Path):
     launcher.wait(timeout=10)
     until(lambda: not processes(out), seconds=60)
     (checkpoint,) = folder.glob("checkpoint-*")
-    assert not files.damage(checkpoint)
+    assert not seals.damage(checkpoint)
 
 
 @pytest.mark.slow

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from sft import cli, doctor
-from sft.doctor import Finding
+from sft import cli
+from sft.planning import machine as doctor
+from sft.planning.machine import Finding
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No network: the hub is switched off."""
-    monkeypatch.setattr("sft.doctor.hub_is_off", lambda: True)
+    monkeypatch.setattr("sft.planning.machine.hub_is_off", lambda: True)
 
 
 def test_the_installed_versions_are_the_pinned_ones():

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from sft.experts import RoutedAdapter, route_experts
+from sft.models.experts import RoutedAdapter, route_experts
 from tests import tiny
 
 TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
@@ -167,7 +167,7 @@ def test_a_stage_trains_experts_the_routed_way(tmp_path, monkeypatch, capsys):
         common = {"SFT_BASE_MODEL": tmp_path / "base", "SFT_OUT_LORA_DIR": out, "SFT_DATASET_ID": rows}
         tiny.write_stage(tmp_path, 1, common | {"SFT_MAX_STEPS": 3})
         if name == "peft":
-            monkeypatch.setattr("sft.trainer.route_experts", lambda model: ["told to"])
+            monkeypatch.setattr("sft.training.trainer.route_experts", lambda model: ["told to"])
         assert tiny.run_train("--stage", 1, "--env-dir", tmp_path) == 0
         warned = "[WARNING] adapters on experts take PEFT's slower way" in capsys.readouterr().out
         assert warned is (name == "peft")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sft import files
+from sft.storage import atomic, json_files, seals
 
 
 def names(folder: Path) -> list[str]:
@@ -24,31 +24,31 @@ def full_disk(*_: object) -> int:
 
 
 def test_a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path):
-    files.write_text(tmp_path / "deep" / "a.txt", "old")
-    files.write_text(tmp_path / "deep" / "a.txt", "neu: ü\n")
+    atomic.write_text(tmp_path / "deep" / "a.txt", "old")
+    atomic.write_text(tmp_path / "deep" / "a.txt", "neu: ü\n")
     assert (tmp_path / "deep" / "a.txt").read_bytes() == b"neu: \xc3\xbc\n"
     assert names(tmp_path / "deep") == ["a.txt"]
 
 
 def test_json_is_indented_utf8_without_nan(tmp_path):
     """NaN and infinity, which other readers refuse, become null; paths and tuples become text and lists."""
-    files.write_json(tmp_path / "a.json", {"é": float("nan"), "b": (1, float("inf")), "c": Path("x/y"), 3: True})
+    json_files.write_json(tmp_path / "a.json", {"é": float("nan"), "b": (1, float("inf")), "c": Path("x/y"), 3: True})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert text == '{\n  "é": null,\n  "b": [\n    1,\n    null\n  ],\n  "c": "x/y",\n  "3": true\n}\n'
 
 
 def test_numpy_numbers_are_numbers_and_their_nan_is_null(tmp_path):
     numpy = pytest.importorskip("numpy")
-    files.write_json(tmp_path / "a.json", [numpy.float32(0.5), numpy.int64(3), numpy.float32("nan")])
+    json_files.write_json(tmp_path / "a.json", [numpy.float32(0.5), numpy.int64(3), numpy.float32("nan")])
     assert json.loads((tmp_path / "a.json").read_text()) == [0.5, 3, None]
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_next(tmp_path, monkeypatch, call):
-    files.write_text(tmp_path / "a.txt", "old")
+    atomic.write_text(tmp_path / "a.txt", "old")
     monkeypatch.setattr(os, call, full_disk)
     with pytest.raises(OSError, match="No space left"):
-        files.write_text(tmp_path / "a.txt", "x" * 100_000)
+        atomic.write_text(tmp_path / "a.txt", "x" * 100_000)
     monkeypatch.undo()
     assert names(tmp_path) == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
@@ -58,7 +58,7 @@ def test_a_write_that_takes_only_part_goes_on(tmp_path, monkeypatch):
     """os.write may take fewer bytes than it is given; none are lost."""
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: real(descriptor, bytes(content)[:7]))
-    files.write_text(tmp_path / "a.txt", "abcdefghij" * 10)
+    atomic.write_text(tmp_path / "a.txt", "abcdefghij" * 10)
     monkeypatch.undo()
     assert (tmp_path / "a.txt").read_text() == "abcdefghij" * 10
 
@@ -66,30 +66,30 @@ def test_a_write_that_takes_only_part_goes_on(tmp_path, monkeypatch):
 def test_read_json_names_the_damaged_file(tmp_path):
     path = tmp_path / "stage.json"
     path.write_bytes(b'{"a": 1')
-    with pytest.raises(files.DamagedFile, match=r"stage\.json: not readable as JSON"):
-        files.read_json(path)
+    with pytest.raises(json_files.DamagedFile, match=r"stage\.json: not readable as JSON"):
+        json_files.read_json(path)
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(files.DamagedFile, match=r"stage\.json"):
-        files.read_json(path)
+    with pytest.raises(json_files.DamagedFile, match=r"stage\.json"):
+        json_files.read_json(path)
     with pytest.raises(FileNotFoundError):
-        files.read_json(tmp_path / "absent.json")
+        json_files.read_json(tmp_path / "absent.json")
 
 
 def test_appended_lines_survive_a_torn_last_one(tmp_path):
     """After a crash in the middle of a line the next record starts on its own line and the rest is still read."""
     path = tmp_path / "metrics.jsonl"
-    files.append_line(path, '{"step": 1}')
+    json_files.append_line(path, '{"step": 1}')
     with path.open("a") as stream:
         stream.write('{"step": 2, "lo')
-    files.append_line(path, '{"step": 3}')
+    json_files.append_line(path, '{"step": 3}')
     assert path.read_text() == '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n'
-    assert files.read_records(path) == [{"step": 1}, {"step": 3}]
-    assert files.read_records(tmp_path / "absent.jsonl") == []
+    assert json_files.read_records(path) == [{"step": 1}, {"step": 3}]
+    assert json_files.read_records(tmp_path / "absent.jsonl") == []
 
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_itself(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
-    files.append_line(path, '{"step": 1}')
+    json_files.append_line(path, '{"step": 1}')
     real, calls = os.write, []
 
     def short_then_full(descriptor: int, content: bytes) -> int:
@@ -98,7 +98,7 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_itself(tmp_path,
 
     monkeypatch.setattr(os, "write", short_then_full)
     with pytest.raises(OSError, match="No space"):
-        files.append_line(path, '{"step": 2}')
+        json_files.append_line(path, '{"step": 2}')
     monkeypatch.undo()
     assert path.read_text() == '{"step": 1}\n'
 
@@ -107,9 +107,9 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_itself(tmp_path,
 def test_a_published_folder_replaces_the_old_one_whole(tmp_path, monkeypatch, can_exchange):
     """With the system's exchange of names and without it."""
     if not can_exchange:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     for content in ("first", "second"):
-        with files.published_folder(tmp_path / "model") as partial:
+        with atomic.published_folder(tmp_path / "model") as partial:
             (partial / "sub").mkdir()
             (partial / "sub" / content).write_text(content)
     assert names(tmp_path) == ["model"]
@@ -117,9 +117,9 @@ def test_a_published_folder_replaces_the_old_one_whole(tmp_path, monkeypatch, ca
 
 
 def test_a_folder_whose_making_fails_is_not_published(tmp_path):
-    with files.published_folder(tmp_path / "model") as partial:
+    with atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("good")
-    with pytest.raises(RuntimeError, match="broke"), files.published_folder(tmp_path / "model") as partial:
+    with pytest.raises(RuntimeError, match="broke"), atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("bad")
         raise RuntimeError("broke")
     assert names(tmp_path) == ["model"]
@@ -127,10 +127,10 @@ def test_a_folder_whose_making_fails_is_not_published(tmp_path):
 
 
 def test_a_full_disk_at_the_final_sync_leaves_the_old_folder(tmp_path, monkeypatch):
-    with files.published_folder(tmp_path / "model") as partial:
+    with atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("good")
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"), files.published_folder(tmp_path / "model") as partial:
+    with pytest.raises(OSError, match="No space"), atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("next")
     monkeypatch.undo()
     assert names(tmp_path) == ["model"]
@@ -163,17 +163,17 @@ with files.published_folder(Path(sys.argv[1])) as partial:
 @pytest.mark.parametrize("moment", ["filling", "window"])
 def test_a_process_killed_while_publishing_loses_nothing(tmp_path, moment):
     """Killed while it fills the folder, or in the window of a system without exchange: the old one is (back) there."""
-    with files.published_folder(tmp_path / "model") as partial:
+    with atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("good")
     arguments = [sys.executable, "-c", PUBLISHER, str(tmp_path / "model"), moment]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
         assert process.stdout.readline() == "ready\n"
-        assert files.clear_leftovers(tmp_path) == []  # its maker is alive
+        assert atomic.clear_leftovers(tmp_path) == []  # its maker is alive
         process.send_signal(signal.SIGKILL)
     assert len(names(tmp_path)) == 2
     expected = {"filling": [f"model.partial-{process.pid}"]}
     expected["window"] = [f"model.partial-{process.pid}", f"model.replaced-{process.pid}"]
-    assert files.clear_leftovers(tmp_path) == expected[moment]
+    assert atomic.clear_leftovers(tmp_path) == expected[moment]
     assert names(tmp_path) == ["model"]
     assert (tmp_path / "model" / "a").read_text() == "good"
 
@@ -186,9 +186,9 @@ def test_leftovers_are_cleared_by_target_name_and_only_of_dead_processes_unless_
     (tmp_path / f".stage.json.partial-{dead.pid}-4").write_text("half")
     (tmp_path / f"out_stage1.partial-{os.getpid()}").mkdir()
     (tmp_path / "notes.partial-final").mkdir()
-    assert files.clear_leftovers(tmp_path, names=frozenset({"out_stage1"})) == [f"out_stage1.partial-{dead.pid}"]
-    assert files.clear_leftovers(tmp_path) == [f".stage.json.partial-{dead.pid}-4", f"out_stage10.partial-{dead.pid}"]
-    assert files.clear_leftovers(tmp_path, alone=True) == [f"out_stage1.partial-{os.getpid()}"]
+    assert atomic.clear_leftovers(tmp_path, names=frozenset({"out_stage1"})) == [f"out_stage1.partial-{dead.pid}"]
+    assert atomic.clear_leftovers(tmp_path) == [f".stage.json.partial-{dead.pid}-4", f"out_stage10.partial-{dead.pid}"]
+    assert atomic.clear_leftovers(tmp_path, alone=True) == [f"out_stage1.partial-{os.getpid()}"]
     assert names(tmp_path) == ["notes.partial-final"]
 
 
@@ -196,7 +196,7 @@ def sealed_folder(path: Path) -> Path:
     (path / "sub").mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"0123456789")
     (path / "sub" / "state.json").write_bytes(b"{}")
-    files.seal(path)
+    seals.seal(path)
     return path
 
 
@@ -206,8 +206,8 @@ def test_the_mark_lists_size_and_sha256_of_every_file(tmp_path):
         "model.safetensors": {"size": 10, "sha256": hashlib.sha256(b"0123456789").hexdigest()},
         "sub/state.json": {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()},
     }
-    assert files.is_sealed(folder)
-    assert files.damage(folder) == []
+    assert seals.is_sealed(folder)
+    assert seals.damage(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_the_mark_lists_size_and_sha256_of_every_file(tmp_path):
 def test_damage_names_what_is_wrong(tmp_path, harm, found):
     folder = sealed_folder(tmp_path / "checkpoint-5")
     harm(folder)
-    assert files.damage(folder) == found
+    assert seals.damage(folder) == found
 
 
 def test_every_flipped_bit_and_every_truncation_of_a_sealed_folder_is_found(tmp_path):
@@ -233,7 +233,7 @@ def test_every_flipped_bit_and_every_truncation_of_a_sealed_folder_is_found(tmp_
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     (folder / "m").write_bytes(b"0123456789")
-    files.seal(folder)
+    seals.seal(folder)
     unseen = []
     for path in (p for p in sorted(folder.rglob("*")) if p.is_file()):
         whole = path.read_bytes()
@@ -241,11 +241,11 @@ def test_every_flipped_bit_and_every_truncation_of_a_sealed_folder_is_found(tmp_
             broken = bytearray(whole)
             broken[bit // 8] ^= 1 << bit % 8
             path.write_bytes(broken)
-            if not files.damage(folder):
+            if not seals.damage(folder):
                 unseen.append((path.name, bit, chr(whole[bit // 8]), chr(broken[bit // 8])))
         for length in range(len(whole)):
             path.write_bytes(whole[:length])
-            if not files.damage(folder):
+            if not seals.damage(folder):
                 unseen.append((path.name, "length", length))
         path.write_bytes(whole)
     # White space of the mark itself may change into other white space, and its last newline may go: no byte it
@@ -256,11 +256,11 @@ def test_every_flipped_bit_and_every_truncation_of_a_sealed_folder_is_found(tmp_
 
 
 def test_setting_aside_never_overwrites(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "utc_stamp", lambda: "20250131T235959Z")
+    monkeypatch.setattr(atomic, "utc_stamp", lambda: "20250131T235959Z")
     for content in ("one", "two"):
         (tmp_path / "out_stage1").mkdir()
         (tmp_path / "out_stage1" / content).touch()
-        files.set_aside(tmp_path / "out_stage1", "old")
+        atomic.set_aside(tmp_path / "out_stage1", "old")
     assert names(tmp_path) == ["out_stage1.old-20250131T235959Z", "out_stage1.old-20250131T235959Z-2"]
     assert names(tmp_path / "out_stage1.old-20250131T235959Z") == ["one"]
 
@@ -268,31 +268,31 @@ def test_setting_aside_never_overwrites(tmp_path, monkeypatch):
 def test_a_removed_folder_is_gone_under_its_name_before_its_files_are(tmp_path, monkeypatch):
     """A kill halfway leaves a `.partial-` folder, which no reader takes for a checkpoint."""
     sealed_folder(tmp_path / "checkpoint-5")
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
-    files.remove_folder(tmp_path / "checkpoint-5")
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)
+    atomic.remove_folder(tmp_path / "checkpoint-5")
     assert names(tmp_path) == [f"checkpoint-5.partial-{os.getpid()}"]
 
 
 def test_content_fingerprints_follow_content_and_names_only(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"abc")
-    assert files.content_fingerprint(path) == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert seals.content_fingerprint(path) == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "part.arrow").write_bytes(b"abc")
-    before = files.content_fingerprint(folder)
+    before = seals.content_fingerprint(folder)
     (folder / "cache-12ab.arrow").write_bytes(b"what datasets.map leaves")
     os.utime(folder / "part.arrow", (1, 1))
-    assert files.content_fingerprint(folder) == before
+    assert seals.content_fingerprint(folder) == before
     line = f"part.arrow 3 {hashlib.sha256(b'abc').hexdigest()}\n"
     assert before == f"folder:{hashlib.sha256(line.encode()).hexdigest()}"
     (folder / "part.arrow").write_bytes(b"abd")
-    assert files.content_fingerprint(folder) != before
+    assert seals.content_fingerprint(folder) != before
 
 
 def test_free_bytes_of_a_place_that_does_not_exist_yet(tmp_path):
-    assert abs(files.free_bytes(tmp_path / "a" / "b") - files.free_bytes(tmp_path)) < 1 << 30
-    assert files.free_bytes(tmp_path) > 0
+    assert abs(atomic.free_bytes(tmp_path / "a" / "b") - atomic.free_bytes(tmp_path)) < 1 << 30
+    assert atomic.free_bytes(tmp_path) > 0
 
 
 WRITER = """
@@ -320,8 +320,8 @@ def test_a_writer_killed_at_random_moments_leaves_whole_files_and_folders(tmp_pa
             assert process.stdout.readline() == "ready\n"
             time.sleep(0.003 * kill)
             process.kill()
-        assert len(files.read_json(tmp_path / "stage.json")["fill"]) == 20000
-        files.clear_leftovers(tmp_path)
+        assert len(json_files.read_json(tmp_path / "stage.json")["fill"]) == 20000
+        atomic.clear_leftovers(tmp_path)
         assert names(tmp_path) == ["model", "stage.json"]
-        assert files.damage(tmp_path / "model") == []
+        assert seals.damage(tmp_path / "model") == []
         assert len({(tmp_path / "model" / name).read_text() for name in "abc"}) == 1

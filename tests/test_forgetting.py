@@ -2,7 +2,8 @@
 
 import pytest
 
-from sft import forgetting, forgetting_scores
+from sft.evaluation import ladder_scores
+from sft.scoring import forgetting
 
 
 @pytest.mark.parametrize(("after", "fell"), [(0.8, False), (0.74, True)])
@@ -54,6 +55,6 @@ def test_stages_stand_in_the_order_of_their_numbers():
     """Base first, stage 10 after stage 2: rows and columns alike."""
     names = ["stage 10", "stage 2", "base", "stage 1"]
     table = {name: {"stage 10": {"": 0.5}, "stage 2": {"": 0.5}} for name in names}
-    matrix = forgetting_scores._record(table)
+    matrix = ladder_scores._record(table)
     assert matrix["models"] == ["base", "stage 1", "stage 2", "stage 10"]
     assert matrix["tasks"] == ["stage 2", "stage 10"]

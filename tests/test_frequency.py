@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from sft.data import frequency
-from sft.data.frequency import EdgeMask
-from sft.data.units import path_edges, path_edges_from_paths, render_paths
+from sft.data.masked_loss import edge_mask
+from sft.data.masked_loss.edge_mask import EdgeMask
+from sft.data.masked_loss.units import path_edges, path_edges_from_paths, render_paths
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Counts 6, 2 and 1: M = 9/3 = 3, so the first edge is kept with probability 1/2 and the others always.
@@ -177,18 +177,18 @@ def test_trained_at_least_once_equals_counting_the_draws(redraw, epochs):
 def test_apply_masks_the_spans_of_masked_units_only():
     """A copy: prompt labels stay -100, spans of kept units stay, an empty span and one cut by truncation do no harm."""
     labels = [-100, -100, 5, 6, 7, 8, 9]
-    masked = frequency.apply(labels, [2, 4, 0, 6], [4, 5, 0, 9], [True, False, True, True])
+    masked = edge_mask.masked_labels(labels, [2, 4, 0, 6], [4, 5, 0, 9], [True, False, True, True])
     assert masked.tolist() == [-100, -100, -100, -100, 7, 8, -100]
     assert labels == [-100, -100, 5, 6, 7, 8, 9]
-    assert frequency.apply(labels, [], [], []).tolist() == labels
+    assert edge_mask.masked_labels(labels, [], [], []).tolist() == labels
 
 
 def test_token_weights_spread_the_keep_probabilities():
     """Weight 1 outside the units; the same spans as `apply`, cut off in the same way."""
-    weights = frequency.token_weights(7, [2, 4, 0, 6], [4, 5, 0, 9], [0.5, 1.0, 0.25, 0.75])
+    weights = edge_mask.token_weights(7, [2, 4, 0, 6], [4, 5, 0, 9], [0.5, 1.0, 0.25, 0.75])
     assert weights.dtype == np.float32
     assert weights.tolist() == [1, 1, 0.5, 0.5, 1, 1, 0.75]
-    assert frequency.token_weights(2, [], [], []).tolist() == [1, 1]
+    assert edge_mask.token_weights(2, [], [], []).tolist() == [1, 1]
 
 
 def test_weight_gradient_is_the_mean_of_sample_gradients():
@@ -209,12 +209,12 @@ def test_weight_gradient_is_the_mean_of_sample_gradients():
         return np.tensordot(weights.reshape(-1), per_token.numpy(), axes=1) / (rows * length)
 
     weighted = gradient(
-        np.stack([frequency.token_weights(length, starts, ends, mask.weights(mask.ids(row))) for row in range(rows)])
+        np.stack([edge_mask.token_weights(length, starts, ends, mask.weights(mask.ids(row))) for row in range(rows)])
     )
     sampled = []
     for epoch in range(4_000):
         drawn = [
-            frequency.apply(targets[row].numpy(), starts, ends, mask.draw(epoch, row, mask.ids(row)))
+            edge_mask.masked_labels(targets[row].numpy(), starts, ends, mask.draw(epoch, row, mask.ids(row)))
             for row in range(rows)
         ]
         sampled.append(gradient((np.stack(drawn) != -100).astype(np.float64)))

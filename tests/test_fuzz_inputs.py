@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from sft import cli
 from sft.data.mixture import prepare
 from sft.errors import Problems
-from sft.settings import NAMES, load_settings
+from sft.settings import load_settings
+from sft.settings.schema import NAMES
 from tests.tiny import tokenizer
 
 CASES = int(os.environ.get("FUZZ_CASES", "240"))

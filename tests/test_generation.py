@@ -17,8 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )  # fmt: skip
 
-from sft.generation import generate_answers
-from sft.prefill import RoomyLayer, read_prompts, similar_lengths
+from sft.evaluation.answers import RoomyLayer, generate_answers, read_prompts, similar_lengths
 from tests.tiny import tokenizer
 
 WORDS = tokenizer()
@@ -89,7 +88,9 @@ def test_batches_of_any_size_answer_as_one_by_one(name: str, monkeypatch: pytest
     """Prompts of 1 to 80 words, so that a batch holds several groups; architectures with other caches too."""
     model = model_of((GROUPED | LEFT_ALONE)[name])
     used: list[Any] = []
-    monkeypatch.setattr("sft.generation.read_prompts", lambda *a, **k: (used.append(c := read_prompts(*a, **k)), c)[1])
+    monkeypatch.setattr(
+        "sft.evaluation.answers.read_prompts", lambda *a, **k: (used.append(c := read_prompts(*a, **k)), c)[1]
+    )
     expected = one_by_one(model)
     assert len(set(expected)) > 4
     for size in (1, 3, 8):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft.axolotl import translate
+from sft.programs.axolotl import translate
 from sft.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.files import sha256
+from sft.storage.seals import sha256
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
 
 pytestmark = pytest.mark.slow

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.checkpoints import saved_under
-from sft.launch_checks import launch_problems, resume_problems
+from sft.stages.checkpoints import saved_under
+from sft.stages.opening import launch_problems, resume_problems
 from tests.ladders import make_settings
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "WORLD_SIZE": "2"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sft.errors import Problems
-from sft.lock import Holder, Lock, current_holder
+from sft.storage.lock import Holder, Lock, current_holder
 
 ROOT = Path(__file__).parents[1]
 HOLD = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.settings import NAMES
+from sft.settings.schema import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "mapping.md").read_text(encoding="utf-8")

@@ -7,22 +7,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from sft.activations import Activations, Batch, Device, Tally, activation_bytes, with_adapter
-from sft.advice import advice
-from sft.batches import EpochBatches
-from sft.cache import Answers
-from sft.memory import (
+from sft.distributed.launch import Launched, launched
+from sft.planning.activations import Activations, Batch, Device, Tally, activation_bytes, with_adapter
+from sft.planning.answers_cache import Answers
+from sft.planning.memory import (
     COMFORTABLE,
     Estimate,
+    advice,
     checkpointing_needed,
     estimate,
-    largest_items,
     optimizer_bytes,
     parameter_bytes,
     shortage,
 )
-from sft.settings import Launched, launched, load_settings
-from sft.token_loss import token_cross_entropy
+from sft.settings import load_settings
+from sft.training.batches import EpochBatches, largest_items
+from sft.training.loss import token_cross_entropy
 
 CPU = Device(torch.float32, fused_head=False)
 HIDDEN, WIDE, LAYERS, WORDS = 64, 160, 6, 512
@@ -125,7 +125,7 @@ def test_optimizer_state(settings, name, bytes_per_parameter):
 
 def test_zero_stages_share_out_one_part_after_another(settings, monkeypatch):
     """Four devices: stage 1 the optimizer, stage 2 gradients as well, stage 3 everything; off-loading empties it."""
-    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=True))
+    monkeypatch.setattr("sft.planning.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=True))
     chosen = settings(dtype="float32")
 
     def need(**launch):
@@ -146,7 +146,7 @@ def test_zero_stages_share_out_one_part_after_another(settings, monkeypatch):
 def test_auto_checkpointing_knows_what_is_shared_out(settings, monkeypatch, sharding):
     """Eight devices hold an eighth of weights and optimizer each: a step fits without checkpointing where one device
     alone would need it; activations are not shared out."""
-    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=True))
+    monkeypatch.setattr("sft.planning.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=True))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     chosen = settings(dtype="float32", use_lora=0)
     shared = Launched(0, 8, 8, sharding, deepspeed=sharding == "zero3")
@@ -158,15 +158,15 @@ def test_auto_checkpointing_knows_what_is_shared_out(settings, monkeypatch, shar
     whole = 4 * MODEL
     adam = 3 * whole if sharding == "zero3" else 2 * whole
     assert needs == [4 * whole + 1000, (2 * whole + adam) // 8 + 2 * 4 * LAYER + 1000]
-    monkeypatch.setattr("sft.memory.available_bytes", lambda processes: sum(needs) // 2)
+    monkeypatch.setattr("sft.planning.memory.available_bytes", lambda processes: sum(needs) // 2)
     for launch, expected in ((alone, True), (shared, False)):
-        monkeypatch.setattr("sft.memory.launched", lambda launch=launch: launch)
+        monkeypatch.setattr("sft.planning.memory.launched", lambda launch=launch: launch)
         assert checkpointing_needed(dense(), chosen, BATCH) is expected
 
 
 def test_the_total_has_the_larger_of_training_and_generation(settings, monkeypatch):
     """Activations are gone while answers are made, so the larger of the two counts."""
-    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=False))
+    monkeypatch.setattr("sft.planning.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=False))
     chosen = settings(dtype="float32")
     without, with_cache = (
         estimate(dense(), chosen, BATCH, checkpointing=False, available=1, answers=answers)
@@ -185,7 +185,7 @@ def test_code_that_needs_values_gets_the_rule_of_thumb_and_says_so(settings, mon
     def fail(*step, **how):
         raise NotImplementedError("data-dependent")
 
-    monkeypatch.setattr("sft.activations._peak", fail)
+    monkeypatch.setattr("sft.planning.activations._peak", fail)
     chosen = settings(dtype="float32")
     found = activation_bytes(dense(), chosen, BATCH, device=CPU, checkpointing=False)
     kept = LAYERS * (14 * HIDDEN + 6 * WIDE)
@@ -240,12 +240,14 @@ def test_a_step_of_shapes_takes_what_a_real_step_takes(settings, config, checkpo
 
 def test_checkpointing_is_turned_on_only_where_it_must(settings, monkeypatch):
     """auto: above 90 % of what is available, and not below."""
-    monkeypatch.setattr("sft.memory.activation_bytes", lambda *step, **how: Activations(1_000_000, traced=True))
+    monkeypatch.setattr(
+        "sft.planning.memory.activation_bytes", lambda *step, **how: Activations(1_000_000, traced=True)
+    )
     chosen = settings(dtype="float32")
     need = estimate(dense(), chosen, BATCH, checkpointing=False, available=1).total
-    monkeypatch.setattr("sft.memory.available_bytes", lambda processes: round(need / COMFORTABLE) + 1024)
+    monkeypatch.setattr("sft.planning.memory.available_bytes", lambda processes: round(need / COMFORTABLE) + 1024)
     assert not checkpointing_needed(dense(), chosen, BATCH)
-    monkeypatch.setattr("sft.memory.available_bytes", lambda processes: round(need / COMFORTABLE) - 1024)
+    monkeypatch.setattr("sft.planning.memory.available_bytes", lambda processes: round(need / COMFORTABLE) - 1024)
     assert checkpointing_needed(dense(), chosen, BATCH)
 
 

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from sft.errors import Problems, RunFailed
-from sft.merge import INDEX, is_current, merge
+from sft.merging.merge import is_current, merge
+from sft.merging.weights import INDEX
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 LLAMA = LlamaConfig(intermediate_size=80, num_key_value_heads=2, tie_word_embeddings=False, **SIZES)
@@ -339,7 +340,7 @@ def test_trained_biases_are_refused(parts):
 
 def test_too_little_disk_space_is_said_before_writing(parts, monkeypatch):
     """The message has needed and free space; nothing stays behind."""
-    monkeypatch.setattr("sft.files.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("sft.storage.atomic.free_bytes", lambda path: 1000)
     with pytest.raises(RunFailed, match=r"needs 0\.07 GB and .* has 0\.00 GB free"):
         merge(parts[0], [parts[1]], parts[2])
     assert_nothing_left(parts[2])

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sft.data import draws, masks
+from sft.data import draws
+from sft.data.labels import masks
 from sft.data.mixture import Mix, mix, prepare
-from sft.data.shapes import content_hash
-from sft.data.sources import Rows
+from sft.data.sources.load import Rows
+from sft.data.sources.shapes import content_hash
 from sft.errors import Problems
-from sft.kinds import Source
+from sft.settings import Source
 from tests.conftest import word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

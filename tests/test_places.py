@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from sft.places import LAYER_MATRIX, PLAIN_MODELS, is_plain
+from sft.merging.layout import LAYER_MATRIX, PLAIN_MODELS, is_plain
 
 
 @pytest.mark.parametrize("model_type", sorted(PLAIN_MODELS))

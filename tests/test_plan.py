@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import Trainer, TrainingArguments
 
-from sft.batches import EpochBatches
-from sft.document import blank_document
-from sft.plan import steps
+from sft.planning.document import blank_document
+from sft.planning.plan import steps
 from sft.settings import load_settings
+from sft.training.batches import EpochBatches
 from tests import tiny
 
 KEYS = [
@@ -95,7 +95,7 @@ def test_a_small_model_is_tried_and_its_time_told(ladder, capsys):
 
 
 def test_a_model_too_large_for_this_cpu_has_no_time_and_says_why(ladder, capsys, monkeypatch):
-    monkeypatch.setattr("sft.trial._CPU_LIMIT", 1e3)
+    monkeypatch.setattr("sft.planning.step_time._CPU_LIMIT", 1e3)
     folder = ladder()
     time = run_check(folder, capsys)[1]["time"]
     assert [time[name] for name in ("seconds", "step_seconds", "tokens_per_second", "measured_on")] == [None] * 4

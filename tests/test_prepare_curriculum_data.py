@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.data import streams
 from sft.errors import Problems
+from sft.programs import row_streams
 
 PROGRAM = Path(__file__).resolve().parents[1] / "official_content" / "prepare_curriculum_data.py"
 POSITIVES = [{"instruction": "誰?", "output": "甲"}, {"instruction": "who?", "output": "A"}]
@@ -117,8 +117,8 @@ def test_rows_do_not_depend_on_where_a_chunk_ends(tmp_path, monkeypatch, chunk):
     rows = [{"a": 'é\\n"]}\\u3042' * 5, "b": [1.25e-7, True, None, {"c": []}]}, {}, {"long": "x" * 200}]
     path = tmp_path / "rows.json"
     path.write_text(" \n" + json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    monkeypatch.setattr(streams, "CHUNK", chunk)
-    assert list(streams.read_rows(path)) == rows
+    monkeypatch.setattr(row_streams, "CHUNK", chunk)
+    assert list(row_streams.read_rows(path)) == rows
 
 
 def test_a_broken_row_is_found_without_reading_the_file(tmp_path, monkeypatch):
@@ -126,8 +126,8 @@ def test_a_broken_row_is_found_without_reading_the_file(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     path.write_text('[{"a" 1},' + '{"b": 2},' * 1_000_000, encoding="utf-8")
     read = []
-    original = streams._Window.more
-    monkeypatch.setattr(streams._Window, "more", lambda window: read.append(1) or original(window))
+    original = row_streams._Window.more
+    monkeypatch.setattr(row_streams._Window, "more", lambda window: read.append(1) or original(window))
     with pytest.raises(Problems, match="line 1: not readable"):
-        list(streams.read_rows(path))
+        list(row_streams.read_rows(path))
     assert len(read) == 1

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sft.data.prepare import HUB_SOURCES, histogram
-from sft.data.sources import load_source
-from sft.program import run
+from sft.data.sources.load import load_source
+from sft.programs.ending import run
+from sft.programs.prepare_dataset import HUB_SOURCES, histogram
 from sft.settings import Source
 
 PROGRAM = Path(__file__).resolve().parents[1] / "official_content" / "prepare_custom_dataset.py"

@@ -10,8 +10,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from sft.errors import RunFailed
-from sft.merge import merge, record_verification
-from sft.probe import FILE, PROMPTS, compare, divergence, precision, probe_ids, probe_logits, store_probe, verify
+from sft.merging.merge import merge, record_verification
+from sft.merging.probe import (
+    FILE,
+    PROMPTS,
+    compare,
+    divergence,
+    precision,
+    probe_ids,
+    probe_logits,
+    store_probe,
+    verify,
+)
 
 CONFIG = Qwen3Config(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,

@@ -28,9 +28,9 @@ def test_labels_cost_little_more_than_encoding(
 
     Measured 1.5 to 2 times; a second encoding per row, or one call per row, makes it more than four.
     """
-    from sft.data import chat
-    from sft.data.audit import audit
-    from sft.data.sources import load_source
+    from sft.data.labels import label
+    from sft.data.labels.audit import audit
+    from sft.data.sources.load import load_source
     from sft.settings import Source
 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -40,10 +40,10 @@ def test_labels_cost_little_more_than_encoding(
     texts = [tokenizer.apply_chat_template(each, tokenize=False) for each in loaded.dataset["messages"]]
     ratios = []
     for version in range(3):
-        monkeypatch.setattr(chat, "VERSION", -1 - version)  # nothing is found in the cache
+        monkeypatch.setattr(label, "VERSION", -1 - version)  # nothing is found in the cache
         settings = make_settings(max_seq_len=8192, num_proc=1)
         floor = cpu_seconds(lambda: tokenizer(texts, add_special_tokens=False))
-        ours = cpu_seconds(lambda s=settings: audit(chat.label(loaded, tokenizer, s), tokenizer, s))
+        ours = cpu_seconds(lambda s=settings: audit(label.label(loaded, tokenizer, s), tokenizer, s))
         ratios.append(ours / floor)
     assert statistics.median(ratios) < 4
 

@@ -14,9 +14,10 @@ import pytest
 
 from sft import cli
 from sft.data.draws import shares
-from sft.data.shapes import read_messages, shape_of
+from sft.data.sources.shapes import read_messages, shape_of
 from sft.scoring.extraction import score_rows
-from sft.settings import NAMES, load_settings
+from sft.settings import load_settings
+from sft.settings.schema import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

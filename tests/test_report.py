@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.report import forgetting_table, score_table, write_ladder_report, write_report
-from sft.report_facts import stage_facts
+from sft.reporting.facts import stage_facts
+from sft.reporting.report import forgetting_table, score_table, write_ladder_report, write_report
 
 # Stage 2 keeps stage 1's JSON but loses 0.5 of its TOML: 0.9 -> 0.65 overall.
 FORGETTING = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sft.report_text import duration, figure, language, printable, redacted, short, signed
+from sft.reporting.text import duration, figure, language, printable, redacted, short, signed
 
 
 @pytest.mark.parametrize(

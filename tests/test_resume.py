@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft import checkpoints, files
 from sft.cli import explain
 from sft.settings import load_settings
-from sft.stages import Stage
+from sft.stages import checkpoints
+from sft.stages.stage import Stage
+from sft.storage import atomic
 from tests.stops import before, tell
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
 
@@ -85,9 +86,9 @@ def test_the_campaigns_of_make_torture_in_short():
 def test_an_evaluation_cut_off_twice_is_made_up_once(inputs, tmp_path, monkeypatch):
     """Stopped in the evaluation of step 3, stopped again in the one that makes up for it, killed after that."""
     for what, place, when in (
-        (tell, "sft.trainer.StagedTrainer.validation_loss", at_step(3)),
-        (tell, "sft.generation.answer_batch", lambda *a, **k: True),
-        (kill, "sft.trainer.StagedTrainer.compute_loss", at_step(3)),
+        (tell, "sft.training.trainer.StagedTrainer.validation_loss", at_step(3)),
+        (tell, "sft.evaluation.answers.answer_batch", lambda *a, **k: True),
+        (kill, "sft.training.trainer.StagedTrainer.compute_loss", at_step(3)),
     ):
         with monkeypatch.context() as patched:
             before(patched, place, what, when)
@@ -109,7 +110,7 @@ def test_early_stopping_stays_stopped(inputs, tmp_path, monkeypatch, where):
         if where == "before the result":
             before(patched, "sft.run.write_result", tell)
         else:
-            before(patched, "sft.trainer.StagedTrainer.validation_loss", tell, at_step(4))
+            before(patched, "sft.training.trainer.StagedTrainer.validation_loss", tell, at_step(4))
         assert train(inputs, tmp_path, *EARLY) == 143
     assert train(inputs, tmp_path, *EARLY) == 0
     assert json.loads((tmp_path / "out_stage1" / "stage.json").read_text())["steps"] == 4
@@ -122,7 +123,7 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(inputs, tmp_
         with pytest.raises(Killed):
             train(inputs, tmp_path)
     with monkeypatch.context() as patched:
-        before(patched, "sft.trainer.StagedTrainer.compute_loss", lambda: pytest.fail("a step was trained"))
+        before(patched, "sft.training.trainer.StagedTrainer.compute_loss", lambda: pytest.fail("a step was trained"))
         assert train(inputs, tmp_path) == 0
     assert_same_end(tmp_path, inputs / "whole")
 
@@ -130,8 +131,8 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(inputs, tmp_
 def test_a_long_step_is_given_up_without_a_trace(inputs, tmp_path, monkeypatch):
     """A signal in the first micro-batch of step 4, with no patience left: checkpoint-3, made before step 4 began."""
     with monkeypatch.context() as patched:
-        patched.setattr("sft.callbacks.PATIENCE_SECONDS", 0.0)
-        before(patched, "sft.trainer.StagedTrainer.compute_loss", tell, at_step(3))
+        patched.setattr("sft.training.rhythm.PATIENCE_SECONDS", 0.0)
+        before(patched, "sft.training.trainer.StagedTrainer.compute_loss", tell, at_step(3))
         assert train(inputs, tmp_path) == 143
     assert checkpoints.find(tmp_path / "out_stage1")[0].step == 3
     assert train(inputs, tmp_path) == 0
@@ -140,7 +141,7 @@ def test_a_long_step_is_given_up_without_a_trace(inputs, tmp_path, monkeypatch):
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_end_is_the_same(inputs, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        before(patched, "sft.trainer.StagedTrainer.compute_loss", kill, at_step(7))
+        before(patched, "sft.training.trainer.StagedTrainer.compute_loss", kill, at_step(7))
         with pytest.raises(Killed):
             train(inputs, tmp_path)
     optimizer = tmp_path / "out_stage1" / "checkpoint-6" / "optimizer.pt"
@@ -161,7 +162,7 @@ def test_another_split_of_the_global_batch_goes_on_with_equal_losses(inputs, tmp
     quiet = ("--set", "SFT_LORA_DROPOUT=0")
     assert train(inputs, tmp_path / "whole", *quiet) == 0
     with monkeypatch.context() as patched:
-        before(patched, "sft.trainer.StagedTrainer.compute_loss", tell, at_step(4))
+        before(patched, "sft.training.trainer.StagedTrainer.compute_loss", tell, at_step(4))
         assert train(inputs, tmp_path, *quiet) == 143
     split = ("--set", "SFT_PER_DEVICE_TRAIN_BS=2", "--set", "SFT_GRAD_ACCUM=4")
     assert train(inputs, tmp_path, *quiet, *split) == 0
@@ -180,7 +181,7 @@ def finite(folder: Path) -> bool:
 
 def test_a_loss_that_is_no_number_stops_before_the_optimizer_step(inputs, tmp_path, monkeypatch, capsys):
     """Exit 1, the rows of the step by source and content, and only whole checkpoints of the steps before."""
-    from sft.trainer import StagedTrainer
+    from sft.training.trainer import StagedTrainer
 
     original = StagedTrainer.compute_loss
 
@@ -219,7 +220,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before(inputs, tm
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        before(patched, "sft.files.seal", full, lambda folder, **k: folder.name.startswith("checkpoint-4"))
+        before(patched, "sft.storage.seals.seal", full, lambda folder, **k: folder.name.startswith("checkpoint-4"))
         assert train(inputs, tmp_path) == 1
     assert "The disk is full. What was complete before is intact" in capsys.readouterr().err
     folder = tmp_path / "out_stage1"
@@ -239,7 +240,7 @@ def test_a_full_disk_is_called_that_by_whatever_meets_it(write):
 
 
 def test_disk_space_is_asked_for_before_anything_is_written(inputs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "free_bytes", lambda path: 100_000)
+    monkeypatch.setattr(atomic, "free_bytes", lambda path: 100_000)
     assert train(inputs, tmp_path) == 2
     said = capsys.readouterr().err
     assert f"SFT_OUT_LORA_DIR={tmp_path / 'out'}: stage 1 will write up to " in said
@@ -250,8 +251,8 @@ def test_disk_space_is_asked_for_before_anything_is_written(inputs, tmp_path, mo
 def test_the_space_asked_for_is_what_a_stage_takes(inputs, tmp_path):
     """Weights and optimizer states by count, the rest by an allowance: at least what was written, and without the
     allowance less than twice that."""
-    from sft.model import load_config
-    from sft.space import SMALL_FILES, bytes_in, needed_bytes
+    from sft.models.model import load_config
+    from sft.planning.disk import SMALL_FILES, bytes_in, needed_bytes
 
     settings = load_settings(1, env_dir=inputs, environ={}, overrides=[f"SFT_OUT_LORA_DIR={tmp_path / 'out'}"])
     needed = needed_bytes(Stage.inspect(settings), load_config(settings))

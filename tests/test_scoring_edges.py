@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.data.units import label
-from sft.data.units import path_edges as training_units
+from sft.data.masked_loss.units import label
+from sft.data.masked_loss.units import path_edges as training_units
 from sft.scoring.edges import looks_like_paths, path_edges, read_paths, score_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sft.scoring import score
 from sft.scoring.extraction import DEFAULT_FIELDS, flatten_persons, parse_object, score_rows
+from sft.scoring.score import score
 
 
 def offender(name="", **values):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft.scoring import score
 from sft.scoring.edges import score_rows as score_edges
 from sft.scoring.formats import FORMATS
+from sft.scoring.score import score
 from sft.scoring.structured import score_answer, target_format
 
 BILLION_LAUGHS_XML = (

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.scoring import score
 from sft.scoring.formats import read
+from sft.scoring.score import score
 from sft.scoring.structured import aggregate, path_exists, score_answer, target_format
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -14,17 +14,13 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from sft.errors import Problems
-from sft.explain import literals
-from sft.settings import (
-    NAMES,
-    RESULT_NEUTRAL,
-    Settings,
-    Source,
-    closest,
-    load_settings,
-    metric_direction,
-    settings_page,
-)
+from sft.scoring.metrics import metric_direction
+from sft.settings import Settings, Source, load_settings
+from sft.settings.env_file import closest
+from sft.settings.mistakes import literals
+from sft.settings.page import settings_page
+from sft.settings.rules import RESULT_NEUTRAL
+from sft.settings.schema import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "SFT_BASE_MODEL=org/model\nSFT_OUT_LORA_DIR=out\nSFT_DATASET_ID=org/rows\n"
@@ -559,7 +555,7 @@ def test_closest():
 
 
 def test_settings_page_is_current():
-    """docs/settings.md is what `python -m sft.settings` prints."""
+    """docs/settings.md is what `python -m sft.settings.page` prints."""
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page()
 
 

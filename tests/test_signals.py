@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from sft import checkpoints, cli, files
-from sft.signals import STOP, Stopped, follow_parent
+from sft import cli
+from sft.distributed.signals import STOP, Stopped, follow_parent
+from sft.stages import checkpoints
+from sft.storage import atomic
 from tests.stops import before, tell
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
 
@@ -111,7 +113,7 @@ def test_a_data_worker_leaves_the_first_signal_to_its_parent_and_dies_with_it():
     worker = int.from_bytes(first.replace(b"x", b"", 1)[:4], "little")
     os.kill(worker, signal.SIGTERM)
     time.sleep(0.2)
-    assert files.is_alive(worker)
+    assert atomic.is_alive(worker)
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     end = time.monotonic() + 5.0
@@ -148,22 +150,22 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PHASES = {
     "data preparation": ("sft.run.prepare_mix", lambda *a, **k: True),
-    "merge": ("sft.merge._write_side_files", lambda *a, **k: True),
-    "loading": ("sft.parents.load_model", lambda *a, **k: True),
-    "evaluation before training": ("sft.generation.answer_batch", lambda *a, **k: True),
-    "a step": ("sft.trainer.StagedTrainer.compute_loss", lambda self, *a, **k: self.state.global_step == 2),
+    "merge": ("sft.merging.merge._write_side_files", lambda *a, **k: True),
+    "loading": ("sft.merging.parents.load_model", lambda *a, **k: True),
+    "evaluation before training": ("sft.evaluation.answers.answer_batch", lambda *a, **k: True),
+    "a step": ("sft.training.trainer.StagedTrainer.compute_loss", lambda self, *a, **k: self.state.global_step == 2),
     "evaluation": (
-        "sft.trainer.StagedTrainer.validation_loss",
+        "sft.training.trainer.StagedTrainer.validation_loss",
         lambda self, *a, **k: self.state.global_step == 3,
     ),
-    "saving": ("sft.files.seal", lambda folder, **k: "checkpoint-2" in folder.name),
+    "saving": ("sft.storage.seals.seal", lambda folder, **k: "checkpoint-2" in folder.name),
     "last evaluation": (
-        "sft.trainer.StagedTrainer.validation_loss",
+        "sft.training.trainer.StagedTrainer.validation_loss",
         lambda self, *a, **k: self.state.global_step == 4,
     ),
-    "writing the result": ("sft.bundle.training_config", lambda *a, **k: True),
-    "final scoring": ("sft.forgetting_scores._previous_table", lambda *a, **k: True),
-    "report": ("sft.summary.write_report", lambda *a, **k: True),
+    "writing the result": ("sft.training.results.training_config", lambda *a, **k: True),
+    "final scoring": ("sft.evaluation.ladder_scores._previous_table", lambda *a, **k: True),
+    "report": ("sft.reporting.report.write_report", lambda *a, **k: True),
 }
 CHECKPOINT = {
     "a step": 3, "evaluation": 3, "saving": 2, "last evaluation": 4, "writing the result": 4, "final scoring": 4,

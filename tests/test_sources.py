@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.data.readers import SourceError
-from sft.data.shapes import Dropped, content_hash, read_messages, shape_of, task_key
-from sft.data.sources import Rows, load_source
-from sft.kinds import Source
+from sft.data.sources.load import Rows, load_source
+from sft.data.sources.readers import SourceError
+from sft.data.sources.shapes import Dropped, content_hash, read_messages, shape_of, task_key
+from sft.settings import Source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sft import files
-from sft.changes import model_fingerprint, source_fingerprint
 from sft.errors import Problems, RunFailed
-from sft.manifest import with_digest
 from sft.settings import Source
-from sft.stages import Stage
+from sft.stages.changes import model_fingerprint, source_fingerprint
+from sft.stages.manifest import with_digest
+from sft.stages.stage import Stage
+from sft.storage import atomic, json_files, seals
 from tests.ladders import add_adapter, add_checkpoint, make_settings, train
 
 ROOT = Path(__file__).parents[1]
@@ -464,7 +464,7 @@ def test_after_a_parent_was_retrained_its_children_refuse_and_later_stages_name_
         train(make_settings(tmp_path, number))
     train(make_settings(tmp_path), b"other", fresh=True)
     stage = Stage.inspect(make_settings(tmp_path, 2))
-    assert stage.changed == [f"stage 1's adapter: {ADAPTER_1[:12]} → {files.sha256(adapter(tmp_path, 1))[:12]}"]
+    assert stage.changed == [f"stage 1's adapter: {ADAPTER_1[:12]} → {atomic.sha256(adapter(tmp_path, 1))[:12]}"]
     assert refusal(make_settings(tmp_path, 3)) == [
         f"{tmp_path}/out_stage2: stage 2 was trained on other earlier stages than those there are now; "
         "train it again with python train.py --stage 2 --fresh"
@@ -512,14 +512,14 @@ def test_the_merged_base_is_current_only_for_this_lineage(tmp_path):
     stage = Stage.inspect(make_settings(tmp_path, 2))
     assert not stage.merged_base_is_current()
     record = {"base_model": str(tmp_path / "base"), "adapters": [{"sha256": ADAPTER_1}], "dtype": "float32"}
-    files.write_json(stage.merged_base / "merge.json", record)
+    json_files.write_json(stage.merged_base / "merge.json", record)
     assert stage.merged_base_is_current()
     for other in ({"base_model": "x"}, {"adapters": []}, {"adapters": [{"sha256": "0"}]}, {"adapters": None}):
-        files.write_json(stage.merged_base / "merge.json", record | other)
+        json_files.write_json(stage.merged_base / "merge.json", record | other)
         assert not stage.merged_base_is_current()
-    files.write_json(stage.merged_base / "merge.json", record)
+    json_files.write_json(stage.merged_base / "merge.json", record)
     assert not Stage.inspect(make_settings(tmp_path, 2, merge_dtype="bfloat16")).merged_base_is_current()
-    files.seal(stage.merged_base)
+    seals.seal(stage.merged_base)
     assert stage.merged_base_is_current()
     (stage.merged_base / "merge.json").write_text(json.dumps(record))
     assert not stage.merged_base_is_current()
@@ -547,7 +547,7 @@ def test_the_manifest_has_the_contracts_keys_from_begin_to_end(tmp_path):
     assert (begun["status"], begun["finished"], begun["adapter_sha256"]) == ("running", None, None)
     assert (ended["status"], ended["adapter_sha256"], ended["steps"]) == ("complete", ADAPTER_1, 3)
     assert begun["settings"]["SFT_LORA_R"] == {"value": 16, "origin": "default"}
-    assert ended["sources"] == [sources[0] | {"fingerprint": f"sha256:{files.sha256(tmp_path / 'rows.jsonl')}"}]
+    assert ended["sources"] == [sources[0] | {"fingerprint": f"sha256:{atomic.sha256(tmp_path / 'rows.jsonl')}"}]
     assert ended["started"] == begun["started"] <= ended["finished"]
     assert set(ended["versions"]) == {
         "python", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes"
@@ -561,13 +561,13 @@ def test_a_resumed_stage_keeps_its_start_and_mlflow_run_and_the_metrics_up_to_it
         stage.begin()
         stage.update(mlflow_run_id="abc", started="2025-01-31T00:00:00+00:00")
         for step in (0, 10, 20, 30):
-            files.append_line(stage.folder / "metrics.jsonl", json.dumps({"step": step, "loss": 1.5}))
+            json_files.append_line(stage.folder / "metrics.jsonl", json.dumps({"step": step, "loss": 1.5}))
         add_checkpoint(stage.folder, 20)
     with Stage.open(settings) as stage:
         stage.begin()
     manifest = json.loads((stage.folder / "stage.json").read_text())
     assert (manifest["mlflow_run_id"], manifest["started"]) == ("abc", "2025-01-31T00:00:00+00:00")
-    assert [record["step"] for record in files.read_records(stage.folder / "metrics.jsonl")] == [0, 10, 20]
+    assert [record["step"] for record in json_files.read_records(stage.folder / "metrics.jsonl")] == [0, 10, 20]
 
 
 def test_a_stage_without_weights_does_not_become_complete(tmp_path):

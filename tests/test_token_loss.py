@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from sft import token_loss
-from sft.activations import Tally
-from sft.token_loss import token_cross_entropy
+from sft.planning.activations import Tally
+from sft.training import loss
+from sft.training.loss import token_cross_entropy
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_losses_and_gradients_are_those_of_torch(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch):
     """Weighted tokens, one of weight 0, several parts of which the last is short; large logits do not overflow."""
-    monkeypatch.setattr(token_loss, "_AT_ONCE", 300)
+    monkeypatch.setattr(loss, "_AT_ONCE", 300)
     torch.manual_seed(0)
     hidden, matrix = torch.randn(11, 16, dtype=dtype) * 3, torch.randn(100, 16, dtype=dtype)
     targets, weights = torch.randint(100, (11,)), torch.rand(11)

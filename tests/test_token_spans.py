@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sft.data import frequency
-from sft.data.units import Unit, path_edges
+from sft.data.masked_loss import edge_mask
+from sft.data.masked_loss.units import Unit, path_edges
 
 
 def test_token_spans_by_offsets():
@@ -27,27 +27,27 @@ def test_token_spans_by_offsets():
     ]
     assert [text[start:end] for start, end in offsets[3:10]] == [" ->", " b", "c", " d", " ->", " e", ","]
     units = [Unit("bc d", 5, 9), Unit("e,", 13, 15), Unit("c", 6, 7), Unit("inside b", 5, 5)]
-    starts, ends = frequency.token_spans(offsets, units, shift=3, text=text)
+    starts, ends = edge_mask.token_spans(offsets, units, shift=3, text=text)
     assert list(zip(starts.tolist(), ends.tolist(), strict=True)) == [(4, 7), (8, 10), (5, 6), (0, 0)]
     joined = [(0, 3), (3, 4), (4, 9), (9, 12), (12, 15), (15, 18), (18, 19)]
-    starts, ends = frequency.token_spans(joined, [Unit("c d", 6, 9), Unit("e", 13, 14)], shift=3, text=text)
+    starts, ends = edge_mask.token_spans(joined, [Unit("c d", 6, 9), Unit("e", 13, 14)], shift=3, text=text)
     assert list(zip(starts.tolist(), ends.tolist(), strict=True)) == [(3, 4), (0, 0)]
 
 
 def test_a_newline_is_never_masked():
     """A token of title and newline together is left alone; space tokens inside a title go with it."""
     text = "r -> a b\n"
-    starts, ends = frequency.token_spans([(0, 4), (4, 6), (6, 7), (7, 9)], path_edges(text), shift=0, text=text)
+    starts, ends = edge_mask.token_spans([(0, 4), (4, 6), (6, 7), (7, 9)], path_edges(text), shift=0, text=text)
     assert (starts.tolist(), ends.tolist()) == ([1], [2])
-    starts, ends = frequency.token_spans([(0, 5), (5, 6), (6, 7), (7, 8), (8, 9)], path_edges(text), shift=0, text=text)
+    starts, ends = edge_mask.token_spans([(0, 5), (5, 6), (6, 7), (7, 8), (8, 9)], path_edges(text), shift=0, text=text)
     assert (starts.tolist(), ends.tolist()) == ([1], [4])
 
 
 def test_no_units_and_no_tokens_give_empty_spans():
     """Rows of other sources in a mix have no unit; a row may be cut down to nothing."""
-    assert [part.tolist() for part in frequency.token_spans([(0, 1)], [], shift=0, text="a")] == [[], []]
-    assert [part.tolist() for part in frequency.token_spans([], [Unit("e", 0, 1)], shift=0, text="a")] == [[0], [0]]
-    assert [part.tolist() for part in frequency.token_spans([(0, 1)], [Unit("e", 0, 1)], shift=0, text=" ")] == [
+    assert [part.tolist() for part in edge_mask.token_spans([(0, 1)], [], shift=0, text="a")] == [[], []]
+    assert [part.tolist() for part in edge_mask.token_spans([], [Unit("e", 0, 1)], shift=0, text="a")] == [[0], [0]]
+    assert [part.tolist() for part in edge_mask.token_spans([(0, 1)], [Unit("e", 0, 1)], shift=0, text=" ")] == [
         [0],
         [0],
     ]
@@ -85,7 +85,7 @@ def test_tokenizers_of_two_families_mask_the_same_characters(family):
     for answer in answers:
         encoded = tokenizer.encode(prompt + answer)
         units = path_edges(answer)
-        starts, ends = frequency.token_spans(encoded.offsets, units, shift=len(prompt), text=prompt + answer)
+        starts, ends = edge_mask.token_spans(encoded.offsets, units, shift=len(prompt), text=prompt + answer)
         covered = set()
         for start, end in zip(starts, ends, strict=True):
             for left, right in encoded.offsets[start:end]:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft import tracking
-from sft.tracking import Tracker
+from sft.reporting import tracker as tracking
+from sft.reporting.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +84,8 @@ def test_a_dead_server_costs_training_no_time_and_its_end_seconds(kind, silent_s
 def test_a_silent_server_does_not_keep_the_program_from_ending(silent_server, tmp_path):
     """No thread of MLflow's is waited for at the end of the interpreter."""
     code = (
-        "import sys, time; from types import SimpleNamespace; from pathlib import Path; from sft import tracking;"
+        "import sys, time; from types import SimpleNamespace; from pathlib import Path;"
+        "from sft.reporting import tracker as tracking;"
         "tracking.CLOSING_SECONDS = 1.0;"
         f"settings = SimpleNamespace(mlflow_tracking_uri={silent_server!r}, mlflow_experiment_name='e', run_name=None);"
         f"tracker = tracking.Tracker(settings, Path({str(tmp_path)!r}), run_id=None, say=print);"

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from sft import trainer as trainer_module
-from sft.activations import Tally
-from sft.arguments import scheduler, steps_to_schedule
-from sft.batches import TrainingRows, join
 from sft.errors import RunFailed
-from sft.kinds import Scheduler
-from sft.model import adapter_config, casts_left_to_autocast, linear_names, lora_layers, trained_modules
+from sft.models.model import adapter_config, casts_left_to_autocast, linear_names, lora_layers, trained_modules
+from sft.planning.activations import Tally
+from sft.settings.values import Scheduler
+from sft.training import trainer as trainer_module
+from sft.training.arguments import scheduler, steps_to_schedule
+from sft.training.batches import TrainingRows, join
 from tests.tiny import metric_lines, run_train, tokenizer, write_model, write_rows, write_stage
 
 

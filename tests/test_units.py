@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from sft.data.units import Unit, answer_units, json_edges, label, path_edges, path_edges_from_paths, render_paths
+from sft.data.masked_loss.units import (
+    Unit,
+    answer_units,
+    json_edges,
+    label,
+    path_edges,
+    path_edges_from_paths,
+    render_paths,
+)
 
 
 def children(answer: str, units: list[Unit]) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 
-from sft.quiet import silence_libraries
+from sft.environment import silence_libraries
 
 silence_libraries()
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft.data import draws
-from sft.data.audit import audit
-from sft.data.chat import label
 from sft.data.draws import Hashes, Indices
-from sft.data.readers import SourceError
-from sft.data.sources import Rows, load_source
+from sft.data.labels.audit import audit
+from sft.data.labels.label import label
+from sft.data.sources.load import Rows, load_source
+from sft.data.sources.readers import SourceError
 from sft.errors import Problems
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from sft.scoring.extraction import f1, ratio
 from sft.scoring.payload import DEFAULT_MARKERS, MAX_ANSWER, extract_payload
-from sft.scoring.rates import f1, ratio
 
 Edge = tuple[str, str]
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from sft.scoring.formats import check_size
 from sft.scoring.payload import MAX_ANSWER, without_thinking
-from sft.scoring.rates import f1, ratio
 
 # Flat field -> key of a person. "occured" is spelt as in document 001.
 _PERSON_KEYS = {
@@ -168,3 +167,13 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False, sort_keys=True)
     return str(value).strip()
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, or 0 when there is no whole."""
+    return part / whole if whole else 0.0
+
+
+def f1(true_positives: int, false_positives: int, false_negatives: int) -> float:
+    """The harmonic mean of precision and recall."""
+    return ratio(2 * true_positives, 2 * true_positives + false_positives + false_negatives)

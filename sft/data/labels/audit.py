@@ -1,0 +1,105 @@
+"""The check before training: every row is trained on, to its end, and nowhere in its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sft.data.labels.masks import MASKED
+from sft.data.labels.rendering import is_plain
+from sft.data.labels.template import PROBE, TEMPLATE_ERRORS, ChatTemplate, template_of
+from sft.data.labels.tokens import encoder
+from sft.data.sources.load import Rows
+from sft.data.sources.shapes import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sft.settings import Settings
+
+_ROWS_AT_ONCE = 1000
+_ROWS_SHOWN = 5
+_PROMPTS_CHECKED = 100
+
+
+def audit(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
+    """Problems of labelled rows, each naming the first rows that have it (numbered from 0 among the kept rows).
+
+    Labels are read as they are, not made again: a damaged cache or a template with marks in the wrong place shows.
+    """
+    template = template_of(tokenizer)
+    untrained, unended, altered = _scan(rows, _end_tokens(template, tokenizer))
+    if settings.overlong == "truncate":
+        lengths = rows.dataset["length"]
+        unended = [row for row in unended if lengths[row] < settings.max_seq_len]
+    faults = {"no trained token": untrained, "labels that are not the row's tokens": altered}
+    if not settings.train_on_prompt:
+        faults["an end of turn that is not trained"] = unended
+        faults["trained tokens in the prompt"] = _trained_prompts(rows, template, tokenizer) if template else []
+    return [_problem(rows.source.id, fault, numbers) for fault, numbers in faults.items() if numbers]
+
+
+def _problem(name: str, fault: str, numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_ROWS_SHOWN])) + (", ..." if len(numbers) > _ROWS_SHOWN else "")
+    return (
+        f"SFT_CHAT_TEMPLATE=: {len(numbers)} rows of {name} have {fault} (rows {shown}); the chat template must write"
+        " the end-of-turn token after the answer, inside its generation marks if it has them"
+    )
+
+
+def _scan(rows: Rows, ends: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Rows without a trained token, rows whose last trained token ends no turn, rows with labels of other tokens."""
+    faulty: tuple[list[int], list[int], list[int]] = ([], [], [])
+    start = 0
+    for table in rows.dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(_ROWS_AT_ONCE):
+        ids, labels = (np.asarray(table[name].combine_chunks().flatten()) for name in ("input_ids", "labels"))
+        lengths = np.asarray(table["labels"].combine_chunks().value_lengths())
+        borders = np.concatenate([[0], np.cumsum(lengths)])
+        trained = np.flatnonzero(labels != MASKED)
+        last = np.searchsorted(trained, borders[1:]) - 1
+        none = (last < 0) | (trained[np.maximum(last, 0)] < borders[:-1]) if len(trained) else lengths >= 0
+        final = labels[trained[np.maximum(last, 0)]] if len(trained) else np.zeros(len(lengths), np.int32)
+        other = np.unique(np.searchsorted(borders, trained[labels[trained] != ids[trained]], side="right") - 1)
+        found = (np.flatnonzero(none), np.flatnonzero(~none & ~np.isin(final, ends)), other)
+        for numbers, new in zip(faulty, found, strict=True):
+            numbers += (new + start).tolist()
+        start += len(lengths)
+    return faulty
+
+
+def _end_tokens(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens a turn may end with: the last one the template writes, and the end of text of plain rows."""
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if template is not None and template.closing:
+        (text,) = template.render([PROBE])
+        ends.append(encoder(tokenizer)([text.rstrip()])[0].ids[-1])
+    return ends
+
+
+def _trained_prompts(rows: Rows, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Of rows spread over the source, those with a trained token before their first answer, found by its prompt."""
+    step = max(1, len(rows.dataset) // _PROMPTS_CHECKED)
+    numbers = list(range(0, len(rows.dataset), step))
+    chosen = rows.dataset.select(numbers).select_columns(["messages", "labels"]).to_dict()
+    prompts = [_prompt(template, messages) for messages in chosen["messages"]]
+    encodings = encoder(tokenizer)([text for text, _ in prompts])
+    checked = zip(numbers, prompts, encodings, chosen["labels"], strict=True)
+    return [
+        number
+        for number, (_, length), encoded, labels in checked
+        if any(label != MASKED for label in labels[: encoded.end(length)])
+    ]
+
+
+def _prompt(template: ChatTemplate, messages: list[Message]) -> tuple[str, int]:
+    """The whole text and how much of it is the prompt of the first answer; 0 where the template rewrites prompts."""
+    first = next((k for k, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    if is_plain(messages) or not first:
+        return "", 0
+    try:
+        (text,), (prompt,) = template.render([messages]), template.render([messages[:first]], prompt=True)
+    except TEMPLATE_ERRORS:
+        return "", 0
+    return (text, len(prompt)) if text.startswith(prompt) else ("", 0)

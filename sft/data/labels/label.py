@@ -1,0 +1,184 @@
+"""Rows of messages -> input_ids and labels: made in batches, kept on disk, shown in colour."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from sft.data.labels.masks import MASKED, label_row, schema, with_labels
+from sft.data.labels.rendering import Rendered, render
+from sft.data.labels.template import ChatTemplate, chat_template_for, template_of
+from sft.data.labels.tokens import Encoded, encoder
+from sft.data.sources.load import SCHEMA, Rows
+from sft.data.sources.shapes import Dropped
+from sft.data.sources.store import Write, key_of, stored
+from sft.errors import RunFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sft.settings import Settings
+
+__all__ = ["MASKED", "chat_template_for", "label", "preview"]
+
+# Part of every key: raise it when labels come out differently, and old caches are left alone.
+VERSION = 2
+_ROWS_AT_ONCE = 512
+# Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
+_ROWS_WORTH_PROCESSES = 5000
+_GREEN, _RESET = "\x1b[32m", "\x1b[0m"
+
+
+def label(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Rows:
+    """Rows with `input_ids`, `labels` (-100 where masked), `length` and `trained` (tokens); under a masked loss also
+    `unit_edges`, `unit_starts` and `unit_ends` (token spans, end exclusive).
+
+    Rows that cannot be trained on are dropped and counted. The result is kept on disk, under a key of the rows'
+    content, the tokenizer and the settings that matter here.
+
+    Raises:
+        Problems: the tokenizer has no usable chat template.
+    """
+    template = template_of(tokenizer)
+    text = template.text if template else None
+    key = key_of("labels", VERSION, rows.fingerprint, text, _tokenizer_key(tokenizer), _settings_key(settings))
+    found = stored(f"labels-{key}", schema(settings), partial(_label_all, rows, tokenizer, template, settings))
+    return replace(
+        rows,
+        dataset=found.dataset,
+        dropped=rows.dropped + found.counted["dropped"],
+        noted=rows.noted + found.counted["noted"],
+    )
+
+
+def preview(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], *, colour: bool = True) -> str:
+    """A row as the model sees it, trained tokens in green (in 「」 without colour)."""
+    before, after = (_GREEN, _RESET) if colour else ("「", "」")
+    parts = []
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for masked, group in groupby(pairs, key=lambda pair: pair[1] == MASKED):
+        text = str(tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False))
+        parts.append(text if masked else f"{before}{text}{after}")
+    return "".join(parts)
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = sorted(tokenizer.get_vocab().items())
+    return [type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map]
+
+
+def _settings_key(settings: Settings) -> list[Any]:
+    markers = [settings.output_markers, settings.output_learn_mode] if settings.mask_cot else None
+    unit = [settings.masked_loss_unit, settings.output_markers] if settings.masked_loss != "none" else None
+    return [settings.max_seq_len, settings.overlong == "truncate", settings.train_on_prompt, markers, unit]
+
+
+def _label_all(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, settings: Settings, write: Write
+) -> dict[str, Counter[str]]:
+    """Label all rows in their order, batch by batch, so that memory does not grow with the rows."""
+    total = len(rows.dataset)
+    tables = rows.dataset.with_format("arrow")
+    encode = encoder(tokenizer)
+
+    def label_from(start: int) -> tuple[pa.Table, dict[str, Counter[str]]]:
+        table = tables[start : start + _ROWS_AT_ONCE]
+        chats = table["messages"].to_pylist()
+        if template is not None and not template.takes_system:
+            chats = [template.fitted(chat) for chat in chats]
+            table = table.set_column(0, SCHEMA.field("messages"), pa.array(chats, SCHEMA.field("messages").type))
+        rendered = render(template, chats, eos=tokenizer.eos_token or "")
+        encodings = encode([row.text if row else "" for row in rendered])
+        return _label_batch(table, rendered, encodings, settings)
+
+    processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
+    if template is None:
+        processes = 1  # that a row needs one is found here, not in another process
+    starts = range(0, total, _ROWS_AT_ONCE)
+    counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
+    for labelled, counts in in_order(label_from, starts, processes=min(processes, len(starts))):
+        write(labelled)
+        for name, count in counts.items():
+            counted[name] += count
+    return counted
+
+
+def _label_batch(
+    table: pa.Table, texts: Sequence[Rendered | None], encodings: Sequence[Encoded], settings: Settings
+) -> tuple[pa.Table, dict[str, Counter[str]]]:
+    """The rows of the table that can be trained on, with labels, and counts of the others by reason."""
+    counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
+    kept, labelled = [], []
+    paths = table["paths"].to_pylist() if settings.masked_loss != "none" else [None] * len(table)
+    for row, (rendered, encoded) in enumerate(zip(texts, encodings, strict=True)):
+        try:
+            labelled.append(label_row(rendered, encoded, settings, noted=counted["noted"], paths=paths[row]))
+            kept.append(row)
+        except Dropped as reason:
+            counted["dropped"][str(reason)] += 1
+    return with_labels(table.take(pa.array(kept, pa.int64())), labelled, schema(settings)), counted
+
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_work: Callable[[Any], Any] | None = None
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(work: Callable[[Any], Any], items: Sequence[Any], *, processes: int) -> Iterator[Any]:
+    """`work(item)` for every item, in order. Processes are forked, so that `work` may be any function.
+
+    Raises:
+        RunFailed: a process was killed.
+    """
+    if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(work, items)
+        return
+    # The tokenizers library reads this when it is forked: unset it warns, and its threads do not survive a fork.
+    os.putenv("TOKENIZERS_PARALLELISM", "false")
+    try:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(work,)) as pool:
+            yield from pool.map(_call, items)
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "A process that prepared rows was killed, most likely for memory: try SFT_NUM_PROC=1"
+        ) from error
+    finally:
+        os.unsetenv("TOKENIZERS_PARALLELISM")
+
+
+def _start(work: Callable[[Any], Any]) -> None:
+    """In the new process: take the work along, and leave signals to the parent."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # else a killed run leaves its processes behind
+
+
+def _call(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)

@@ -1,0 +1,208 @@
+"""One source -> rows of messages, kept as Arrow under a key that follows the content of local files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import huggingface_hub.errors
+import pyarrow as pa
+
+from sft.data.sources.readers import FILE_TYPES, ROWS_AT_ONCE, SourceError, read_file, tables_to_rows
+from sft.data.sources.shapes import (
+    SHAPES,
+    Dropped,
+    Shape,
+    content_hash,
+    known_columns,
+    paths_of,
+    read_messages,
+    shape_of,
+    task_key,
+)
+from sft.data.sources.store import Write, file_digest, key_of, stored
+
+if TYPE_CHECKING:
+    from sft.settings import Settings, Source
+
+# Part of every key: raise it when rows come out differently, and old caches are left alone.
+VERSION = 2
+SCHEMA = pa.schema(
+    {
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "task_key": pa.string(),
+        "pack": pa.string(),
+        "content_hash": pa.uint64(),
+        "paths": pa.list_(pa.list_(pa.string())),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one source: first messages, after `chat.label` tokens and labels as well.
+
+    `dropped` counts lost rows by reason, `noted` what happened to kept ones (truncated, no marker).
+    """
+
+    source: Source
+    dataset: datasets.Dataset
+    dropped: Counter[str]
+    fingerprint: str
+    noted: Counter[str] = field(default_factory=Counter)
+
+
+def load_source(source: Source, settings: Settings) -> Rows:
+    """The rows of a source as messages, in their order.
+
+    Raises:
+        SourceError: with the reason to show after "Failed to load <id>:".
+    """
+    del settings  # nothing in the settings changes what a source holds
+    identity, raw_rows = open_source(source)
+    fingerprint = key_of("rows", VERSION, identity, source.limit, source.columns)
+
+    def fill(write: Write) -> dict[str, Counter[str]]:
+        return {"dropped": _write_rows(islice(raw_rows(), source.limit), source, write)}
+
+    found = stored(f"rows-{fingerprint}", SCHEMA, fill)
+    return Rows(source, found.dataset, found.counted["dropped"], fingerprint)
+
+
+def open_source(source: Source) -> tuple[Any, Callable[[], Iterator[dict[str, Any]]]]:
+    """What the source's content is known by, and a function that reads its rows as they stand there.
+
+    Raises:
+        SourceError: there is no such source; the function raises it for what it finds while it reads.
+    """
+    wanted = known_columns().union((source.columns or {}).values())
+    path = Path(source.id).expanduser()
+    if path.suffix.lower() in FILE_TYPES and (path.is_file() or not _may_be_hub_id(source.id)):
+        if not path.is_file():
+            raise SourceError(f"there is no file {path}")
+        content: list[Any] = [path.suffix.lower(), file_digest(path), source.encoding]
+        return content, lambda: read_file(path, source.encoding, wanted)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        content = [source.split, *([str(file.relative_to(path)), file_digest(file)] for file in files)]
+        return content, lambda: _dataset_rows(_from_folder(path, source.split), wanted)
+    if path.is_file():
+        raise SourceError(f"{path}: the file types known are {', '.join(sorted(FILE_TYPES))}")
+    if not _may_be_hub_id(source.id):
+        raise SourceError(f"there is no file or folder {path}")
+    dataset = _from_hub(source)
+    return ["hub", dataset._fingerprint], lambda: _dataset_rows(dataset, wanted)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """`name` or `owner/name`; anything with a file's ending is a path, and so is what starts like one."""
+    return name.count("/") <= 1 and name[0] not in "./~" and Path(name).suffix.lower() not in FILE_TYPES
+
+
+def _from_folder(path: Path, split: str) -> datasets.Dataset:
+    if not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
+        raise SourceError(f"{path}: not a folder written by save_to_disk; name the data file in it instead")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise SourceError(f"{path}: {_first_line(error)}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise SourceError(f'{path}: no split "{split}"; there are {", ".join(loaded)}')
+    return loaded[split]
+
+
+def _from_hub(source: Source) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(source.id, name=source.name, revision=source.revision, split=source.split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(_hub_reason(source, error)) from error
+
+
+def _hub_reason(source: Source, error: Exception) -> str:
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    text = " ".join(f"{type(cause).__name__} {cause}" for cause in causes).lower()
+    if isinstance(error, huggingface_hub.errors.GatedRepoError) or "gated" in text or " 401 " in text:
+        return "it is gated or private: accept its terms on its page and run official_content/configure_huggingface.sh"
+    if any(sign in text for sign in ("offline", "connect", "resolve host", "timed out", "max retries")):
+        return "there is no such file or folder here and the hub cannot be reached; check the name and the network"
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError | FileNotFoundError):
+        return "no such file or folder here, and no such data set on the hub; check the spelling"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _dataset_rows(dataset: datasets.Dataset, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    names = [name for name in dataset.column_names if name in wanted]
+    tables = dataset.select_columns(names or dataset.column_names).with_format("arrow").iter(ROWS_AT_ONCE)
+    return tables_to_rows(tables, wanted)
+
+
+def _write_rows(raw_rows: Iterable[dict[str, Any]], source: Source, write: Write) -> Counter[str]:
+    """Normalise and write in batches, so that memory does not grow with the rows. Returns dropped rows by reason."""
+    dropped: Counter[str] = Counter()
+    batch: list[dict[str, Any]] = []
+    for row, shape in shaped_rows(raw_rows, source):
+        try:
+            batch.append(_normalised(row, shape))
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+        if len(batch) == ROWS_AT_ONCE:
+            write(pa.Table.from_pylist(batch, schema=SCHEMA))
+            batch = []
+    write(pa.Table.from_pylist(batch, schema=SCHEMA))
+    return dropped
+
+
+def shaped_rows(raw_rows: Iterable[dict[str, Any]], source: Source) -> Iterator[tuple[dict[str, Any], Shape]]:
+    """Every row under our names for its columns, with the shape they tell. Raises SourceError for one of no shape."""
+    shapes: dict[tuple[str, ...], Shape] = {}
+    for raw in raw_rows:
+        row = _renamed(raw, source.columns or {})
+        columns = tuple(row)
+        if columns not in shapes:
+            shapes[columns] = _shape(columns, raw, source)
+        yield row, shapes[columns]
+
+
+def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """`columns` is {our name: theirs}; the person's choice wins over a column that already has our name."""
+    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    return {**{name: value for name, value in row.items() if name not in columns.values()}, **taken}
+
+
+def _shape(columns: tuple[str, ...], raw: dict[str, Any], source: Source) -> Shape:
+    missing = sorted(set((source.columns or {}).values()) - set(raw))
+    if missing:
+        raise SourceError(f'"columns" names {", ".join(missing)}, but the columns are {", ".join(raw)}')
+    shape = shape_of(columns, source.columns or ())
+    if shape is None:
+        known = "; ".join(shape.name for shape in SHAPES)
+        raise SourceError(
+            f"its columns are {', '.join(map(str, raw))}, which is none of the known shapes ({known}); "
+            f'say which column is which with "columns": {{"prompt": "...", "completion": "..."}}'
+        )
+    return shape
+
+
+def _normalised(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    messages = read_messages(row, shape)
+    pack = row.get("pack")
+    return {
+        "messages": messages,
+        "task_key": task_key(row, messages),
+        "pack": "" if pack is None else str(pack),
+        "content_hash": content_hash(messages),
+        "paths": paths_of(row, shape),
+    }

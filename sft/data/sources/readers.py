@@ -1,0 +1,186 @@
+"""Files -> rows, one at a time, with errors that name the file, the line and the remedy."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+ROWS_AT_ONCE = 1000
+
+
+class SourceError(Exception):
+    """A source cannot be loaded; the message is the reason people are shown."""
+
+
+def read_file(path: Path, encoding: str | None, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a .json, .jsonl, .csv or .parquet file. `encoding` None is UTF-8 with or without a BOM.
+
+    Raises:
+        SourceError: the file cannot be read to its end. Rows before the fault have been yielded by then.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from _read_parquet(path, wanted)
+        else:
+            yield from _TEXT_READERS[path.suffix.lower()](path, encoding or "utf-8-sig")
+    except UnicodeError as error:
+        raise SourceError(_wrong_encoding(path, encoding or "utf-8")) from error
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror or error}") from error
+
+
+def tables_to_rows(tables: Iterator[Any], wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Rows of Arrow tables or batches, without the columns nobody reads."""
+    for table in tables:
+        names = [name for name in table.schema.names if name in wanted]
+        yield from table.select(names or table.schema.names).to_pylist()
+
+
+def _read_jsonl(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
+    with path.open(encoding=encoding, newline="\n") as lines:
+        yield from _json_lines(path, lines)
+
+
+def _json_lines(path: Path, lines: TextIO | list[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from error
+        except RecursionError as error:
+            raise SourceError(f"{path}, line {number}: nested too deeply") from error
+        yield _object(row, path, f"line {number}")
+
+
+def _object(row: Any, path: Path, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise SourceError(f"{path}, {place}: a row is an object with columns, this is {type(row).__name__}")
+    return row
+
+
+def _read_json(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
+    with path.open(encoding=encoding, newline="\n") as file:
+        text = file.read()
+    start = _after_blank(text, 0)
+    if text[start : start + 1] == "[":
+        yield from _json_array(path, text, start + 1)
+    elif len(text) == start:
+        return
+    elif _is_one_value(text, start):
+        raise SourceError(f"{path}: one JSON value where a list of rows belongs: [{{...}}, {{...}}]")
+    else:
+        yield from _json_lines(path, text.split("\n"))
+
+
+def _is_one_value(text: str, start: int) -> bool:
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start)
+    except json.JSONDecodeError:
+        return False
+    return _after_blank(text, end) == len(text)
+
+
+def _after_blank(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    return match.end() if match else position
+
+
+def _json_array(path: Path, text: str, position: int) -> Iterator[dict[str, Any]]:
+    """Elements one by one, so that only the text is held, not every row."""
+    decode = json.JSONDecoder().raw_decode
+    position = _after_blank(text, position)
+    number = 0
+    while text[position : position + 1] != "]":
+        try:
+            row, position = decode(text, position)
+        except json.JSONDecodeError as error:
+            raise SourceError(
+                f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno})"
+            ) from error
+        number += 1
+        yield _object(row, path, f"row {number}")
+        position = _after_comma(path, text, position)
+
+
+def _after_comma(path: Path, text: str, position: int) -> int:
+    position = _after_blank(text, position)
+    following = text[position : position + 1]
+    if following == ",":
+        return _after_blank(text, position + 1)
+    if following != "]":
+        line = text.count("\n", 0, position) + 1
+        raise SourceError(f"{path}, line {line}: broken JSON (a comma or the end of the list belongs here)")
+    return position
+
+
+def _read_csv(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
+    with path.open(encoding=encoding, newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    columns = len(reader.fieldnames or [])
+                    raise SourceError(f"{path}, line {reader.line_num}: more fields than the {columns} columns")
+                yield row
+        except csv.Error as error:
+            raise SourceError(f"{path}, line {reader.reader.line_num}: broken CSV ({error})") from error
+
+
+def _read_parquet(path: Path, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from tables_to_rows(file.iter_batches(batch_size=ROWS_AT_ONCE), wanted)
+    except pa.ArrowException as error:
+        raise SourceError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _wrong_encoding(path: Path, encoding: str) -> str:
+    content = path.read_bytes()
+    try:
+        content.decode(encoding)
+        place = "some of its text"
+    except UnicodeError as error:
+        place = f"byte {getattr(error, 'start', 0)}"
+    remedy = likely_encoding(path) or "its name"
+    return f'{path}: {place} is not {encoding}; give the source "encoding": "{remedy}" if that is how it was written'
+
+
+_TEXT_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+}
+FILE_TYPES = frozenset({*_TEXT_READERS, ".parquet"})
+
+
+# Tried in this order; the first that reads the whole file is suggested.
+_LIKELY = ("utf-8-sig", "cp932", "euc_jp", "gb18030", "cp1252")
+_CHARACTERS = 1 << 20
+
+
+def likely_encoding(path: Path) -> str | None:
+    """The first usual encoding that reads the file to its end, in constant memory; None when none does."""
+    with path.open("rb") as file:
+        marked = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    names = ("utf-16", *_LIKELY) if marked else _LIKELY
+    return next((name for name in names if _reads(path, name)), None)
+
+
+def _reads(path: Path, encoding: str) -> bool:
+    try:
+        with path.open(encoding=encoding) as text:
+            while text.read(_CHARACTERS):
+                continue
+    except UnicodeError:
+        return False
+    return True

@@ -1,0 +1,73 @@
+"""The process around a run: quiet libraries, and whether the hub can be reached (found out at once)."""
+
+import logging
+import os
+import socket
+import warnings
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from sft.distributed.launch import launched
+
+
+def silence_libraries() -> None:
+    """Call before torch's companions are imported. What the user has set in the environment stays as it is."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "BITSANDBYTES_NOWELCOME": "1",
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|transformers|peft|trl|bitsandbytes|accelerate)"
+    )
+    for name in ("DeepSpeed", "bitsandbytes", "mlflow", "alembic", "accelerate", "torch.distributed", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def silence_torch() -> None:
+    """Call after torch and before accelerate: deepspeed would announce the accelerator it found."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # accelerate launch gives each process one thread on the CPU: share the cores instead.
+        if (launch := launched()).processes > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_processes))
+
+
+def offline_unless_reachable() -> bool:
+    """Tell the hub's client to use only its cache where the hub's name can't be resolved; True when it was told.
+
+    Call it before the first import of huggingface_hub, transformers or datasets: they read the choice once.
+    """
+    host = urlsplit(hub_address()).hostname or "huggingface.co"
+    # Behind a proxy, names are resolved by the proxy.
+    if "HF_HUB_OFFLINE" in os.environ or getproxies().get("https") or _resolves(host):
+        return False
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return True
+
+
+def hub_address() -> str:
+    """The hub, or the mirror that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def hub_is_off() -> bool:
+    """Whether the person has switched it off."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True

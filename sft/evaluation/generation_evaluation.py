@@ -1,0 +1,116 @@
+"""Generation evaluation: answers to validation rows, scored, shown and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from sft.evaluation.answers import generate_answers
+from sft.scoring.score import score
+from sft.storage import atomic, json_files
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator, PartialState
+    from transformers import PreTrainedTokenizerBase
+
+    from sft.settings import Settings
+
+ROWS = "gen_rows.jsonl"
+
+
+def questions(val: datasets.Dataset, settings: Settings) -> list[dict[str, Any]]:
+    """The validation rows to answer, drawn by seed: {"task", "prompt" (messages), "reference"}."""
+    usable = [i for i, messages in enumerate(val["messages"]) if messages and messages[-1]["role"] == "assistant"]
+    count = min(settings.gen_eval_samples, len(usable))
+    drawn = np.sort(np.random.default_rng(settings.seed).permutation(usable)[:count]).tolist() if count else []
+    return [
+        {"task": row["task_key"], "prompt": plain(row["messages"][:-1]), "reference": row["messages"][-1]["content"]}
+        for row in (val[i] for i in drawn)
+    ]
+
+
+def plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+class GenerationEvaluation:
+    """Answers and scores a stage's questions during training, and those of earlier stages afterwards."""
+
+    def __init__(
+        self, settings: Settings, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+    ) -> None:
+        self.settings, self.folder, self.tokenizer, self.rows = settings, folder, tokenizer, rows
+        self.kind = settings.gen_eval
+        self.on_samples: Callable[[list[dict[str, Any]], int], None] = lambda rows, step: None
+
+    def answer(
+        self,
+        model: Any,
+        rows: Sequence[dict[str, Any]],
+        *,
+        accelerator: Accelerator | PartialState | None = None,
+        interrupted: Callable[[], None] = lambda: None,
+    ) -> list[str]:
+        """One greedy answer per row."""
+        return generate_answers(
+            model,
+            self.tokenizer,
+            [row["prompt"] for row in rows],
+            max_new_tokens=self.settings.gen_max_new_tokens,
+            batch_size=self.settings.gen_batch_size,
+            # Rows whose references are long get long answers: batched together, none waits for another.
+            expected_lengths=[len(row["reference"]) * 4 + len(str(row["prompt"])) for row in rows],
+            accelerator=accelerator,
+            interrupted=interrupted,
+        )
+
+    def score(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> tuple[list[dict], dict[str, float]]:
+        """Each row with its answer and score, and the metrics over all."""
+        answered = [row | {"answer": answer} for row, answer in zip(rows, answers, strict=True)]
+        scores, metrics = score(
+            rows[0].get("kind", self.kind),  # an earlier stage's questions carry their own
+            [{name: row[name] for name in ("task", "answer", "reference")} for row in answered],
+            fields=self.settings.extraction_fields,
+            markers=self.settings.output_markers,
+        )
+        return [row | found for row, found in zip(answered, scores, strict=True)], metrics
+
+    def run(
+        self, model: Any, accelerator: Accelerator, *, step: int, interrupted: Callable[[], None]
+    ) -> dict[str, float]:
+        """One evaluation: metrics, with gen_metrics_step<step>.json and gen_samples_step<step>.jsonl written."""
+        answers = self.answer(model, self.rows, accelerator=accelerator, interrupted=interrupted)
+        samples, metrics = self.score(self.rows, answers)
+        if accelerator.is_main_process:
+            json_files.write_json(self.folder / f"gen_metrics_step{step}.json", metrics | {"gen_global_step": step})
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            atomic.write_text(self.folder / f"gen_samples_step{step}.jsonl", lines)
+            self.on_samples(samples, step)
+        return metrics
+
+
+def show_samples(samples: Sequence[dict[str, Any]], count: int, title: str) -> None:
+    """Prints the first `count` answers beside what was asked, shortened."""
+    if not samples or count == 0:
+        return
+    tqdm.write(f"\n{title}")
+    for sample in samples[:count]:
+        asked = sample["prompt"][-1]["content"].strip().replace("\n", " ⏎ ")
+        score = sample.get("score")
+        tqdm.write(f"  asked    {asked[:150]}")
+        tqdm.write(f"  answered {sample['answer'].strip().replace(chr(10), ' ⏎ ')[:150] or '(nothing)'}")
+        tqdm.write(f"  wanted   {sample['reference'].strip().replace(chr(10), ' ⏎ ')[:150]}")
+        tqdm.write(f"  score    {score:.2f}\n" if score is not None else "")
+
+
+def write_questions(folder: Path, rows: list[dict[str, Any]], kind: str) -> None:
+    """gen_rows.jsonl: what later stages ask their own models, to see what was forgotten."""
+    atomic.write_text(
+        folder / ROWS, "".join(json.dumps(row | {"kind": kind}, ensure_ascii=False) + "\n" for row in rows)
+    )

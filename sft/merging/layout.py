@@ -1,0 +1,188 @@
+"""Where a parameter of the model in memory lies in the checkpoint on disk.
+
+The two differ: transformers renames keys and fuses expert weights while loading (and splits them again while saving).
+The model is built without memory (meta device) and transformers' own conversion tables are asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.pytorch_utils import Conv1D
+
+from sft.errors import Problems
+from sft.merging.weights import Stored
+
+# Dense architectures that transformers loads without renaming, transposing or fusing anything in their layers. A test
+# asks transformers whether that is still so.
+PLAIN_MODELS = frozenset({
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite", "cohere"),
+    *("phi3", "starcoder2", "stablelm"),
+})  # fmt: skip
+LAYER_MATRIX = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+")
+
+
+class UnknownLayout(Exception):
+    """This adapter cannot be placed on the checkpoint tensor by tensor; PEFT itself has to merge it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor on disk that holds a parameter: all of it, or rows `first_row`... of its slice `expert`."""
+
+    key: str
+    expert: int | None = None
+    first_row: int = 0
+
+
+class PlainLayout:
+    """A checkpoint whose keys name the parameters and whose matrices are (out, in)."""
+
+    def __init__(self, stored: Iterable[Stored]) -> None:
+        self.keys = {tensor.name: tensor for tensor in stored}
+        self.parameters: dict[str, Any] = {}  # those known beyond the checkpoint's keys
+        self.tied: dict[str, str] = {}
+
+    def module(self, name: str) -> nn.Module | None:
+        """The module of the model, None where there is none, or no model."""
+        return None
+
+    def parameter_name(self, key: str) -> tuple[str, str | None]:
+        """The name in memory of a name on disk, and the pattern of the conversion it goes through, if any."""
+        return key, None
+
+    def whereabouts(self, parameter: str) -> list[Place]:
+        """Where a parameter lies on disk; [] when it is not there, UnknownLayout when its conversion is a rare one."""
+        return [Place(parameter)] if parameter in self.keys else []
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape in memory of a parameter, or of a checkpoint key that is none."""
+        return self.keys[parameter].shape
+
+    def is_transposed(self, parameter: str) -> bool:
+        """True when the weight is stored (in, out), so that an adapter's B A has to be turned."""
+        return False
+
+
+def is_plain(config: dict[str, Any], modules: Iterable[str], keys: Iterable[str]) -> bool:
+    """True when the modules that adapters change are matrices in the layers of a model known to be plain."""
+    known = set(keys)
+    ours = config.get("model_type") in PLAIN_MODELS and not config.get("auto_map")
+    return ours and all(LAYER_MATRIX.fullmatch(module) and f"{module}.weight" in known for module in modules)
+
+
+def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a folder without its weights; Problems when transformers cannot build it."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise Problems(
+            [f"SFT_BASE_MODEL={folder}: is no causal language model transformers can build: {error}"]
+        ) from error
+
+
+class Layout(PlainLayout):
+    """Parameter names of `model` to the places that hold them on disk, and which parameters share one."""
+
+    def __init__(self, model: PreTrainedModel, stored: Iterable[Stored]) -> None:
+        super().__init__(stored)
+        self.model = model
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._meta = dict(model.state_dict(keep_vars=True))
+        self.places: dict[str, list[Place]] = {}
+        self._unknown: set[str] = set()
+        self._find(self.keys)
+
+    def module(self, name: str) -> nn.Module | None:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            return None
+
+    def parameter_name(self, key: str) -> tuple[str, str | None]:
+        prefix = self.model.base_model_prefix
+        return rename_source_key(key, self._renamings, self._converters, prefix, self._meta)
+
+    def whereabouts(self, parameter: str) -> list[Place]:
+        if parameter in self._unknown:
+            raise UnknownLayout(f"the checkpoint stores {parameter} in a form that is not plain")
+        return self.places.get(parameter, [])
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        found = self.parameters.get(parameter)
+        return self.keys[parameter].shape if found is None else tuple(found.shape)
+
+    def is_transposed(self, parameter: str) -> bool:
+        module, _, leaf = parameter.rpartition(".")
+        if parameter not in self.parameters:
+            return False
+        owner = self.model.get_submodule(module)
+        if isinstance(owner, nn.Embedding | Conv1D):
+            return leaf == "weight"
+        return bool(getattr(owner, "is_transposed", False)) and len(self.shape(parameter)) == 3
+
+    def _find(self, stored: dict[str, Stored]) -> None:
+        by_pattern = {pattern: converter for converter in self._converters for pattern in converter.source_patterns}
+        collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for key in sorted(stored, key=dot_natural_key):
+            parameter, pattern = self.parameter_name(key)
+            if pattern is None:
+                self.places[parameter] = [Place(key)]
+            else:
+                collected[parameter][pattern].append(key)
+        for parameter, keys in collected.items():
+            converter = by_pattern[next(iter(keys))]
+            if self._is_expert_stack(converter):
+                self.places[parameter] = list(_expert_places(converter.source_patterns, keys, stored))
+            else:
+                self._unknown.update(self._outputs(converter, parameter))
+
+    @staticmethod
+    def _is_expert_stack(converter: WeightConverter) -> bool:
+        """True for experts stacked along dimension 0 and joined, gate before up, along their rows."""
+        stack, *joins = converter.operations
+        return (
+            len(converter.target_patterns) == 1
+            and isinstance(stack, MergeModulelist)
+            and stack.dim == 0
+            and (not joins if len(converter.source_patterns) == 1 else len(joins) == 1)
+            and all(type(join) is Concatenate and join.dim == 1 for join in joins)
+        )
+
+    @staticmethod
+    def _outputs(converter: WeightConverter, parameter: str) -> list[str]:
+        """The names in memory a conversion makes; `parameter` is the first of them."""
+        first, *others = converter.target_patterns
+        return [parameter, *(parameter.replace(first, other) for other in others)]
+
+
+def _expert_places(patterns: list[str], keys: dict[str, list[str]], stored: dict[str, Stored]) -> Iterable[Place]:
+    first_row = 0
+    for pattern in patterns:
+        names = keys[pattern]
+        for expert, key in enumerate(names):
+            yield Place(key, expert, first_row)
+        first_row += stored[names[0]].shape[0]

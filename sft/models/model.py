@@ -1,0 +1,241 @@
+"""Tokenizer, base model, quantisation and adapter of a stage, all through transformers and peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import getstate, setstate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from sft.data.labels.template import chat_template_for
+from sft.errors import Problems
+from sft.settings.rules import NO_FOLDER, is_missing_folder
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from sft.settings import Settings
+
+# What the hub and the loaders raise for a folder that is no model, a wrong name, a missing token or no network.
+LOAD_ERRORS = (OSError, ValueError, KeyError)
+
+
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """SFT_DTYPE; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_problem(what: str, name: str, error: Exception) -> Problems:
+    """One plain message for a model that can't be loaded, saying which of the usual reasons it is."""
+    text = f"{type(error).__name__} {error}".lower()
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).expanduser().exists():
+        remedy = "the folder must hold config.json, tokenizer files and safetensors weights"
+    elif is_missing_folder(name):
+        remedy = NO_FOLDER
+    elif "gated" in text or "401" in text or "403" in text:
+        remedy = "the model is gated: accept its licence on its page and run official_content/configure_huggingface.sh"
+    elif "404" in text or "not a valid model identifier" in text or "repositorynotfound" in text:
+        remedy = "there is no such folder here and no such model on the hub: check the spelling"
+    else:
+        remedy = "there is no such folder here and the hub can't be reached: check the name and the network"
+    return Problems([f"SFT_BASE_MODEL={name}: {what} could not be loaded ({reason}); {remedy}"])
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer with a pad token and the chat template the settings ask for.
+
+    Raises:
+        Problems: it can't be loaded.
+    """
+    load_config(settings)  # one small file: a hub that can't be reached makes itself known once, not for each file
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.base_model, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
+        )
+    except LOAD_ERRORS as error:
+        raise load_problem("the tokenizer", settings.base_model, error) from error
+    if settings.chat_template:
+        tokenizer.chat_template = chat_template_for(settings.chat_template)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(settings: Settings) -> PretrainedConfig:
+    """The base model's configuration, without its weights.
+
+    Raises:
+        Problems: it can't be loaded.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            settings.base_model, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
+        )
+    except LOAD_ERRORS as error:
+        raise load_problem("the configuration", settings.base_model, error) from error
+
+
+def quantization(settings: Settings) -> BitsAndBytesConfig | None:
+    """The bitsandbytes configuration of a 4- or 8-bit stage, else None."""
+    if settings.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not settings.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(settings),
+    )
+
+
+def load_model(source: str | Path, settings: Settings, *, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal language model in `source` (a hub id, or a folder such as a merged base), ready for an adapter.
+
+    `device`: where a quantised model goes; None is this process's own, for which all processes must be there.
+
+    Raises:
+        Problems: it can't be loaded.
+    """
+    keywords: dict[str, Any] = {"dtype": compute_dtype(settings), "trust_remote_code": settings.trust_remote_code}
+    if settings.attn != "auto":
+        keywords["attn_implementation"] = settings.attn
+    if str(source) == settings.base_model:
+        keywords["revision"] = settings.model_revision
+    if (quantized := quantization(settings)) is not None:
+        keywords["quantization_config"] = quantized
+        # A quantised model is placed while it is loaded: each process onto its own device.
+        keywords["device_map"] = {"": device or PartialState().device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **keywords)
+    except LOAD_ERRORS as error:
+        raise load_problem("the model", str(source), error) from error
+    for module in model.modules():
+        # bitsandbytes packs 4-bit weights in evaluation where the CPU has AVX-512 for bfloat16; training goes on with
+        # them afterwards, and layers whose width is no multiple of 32 end in an assertion.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # no tensor, a switch
+    return model
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Last name parts of the modules an adapter can go on, the output head left out."""
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear,)
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if module is not head and (isinstance(module, kinds) or type(module).__name__ == "Conv1D")
+    }
+    # transformers 5 keeps the experts of a mixture fused in 3-D parameters; peft maps the usual names onto them.
+    if any("experts" in name for name, _ in model.named_parameters()):
+        names |= {"gate_proj", "up_proj", "down_proj"}
+    return sorted(names)
+
+
+def adapter_config(model: PreTrainedModel, settings: Settings) -> LoraConfig | None:
+    """The LoRA configuration of the stage; None for full fine-tuning.
+
+    Raises:
+        Problems: none of the target modules exists in the model.
+    """
+    if not settings.use_lora:
+        return None
+    targets: str | list[str] = list(settings.lora_target_modules)
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    elif not set(targets) & set(linear_names(model)):
+        raise Problems(
+            [
+                f"SFT_LORA_TARGET_MODULES={','.join(targets)}: {type(model).__name__} has none of them; "
+                f"it has {', '.join(linear_names(model))}, or use all-linear"
+            ]
+        )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        use_rslora=settings.lora_rslora,
+        use_dora=settings.lora_dora,
+    )
+
+
+@contextmanager
+def casts_left_to_autocast(layers: Iterable[LoraLayer]) -> Iterator[None]:
+    """Adapters take their input as it comes, for a pass under autocast.
+
+    PEFT casts it to the adapter's float32 first and autocast back to bfloat16 at once: the same numbers, but every
+    adapted projection then keeps a copy of its own for the backward pass. PEFT's 4-bit layers leave it out as well.
+    """
+    changed = [layer for layer in layers if layer.cast_input_dtype_enabled]
+    for layer in changed:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in changed:
+            layer.cast_input_dtype_enabled = True
+
+
+def lora_layers(model: torch.nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def trained_modules(model: torch.nn.Module) -> dict[str, int]:
+    """Trainable parameters per kind of module, for the log: {"q_proj": 4096, ...}."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = [
+                part for part in name.split(".") if not part.startswith("lora_") and part not in ("default", "weight")
+            ]
+            kind = "experts" if "experts" in parts else parts[-1]
+            counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return counts
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever runs inside, Python's, numpy's and torch's random states are afterwards as they were before: resume
+    stays exact with evaluation on or off."""
+    states = getstate(), np.random.get_state(), torch.get_rng_state()
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if device_states is not None:
+            torch.cuda.set_rng_state_all(device_states)
+
+
+@contextmanager
+def answering(model: torch.nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode with its key-value cache on, and back as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

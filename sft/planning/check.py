@@ -1,0 +1,39 @@
+"""--check: everything short of training, for each stage of a ladder. Writes nothing but the cache of prepared rows."""
+
+from __future__ import annotations
+
+import argparse
+
+from sft.distributed.launch import launched
+from sft.environment import offline_unless_reachable, silence_libraries, silence_torch
+from sft.errors import Problems
+from sft.planning.document import print_documents
+from sft.planning.plan import plan_stage
+from sft.settings import Settings
+
+
+def check(ladder: list[Settings], options: argparse.Namespace) -> None:
+    """Checks every stage and prints the result: tables, or with `--json` one document.
+
+    Raises:
+        Problems: there are some, after everything that could be found out was printed.
+    """
+    if launched().rank != 0:
+        return
+    silence_libraries()
+    offline_unless_reachable()
+    ladder[0].export_passthrough()
+    silence_torch()
+    plans = []
+    for settings in ladder:
+        plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder))
+        if not options.json:
+            from sft.planning.tables import page
+
+            print(page(plans[-1]), flush=True)
+    if options.json:
+        print_documents([plan.document for plan in plans])
+    several = len(plans) > 1
+    problems = [f"stage {plan.settings.stage}: {text}" if several else text for plan in plans for text in plan.problems]
+    if problems:
+        raise Problems(problems)

@@ -1,0 +1,294 @@
+"""What a stage needs of each device, from the model's configuration: nothing is loaded, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import torch
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from sft.distributed.launch import Launched, launched
+from sft.errors import RunFailed
+from sft.models.model import compute_dtype
+from sft.planning.activations import Batch, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
+from sft.planning.answers_cache import Answers, cache_bytes
+from sft.planning.document import MEMORY
+from sft.training.batches import largest_items, packs_of
+
+if TYPE_CHECKING:
+    from sft.settings import Settings
+
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from sft.settings import Settings
+    from sft.training.trainer import StagedTrainer
+
+__all__ = [
+    "Batch",
+    "Estimate",
+    "advice",
+    "available_bytes",
+    "checkpointing_needed",
+    "estimate",
+    "largest_batch",
+    "packs_of",
+    "raise_shortage",
+]
+
+# Above this share of what is available SFT_GRADIENT_CHECKPOINTING=auto turns checkpointing on.
+COMFORTABLE = 0.9
+# One absmax per 64 weights: 4 bytes, or 1 byte and one float32 per 256 of them under double quantisation.
+_NF4, _NF4_DOUBLE, _INT8 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
+# Copies of the trained parameters an optimizer keeps; the first name that is part of the optimizer's name counts.
+_STATES = {"ademamix": 3, "grokadamw": 3, "adamw": 2, "adafactor": 0, "lomo": 0, "free_sgd": 1, "sgd": 0, "radam": 2}
+_STATES |= {"lion": 1, "rmsprop": 1, "adagrad": 1}
+# In main memory freed blocks under 32 MB stay in the heap and can't always be used again (glibc): measured 1.6 to 2.8.
+_HEAP = 2.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each device. `generation` is needed while answers are made, when there are no activations."""
+
+    weights: int
+    adapter: int
+    optimizer: int
+    gradients: int
+    activations: int
+    available: int
+    generation: int = 0
+    traced: bool = True
+
+    @property
+    def training(self) -> int:
+        """The peak of a training step."""
+        return self.weights + self.adapter + self.optimizer + self.gradients + self.activations
+
+    @property
+    def total(self) -> int:
+        """The peak of training and generation evaluation, whichever is larger; gradients may be kept in between."""
+        return self.training + max(0, self.generation - self.activations)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is as much as is needed."""
+        return self.total <= self.available
+
+    def record(self) -> dict[str, int | str]:
+        """The `memory` object of `--check --json`."""
+        how = "a step of shapes" if self.traced else "a rule of thumb"
+        return {name: getattr(self, name) for name in MEMORY} | {"activations_by": how}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Bytes of a model: all that is frozen, all that is trained, the largest layer and the largest frozen matrix."""
+
+    frozen: int
+    trained: int
+    trained_count: int
+    trained_width: int
+    largest_layer: int
+    largest_matrix: int
+
+
+def estimate(
+    config: PretrainedConfig,
+    settings: Settings,
+    batch: Batch,
+    *,
+    checkpointing: bool,
+    launch: Launched | None = None,
+    available: int | None = None,
+    answers: Answers | None = None,
+) -> Estimate:
+    """What training needs on each device. `available`: bytes there are; None asks the device. `answers`: of the
+    generation evaluation.
+
+    Raises:
+        Problems: no target module of the adapter exists in the model.
+    """
+    launch = launch or launched()
+    parameters = parameter_bytes(config, settings)
+    shares = _shares(launch)
+    adapter = parameters.trained if settings.use_lora else 0
+    weights = parameters.frozen + (0 if settings.use_lora else parameters.trained)
+    gathered = 2 * parameters.largest_layer if shares["weights"] > 1 else 0
+    optimizer = optimizer_bytes(parameters, settings, launch) // shares["optimizer"]
+    gradients = parameters.trained // shares["gradients"]
+    if launch.processes > 1 and shares["gradients"] == 1 and not launch.deepspeed:
+        gradients *= 2  # data parallel training keeps a second copy, in which they are exchanged
+    heap = 1.0 if torch.cuda.is_available() else _HEAP
+    step = activation_bytes(config, settings, batch, device=this_device(settings), checkpointing=checkpointing)
+    return Estimate(
+        weights=(0 if "parameters" in launch.offload else weights // shares["weights"]) + gathered,
+        adapter=adapter // shares["weights"],
+        optimizer=0 if "optimizer" in launch.offload else optimizer,
+        gradients=gradients,
+        activations=round(heap * step.size) + parameters.largest_matrix,
+        available=available_bytes(launch.local_processes) if available is None else available,
+        generation=cache_bytes(config, answers, compute_dtype(settings)) if answers else 0,
+        traced=step.traced,
+    )
+
+
+def _shares(launch: Launched) -> dict[str, int]:
+    """Among how many devices each part is shared out. FSDP without a GPU is plain data parallel training."""
+    sharding = launch.sharding if launch.sharding != "fsdp" or torch.cuda.is_available() else "none"
+    level = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[sharding]
+    names = ("optimizer", "gradients", "weights")
+    return {name: launch.processes if level > place else 1 for place, name in enumerate(names)}
+
+
+def parameter_bytes(config: PretrainedConfig, settings: Settings) -> Parameters:
+    """Counted on the meta device, each parameter in the type it is kept in.
+
+    Raises:
+        Problems: no target module of the adapter exists in the model.
+    """
+    bare = blank_model(config, settings)
+    quantised = dict(_quantised(bare, settings))
+    sizes = {id(parameter): round(parameter.numel() * width) for parameter, width in quantised.items()}
+    matrices = [parameter.numel() * parameter.itemsize for parameter in quantised]
+    model = with_adapter(bare, settings)
+    frozen = {id(p): sizes.get(id(p), p.numel() * p.itemsize) for p in model.parameters() if not p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layers = [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]
+    return Parameters(
+        frozen=sum(frozen.values()),
+        trained=sum(p.numel() * p.itemsize for p in trained),
+        trained_count=sum(p.numel() for p in trained),
+        trained_width=max((p.itemsize for p in trained), default=4),
+        largest_layer=max(
+            (sum(frozen.get(id(p), p.nbytes) for p in layer.parameters()) for layer in layers), default=0
+        ),
+        largest_matrix=max(matrices, default=0),
+    )
+
+
+def _quantised(bare: PreTrainedModel, settings: Settings) -> Iterator[tuple[torch.nn.Parameter, float]]:
+    """Parameters that bitsandbytes quantises, with their bytes per weight: linear layers, not embeddings, norms, the
+    output head or experts kept in one tensor."""
+    if not settings.load_in_4bit and not settings.load_in_8bit:
+        return
+    four = _NF4_DOUBLE if settings.bnb_4bit_use_double_quant else _NF4
+    kept = get_keys_to_not_convert(bare)
+    linear = {id(m.weight) for m in bare.modules() if type(m) is torch.nn.Linear or isinstance(m, Conv1D)}
+    for name, parameter in bare.named_parameters():
+        if id(parameter) in linear and should_convert_module(name.removesuffix(".weight"), kept):
+            yield parameter, _INT8 if settings.load_in_8bit else four
+
+
+def optimizer_bytes(parameters: Parameters, settings: Settings, launch: Launched) -> int:
+    """Optimizer state for all trained parameters. DeepSpeed runs its own AdamW in float32 on a float32 copy."""
+    if launch.deepspeed:
+        return 12 * parameters.trained_count
+    if settings.optim.startswith("paged_"):
+        return 0  # it moves to CPU memory when the device needs the room
+    copies = next((count for name, count in _STATES.items() if name in settings.optim), 2)
+    width = 1.0 if "8bit" in settings.optim else 0.5 if "4bit" in settings.optim else parameters.trained_width
+    return round(copies * width * parameters.trained_count)
+
+
+def this_device(settings: Settings) -> Device:
+    """The device of this process, as far as it decides about memory."""
+    return Device(compute_dtype(settings), fused_head=torch.cuda.is_available())
+
+
+def available_bytes(processes: int = 1) -> int:
+    """Bytes this process may take on its device: a GPU's free memory, or its share of the free main memory."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    return min([psutil.virtual_memory().available, *_container_limit()]) // processes
+
+
+def _container_limit() -> list[int]:
+    """What a container's limit leaves, [] without one."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return [] if limit == "max" else [int(limit) - int(used)]
+    except (OSError, ValueError):
+        return []
+
+
+def largest_batch(rows: datasets.Dataset, settings: Settings) -> Batch:
+    """The micro-batch with most tokens in the first epochs: their order is known beforehand."""
+    numbers = largest_items(np.asarray(rows["length"]), settings, packs=packs_of(rows, settings))
+    chosen = rows.select(numbers)
+    trained = sum(int((np.asarray(labels[1:]) != -100).sum()) for labels in chosen["labels"])
+    return Batch(int(np.sum(chosen["length"])), max(trained, 1), rows=len(numbers))
+
+
+def shortage(need: Estimate, settings: Settings) -> str:
+    """What to say when memory ran out: the estimate, the measured peak of a GPU, and what to change."""
+    gib = 2**30
+    peak = f", {torch.cuda.max_memory_allocated() / gib:.1f} GiB at the peak" if torch.cuda.is_available() else ""
+    return f"Out of memory: {need.total / gib:.1f} GiB were estimated{peak}. Change {advice(settings)}."
+
+
+def raise_shortage(error: Exception, trainer: StagedTrainer) -> None:
+    """RunFailed with estimate, peak and remedies, if the error says that memory ran out."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        settings, rows = trainer.settings, trainer.train_dataset.rows
+        checkpointing = bool(trainer.args.gradient_checkpointing)
+        config = trainer.accelerator.unwrap_model(trainer.model).config
+        need = estimate(config, settings, largest_batch(rows, settings), checkpointing=checkpointing)
+        raise RunFailed(shortage(need, settings)) from error
+
+
+def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: Batch, *, held: int = 0) -> bool:
+    """Whether a step would come near the limit of the device without gradient checkpointing.
+
+    `held`: bytes of the model where it is loaded already; on a GPU the device knows them.
+    """
+    available = available_bytes(launched().local_processes) + (0 if torch.cuda.is_available() else held)
+    device = this_device(settings)
+    # Where the rule of thumb leaves a wide margin, the seconds of the exact answer are saved.
+    if held and 4 * (rule_of_thumb(config, batch, device=device, checkpointing=False) + held) < available:
+        return False
+    need = estimate(config, settings, batch, checkpointing=False, available=available)
+    return need.training > COMFORTABLE * available
+
+
+_SMALL_RANK = 8
+
+
+def advice(settings: Settings, *, answering: bool = False) -> str:
+    """The settings that save memory, with values that fit these settings, first the one to try first.
+
+    `answering`: the generation evaluation needs more than a training step does.
+    """
+    fewer = max(1, settings.gen_batch_size // 2)
+    first = [f"SFT_GEN_BATCH_SIZE={fewer}"] if answering and fewer < settings.gen_batch_size else []
+    return "in this order: " + "; ".join([*first, *_remedies(settings)])
+
+
+def _remedies(settings: Settings) -> Iterator[str]:
+    rows, accumulation = settings.per_device_train_bs, settings.grad_accum
+    if rows > 1:
+        half = rows // 2
+        yield f"SFT_PER_DEVICE_TRAIN_BS={half} with SFT_GRAD_ACCUM={-(-rows * accumulation // half)}"
+    if not settings.use_lora:
+        yield f"SFT_USE_LORA=1 with SFT_LORA_R={_SMALL_RANK}"
+    elif settings.lora_r > _SMALL_RANK:
+        yield f"SFT_LORA_R={_SMALL_RANK}"
+    if not settings.load_in_8bit and not settings.load_in_4bit:
+        yield "SFT_LOAD_IN_8BIT=1 or SFT_LOAD_IN_4BIT=1"
+    elif settings.load_in_8bit:
+        yield "SFT_LOAD_IN_4BIT=1 instead of SFT_LOAD_IN_8BIT=1"
+    if settings.gradient_checkpointing != "1":
+        yield "SFT_GRADIENT_CHECKPOINTING=1"
+    yield f"SFT_MAX_SEQ_LEN below {settings.max_seq_len}"
+    yield "more devices with configs/accelerate/zero3.yaml"

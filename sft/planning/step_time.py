@@ -1,0 +1,159 @@
+"""One step on the real device: the largest micro-batch forward and backward, with its time and, on a GPU, its peak."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from sft.distributed.launch import launched
+from sft.models.attention import confine_rows
+from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers
+from sft.planning.activations import with_adapter
+from sft.planning.document import TIME
+from sft.training.batches import TrainingRows, join, largest_items, packs_of
+from sft.training.loss import token_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sft.data.mixture import Mix
+    from sft.planning.memory import Estimate
+    from sft.settings import Settings
+
+# Multiplications and additions a CPU is asked for at most: a few seconds at 20 to 50 billion a second.
+_CPU_LIMIT = 1e11
+# Per weight and token: forward and twice that backward, in two passes.
+_PER_WEIGHT = 12
+
+
+class Trial(NamedTuple):
+    """What was measured: seconds of a micro-batch of `tokens`, bytes at a GPU's peak, whether it could be done at all;
+    or, in `reason`, why nothing was."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    peak: int = 0
+    fits: bool = True
+    rows: int = 0
+    device: str = ""
+    reason: str = ""
+
+
+def trial(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkpointing: bool) -> Trial:
+    """Loads the model and trains the largest micro-batch without keeping anything.
+
+    The second of two passes is timed: the first one also sets up kernels and memory. On a CPU only where both take a
+    few seconds.
+
+    Raises:
+        Problems: the model can't be loaded.
+    """
+    rows = largest_items(np.asarray(mix.train["length"]), settings, packs=packs_of(mix.train, settings))
+    batch = join([[TrainingRows(mix.train).row(0, row) for row in rows]])
+    tokens = batch["input_ids"].numel()
+    if reason := untried(settings, estimate, tokens):
+        return Trial(tokens=tokens, rows=len(rows), reason=reason)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")}
+    seconds, fits = 0.0, True
+    try:
+        model = trained_model(base, settings, device=device, checkpointing=checkpointing)
+        for _ in range(2):
+            seconds = timed_pass(model, inputs, compute_dtype(settings))
+    except torch.OutOfMemoryError:
+        fits = False
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return Trial(seconds, tokens, peak, fits, rows=len(rows), device=device_name())
+
+
+def untried(settings: Settings, estimate: Estimate, tokens: int) -> str:
+    """Why no time can be claimed; "" where the step can be tried."""
+    launch = launched()
+    if launch.splits_weights:
+        return f"under {launch.sharding} no device holds the whole model, so one alone can't try a step"
+    if torch.cuda.is_available():
+        return ""
+    if settings.load_in_4bit or settings.load_in_8bit:
+        return "a step of a quantised model takes too long on this CPU to be tried"
+    weights = (estimate.weights + estimate.adapter) / compute_dtype(settings).itemsize
+    if _PER_WEIGHT * weights * tokens > _CPU_LIMIT:
+        return f"{tokens:,} tokens through {weights / 1e6:,.0f} million weights take too long on this CPU to be tried"
+    return ""
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU with the threads that work."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"this CPU with {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def trained_model(base: str, settings: Settings, *, device: torch.device, checkpointing: bool) -> torch.nn.Module:
+    """The model as the trainer has it, with the stage's adapter: on a GPU with TRL's fused head, on the CPU with
+    attention row by row."""
+    disable_progress_bar()
+    bare = load_model(base, settings, device=device)
+    if device.type == "cuda":
+        from trl.trainer.utils import add_fused_lm_head
+
+        torch.cuda.reset_peak_memory_stats()
+        add_fused_lm_head(bare)
+    else:
+        confine_rows(bare, settings)
+    model = with_adapter(bare, settings)
+    if not settings.load_in_4bit and not settings.load_in_8bit:
+        model.to(device)  # a quantised model was placed while it was loaded
+    if checkpointing:
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
+        bare.enable_input_require_grads()
+    return model.train()
+
+
+def timed_pass(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
+    """Seconds of one forward and backward pass."""
+    device = inputs["input_ids"].device.type
+    mixed = dtype != torch.float32
+    start = time.perf_counter()
+    with casts_left_to_autocast(lora_layers(model) if mixed else ()):
+        with torch.autocast(device, dtype, enabled=mixed):
+            loss = model(**inputs, fused_lm_head=True).loss if device == "cuda" else cpu_loss(model, inputs)
+        loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def cpu_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Loss of the trained tokens; where the model can, only their positions go through the output head."""
+    targets = (inputs["labels"][0] != -100).nonzero()[:, 0]
+    bare: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {name: inputs[name] for name in ("input_ids", "position_ids")}
+    if "logits_to_keep" in inspect.signature(type(bare).forward).parameters:
+        logits = model(**names, use_cache=False, logits_to_keep=targets - 1).logits.squeeze(0)
+    else:
+        logits = model(**names, use_cache=False).logits[0, targets - 1]
+    return token_cross_entropy(logits, inputs["labels"][0, targets]).mean()
+
+
+def forecast(trial: Trial, *, tokens: int, steps: dict[str, int]) -> dict[str, Any]:
+    """The `time` object of `--check --json`: steps x seconds of a step with the mean number of tokens.
+
+    Args:
+        tokens: of an epoch, all devices together.
+        steps: the `steps` object.
+    """
+    if trial.reason or not trial.fits:
+        reason = trial.reason or f"out of memory on {trial.device}"
+        return dict.fromkeys(TIME) | {"reason": reason}
+    speed = trial.tokens / trial.seconds * launched().processes
+    step = tokens / steps["per_epoch"] / speed
+    batch = f"the largest micro-batch ({trial.rows} rows, {trial.tokens:,} tokens)"
+    measured = f"{trial.device}, forward and backward of {batch}"
+    return dict(zip(TIME, (steps["total"] * step, step, speed, measured, None), strict=True))

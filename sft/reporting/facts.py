@@ -1,0 +1,175 @@
+"""What the files of a finished, running or killed stage say: every figure of its report, read from disk only.
+
+Whatever is missing or unreadable is left out (None or empty), and named in ``notices`` when it was there but broken.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sft.reporting.scores import (
+    compared_scores,
+    matrix_facts,
+    read_answers,
+    read_evaluations,
+    recorded_matrix,
+    score_names,
+)
+from sft.reporting.text import printable, redacted
+from sft.scoring import forgetting
+from sft.storage.json_files import Facts, is_number, metric_lines, read_object
+
+LONGEST_CURVE = 400  # points, about the pixels of a figure; more are averaged in equal groups
+SECRET_WORDS = {"TOKEN", "KEY", "PASSWORD", "PASSWD", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
+
+
+def stage_facts(folder: Path) -> Facts:
+    """Everything report.json holds about one stage."""
+    notices: list[str] = []
+    manifest = read_object(folder / "stage.json", notices)
+    lines = metric_lines(folder / "metrics.jsonl", notices)
+    evaluations = read_evaluations(folder, lines, notices)
+    settings = _settings(manifest)
+    facts = _header(folder, manifest, lines) | {
+        "best": read_object(folder / "best_model_info.json", notices) or None,
+        "curves": _curves(lines, evaluations),
+        "scores": compared_scores(evaluations),
+        "forgetting": matrix_facts(recorded_matrix(manifest)),
+        "mix": _mix(manifest),
+        "masked_loss": manifest.get("masked_loss") or None,
+        "answers": read_answers(folder, notices),
+        "lineage": _lineage(manifest),
+        "changed_settings": _changed_settings(folder, settings),
+        "settings": settings,
+        "versions": manifest.get("versions") or {},
+        "warnings": [text for text in manifest.get("warnings") or [] if isinstance(text, str)],
+        "notices": notices,
+    }
+    return printable(facts)
+
+
+def ladder_facts(folders: Sequence[Path]) -> Facts:
+    """What a ladder's report holds: its stages in order, one matrix of all of them, and the settings they differ in."""
+    stages = [stage_facts(folder) for folder in folders]
+    matrix = forgetting.joined(recorded_matrix(read_object(folder / "stage.json", [])) for folder in folders)
+    facts = {
+        "base_model": next((stage["base_model"] for stage in stages if stage["base_model"]), None),
+        "seconds": sum(stage["seconds"] or 0 for stage in stages),
+        "stages": [_summary(stage) for stage in stages],
+        "forgetting": matrix_facts(matrix),
+        "differing_settings": differing({f"stage {stage['stage']}": stage["settings"] for stage in stages}),
+        "warnings": [f"Stage {stage['stage']}: {text}" for stage in stages for text in stage["warnings"]],
+        "notices": [f"Stage {stage['stage']}: {text}" for stage in stages for text in stage["notices"]],
+    }
+    return printable(facts)
+
+
+def _summary(stage: Facts) -> Facts:
+    kept = ("stage", "folder", "status", "seconds", "steps", "train_rows", "val_rows", "tokens", "curves", "scores")
+    return {name: stage[name] for name in kept} | {
+        "loss": _ends(stage["curves"].get("loss")),
+        "eval_loss": _ends(stage["curves"].get("eval_loss")),
+        "learning_rate": max((value for _, value in stage["curves"].get("learning_rate", [])), default=None),
+    }
+
+
+def _ends(curve: list[list[float]] | None) -> list[float] | None:
+    return [curve[0][1], curve[-1][1]] if curve else None
+
+
+def _header(folder: Path, manifest: Facts, lines: list[Facts]) -> Facts:
+    number = re.search(r"_stage(\d+)$", folder.name)
+    started, finished = _moment(manifest.get("started")), _moment(manifest.get("finished"))
+    ended = finished or _moment(next((line["time"] for line in reversed(lines) if "time" in line), None))
+    plain = ("base_model", "train_rows", "val_rows", "mlflow_run_id")
+    return {name: manifest.get(name) for name in plain} | {
+        "stage": manifest.get("stage", int(number.group(1)) if number else None),
+        "folder": folder.name,
+        "status": manifest.get("status") or "unknown",
+        "started": started.isoformat() if started else None,
+        "finished": finished.isoformat() if finished else None,
+        "seconds": round((ended - started).total_seconds(), 1) if started and ended else None,
+        "tokens": _picked(manifest.get("tokens"), ("total", "trained")),
+        "steps": _steps(manifest.get("steps")),
+        "last_step": lines[-1]["step"] if lines else None,
+        "metrics": manifest.get("metrics") or {},
+    }
+
+
+def _picked(record: Mapping[str, Any] | None, names: Sequence[str]) -> Facts | None:
+    return {name: record.get(name) for name in names} if record else None
+
+
+def _steps(steps: Any) -> int | None:
+    return steps.get("total") if isinstance(steps, dict) else steps
+
+
+def _moment(value: Any) -> datetime | None:
+    """ISO text or Unix seconds -> UTC, None for anything else."""
+    try:
+        moment = datetime.fromtimestamp(value, UTC) if is_number(value) else datetime.fromisoformat(str(value))
+    except (ValueError, OverflowError, OSError):
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC).replace(microsecond=0)
+
+
+def _curves(lines: list[Facts], evaluations: Mapping[int, Mapping[str, float]]) -> dict[str, list[list[float]]]:
+    """metric -> [step, value] pairs of what is plotted; a step logged twice (a resumed run) keeps the later value."""
+    losses = sorted({name for line in lines for name in line if re.fullmatch(r"eval_(\w+_)?loss", name)})
+    plotted = ["loss", *losses, "learning_rate", "grad_norm", "tokens_per_second"]
+    curves = {name: {line["step"]: line[name] for line in lines if is_number(line.get(name))} for name in plotted}
+    for name in score_names(evaluations):
+        curves[name] = {step: metrics[name] for step, metrics in evaluations.items() if name in metrics}
+    return {name: _thinned(sorted(points.items())) for name, points in curves.items() if points}
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[list[float]]:
+    group = -(-len(points) // LONGEST_CURVE)
+    groups = (points[start : start + group] for start in range(0, len(points), group))
+    return [[chunk[-1][0], sum(value for _, value in chunk) / len(chunk)] for chunk in groups]
+
+
+def _mix(manifest: Facts) -> Facts:
+    wanted = ("id", "split", "weight", "rows", "validation_rows", "drawn", "fingerprint")
+    sources = [_picked(source, wanted) for source in manifest.get("sources") or [] if source]
+    dropped = {reason: rows for reason, rows in (manifest.get("dropped") or {}).items() if rows}
+    return {"sources": sources, "dropped": dropped, "upsampling": manifest.get("upsampling") or []}
+
+
+def _lineage(manifest: Facts) -> Facts:
+    parents = [_picked(parent, ("stage", "adapter_sha256")) for parent in manifest.get("parents") or [] if parent]
+    merge = _picked(manifest.get("merge"), ("max_abs_diff", "kl", "seconds", "peak_rss_bytes"))
+    return {"parents": parents, "merge": merge, "adapter_sha256": manifest.get("adapter_sha256")}
+
+
+def _settings(manifest: Facts) -> dict[str, Facts]:
+    """Every recorded setting but those whose name says secret (HF_TOKEN, not SFT_GEN_MAX_NEW_TOKENS)."""
+    recorded = manifest.get("settings") or {}
+    shown = {name: entry for name, entry in recorded.items() if not SECRET_WORDS & set(name.upper().split("_"))}
+    return {
+        name: {"value": redacted(entry.get("value")), "origin": entry.get("origin")}
+        for name, entry in sorted(shown.items())
+        if isinstance(entry, dict)
+    }
+
+
+def _changed_settings(folder: Path, settings: dict[str, Facts]) -> list[Facts] | None:
+    """Settings that differ from the stage before, read from its own manifest; None for stage 1 or without one."""
+    found = re.fullmatch(r"(.*_stage)(\d+)", folder.name)
+    if not found:
+        return None
+    before = _settings(read_object(folder.with_name(f"{found.group(1)}{int(found.group(2)) - 1}") / "stage.json", []))
+    return differing({"before": before, "now": settings}) if before else None
+
+
+def differing(by_label: Mapping[str, dict[str, Facts]]) -> list[Facts]:
+    """Rows {"name", "values": {label: value}} of the settings that are not the same under every label."""
+    rows = []
+    for name in sorted({name for settings in by_label.values() for name in settings}):
+        values = {label: settings.get(name, {}).get("value") for label, settings in by_label.items()}
+        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+            rows.append({"name": name, "values": values})
+    return rows

@@ -1,0 +1,93 @@
+"""What a run leaves for people to follow it: MLflow's run, metrics.jsonl, answers shown before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+
+from sft.distributed import ranks
+from sft.distributed.ranks import say
+from sft.distributed.signals import STOP, Stopped
+from sft.evaluation.generation_evaluation import show_samples
+from sft.reporting.tracker import Tracker
+from sft.storage import json_files
+
+if TYPE_CHECKING:
+    from sft.data.mixture import Mix
+    from sft.stages.stage import Stage
+    from sft.training.trainer import StagedTrainer
+
+
+@contextmanager
+def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
+    """The stage's MLflow run around training, on the main process alone. Ended by what ended the block."""
+    settings = stage.settings
+    tracker = start_tracking(stage, mix) if PartialState().is_main_process and "mlflow" in settings.report_to else None
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker:
+            tracker.close(status)
+        if status == "KILLED" and STOP.agreed:
+            ranks.leave()
+
+
+def start_tracking(stage: Stage, mix: Mix) -> Tracker:
+    """The stage's MLflow run with its parameters and tags."""
+    settings = stage.settings
+    tracker = Tracker(settings, stage.folder, run_id=stage.manifest.get("mlflow_run_id"), say=say)
+    values = {name: record["value"] for name, record in settings.record().items()}
+    tracker.log_parameters(values | {"train_rows": len(mix.train), "val_rows": len(mix.val)})
+    ladder = str(settings.out_lora_dir)
+    tracker.log_tags(
+        {
+            "ladder": ladder,
+            "stage": str(stage.number),
+            "parents": ", ".join(f"stage {parent.stage} {parent.adapter_sha256[:12]}" for parent in stage.parents),
+        }
+    )
+    tracker.log_sources(stage.manifest["sources"])
+    return tracker
+
+
+class MetricsRecord:
+    """Every logged metric: one line in metrics.jsonl, and the same to MLflow."""
+
+    def __init__(self, stage: Stage, tracker: Tracker | None) -> None:
+        self.stage, self.tracker = stage, tracker
+
+    def take(self, record: dict[str, Any]) -> None:
+        json_files.append_line(self.stage.folder / "metrics.jsonl", json_files.json_text(record, indent=None))
+        if self.tracker:
+            self.tracker.log_metrics(record)
+            if self.tracker.run_id and self.stage.manifest.get("mlflow_run_id") != self.tracker.run_id:
+                self.stage.update(mlflow_run_id=self.tracker.run_id)  # a killed run goes on in the same one
+
+
+class SampleRecord:
+    """Shows the first answers before training and after it, and keeps all of them in MLflow's table."""
+
+    def __init__(self, stage: Stage, trainer: StagedTrainer, tracker: Tracker | None) -> None:
+        self.stage, self.trainer, self.tracker = stage, trainer, tracker
+
+    def take(self, samples: list[dict[str, Any]], step: int) -> None:
+        state = self.trainer.state
+        if step == 0 or step >= state.max_steps:
+            when = "before training" if step == 0 else "after training"
+            count = self.stage.settings.num_generate_samples
+            show_samples(samples, count, f"Sample answers of stage {self.stage.number} {when}")
+        if self.tracker:
+            rows = [
+                {"step": step, "task": s["task"], "asked": s["prompt"][-1]["content"]}
+                | {name: s.get(name) for name in ("answer", "reference", "score")}
+                for s in samples
+            ]
+            self.tracker.log_table(rows, "gen_samples.json")

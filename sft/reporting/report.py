@@ -1,0 +1,174 @@
+"""Reports of a stage and of a ladder: report.html to read, report.json with the same facts, terminal tables.
+
+Everything comes from files on disk (report_facts.py), so a report can be made of a running, killed or copied stage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from sft.distributed.launch import launched
+from sft.reporting import plots
+from sft.reporting.facts import ladder_facts, stage_facts
+from sft.reporting.scores import recorded_matrix
+from sft.reporting.text import aligned, duration, figure, language, plain, score, signed
+from sft.scoring import forgetting
+from sft.storage.atomic import write_text
+from sft.storage.json_files import Facts, read_object, write_json
+
+if TYPE_CHECKING:
+    from sft.reporting.tracker import Tracker
+    from sft.settings import Settings
+    from sft.stages.stage import Stage
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.html and report.json into a stage's folder and returns the path of the page."""
+    facts = stage_facts(folder)
+    page = _environment().get_template("report.html.jinja").render(facts, charts=_stage_charts(facts["curves"]))
+    write_json(folder / "report.json", facts)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def write_ladder_report(folders: Sequence[Path], target: Path) -> Path:
+    """Writes the page that compares a ladder's stages, in order, to `target` and its facts beside it as .json."""
+    facts = ladder_facts(folders)
+    links = [quote(os.path.relpath(folder / "report.html", target.parent)) for folder in folders]
+    template = _environment().get_template("ladder.html.jinja")
+    page = template.render(facts, links=links, charts=_ladder_charts(facts))
+    write_json(target.with_suffix(".json"), facts)
+    write_text(target, page)
+    return target
+
+
+def score_table(folders: Sequence[Path]) -> str:
+    """Plain text: base and the model of every stage by overall score and score per format; "" without scores."""
+    matrix = forgetting.joined(recorded_matrix(read_object(folder / "stage.json", [])) for folder in folders)
+    if not matrix:
+        return ""
+    columns, scores = forgetting.format_scores(matrix)
+    rows = [[model, *(score(scores[model].get(column)) for column in columns)] for model in matrix["models"]]
+    return aligned([["model", *columns], *rows])
+
+
+def forgetting_table(manifest: Mapping[str, Any]) -> str:
+    """Plain text: models by stages' tasks, "!" at what fell by more than the margin, then what it was; "" without."""
+    matrix = recorded_matrix(dict(manifest))
+    if not matrix:
+        return ""
+    found = forgetting.drops(matrix, matrix.get("margin", forgetting.MARGIN))
+    lost = {(drop.model, drop.tasks) for drop in found}
+    rows = [["model", *(f"{tasks} tasks" for tasks in matrix["tasks"])]]
+    for model in matrix["models"]:
+        scores = {tasks: score(forgetting.cell(matrix, model, tasks)) for tasks in matrix["tasks"]}
+        rows.append([model, *(f"{text}{'!' if (model, tasks) in lost else ' '}" for tasks, text in scores.items())])
+    return "\n".join([aligned(rows), *(f"! {drop.sentence()}" for drop in found)])
+
+
+def page(template: str, facts: Mapping[str, Any]) -> str:
+    """A page of the house's look from one of the templates here, for the programs that report on something else."""
+    return _environment().get_template(template).render(facts)
+
+
+@cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(TEMPLATES, encoding="utf-8")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    filters = {
+        "figure": figure,
+        "score": score,
+        "signed": signed,
+        "plain": plain,
+        "duration": duration,
+        "language": language,
+    }
+    environment.filters |= filters | {"format_of": forgetting.format_of}
+    return environment
+
+
+def _chart(svg: str, title: str, legend: Sequence[tuple[str, float | None, int]]) -> Facts:
+    """A figure for the template: `legend` has the name, last value and colour (1..6) of every series."""
+    return {"svg": Markup(svg), "title": title, "legend": legend}
+
+
+def _lines(curves: Mapping[str, plots.Curve], title: str, **options: Any) -> list[Facts]:
+    if not curves:
+        return []
+    return [_chart(plots.line_chart(curves, title=title, **options), title, _legend(curves))]
+
+
+def _legend(curves: Mapping[str, plots.Curve]) -> list[tuple[str, float | None, int]]:
+    return [(name, curve[-1][1], number % 6 + 1) for number, (name, curve) in enumerate(curves.items())]
+
+
+def _stage_charts(curves: Mapping[str, plots.Curve]) -> list[Facts]:
+    losses = {name: curve for name, curve in curves.items() if name.endswith("loss")}
+    scores = {name: curve for name, curve in curves.items() if name.startswith("gen_")}
+    rate = {"learning_rate": curves["learning_rate"]} if "learning_rate" in curves else {}
+    speed = {"tokens_per_second": curves["tokens_per_second"]} if "tokens_per_second" in curves else {}
+    unit = all(0 <= value <= 1 for curve in scores.values() for _, value in curve)
+    charts = _lines(losses, "Loss") + _lines(scores, "Scores of generated answers", unit=unit)
+    return charts + _lines(rate, "Learning rate", zero=True) + _lines(speed, "Trained tokens per second")
+
+
+def _ladder_charts(facts: Facts) -> list[Facts]:
+    charts = []
+    if matrix := facts["forgetting"]:
+        columns, scores = matrix["columns"], matrix["format_scores"]
+        bars = [[row.get(column) for column in columns] for row in scores.values()]
+        # A stage has the colour of its curves below, the base the grey that is left.
+        numbers = [(forgetting.stage_number(model) - 1) % 6 + 1 for model in scores]
+        title = "Score of each model"
+        legend = [(model, None, number) for model, number in zip(scores, numbers, strict=True)]
+        charts.append(_chart(plots.bar_chart(bars, columns, title=title, numbers=numbers), title, legend))
+    for name, title in (("loss", "Training loss"), ("eval_loss", "Evaluation loss")):
+        curves = {f"stage {s['stage']}": s["curves"][name] for s in facts["stages"] if name in s["curves"]}
+        if curves:
+            charts.append(_chart(plots.ladder_chart(list(curves.values()), title=title), title, _legend(curves)))
+    return charts
+
+
+def close_stage(stage: Stage, tracker: Tracker | None) -> None:
+    """Writes the report of a completed stage, sends it to MLflow and prints the summary."""
+    report = write_report(stage.folder)
+    manifest = stage.manifest
+    if tracker:
+        for path in (stage.folder / "stage.json", report, stage.folder / "report.json"):
+            tracker.log_artifact(path)
+    metrics = manifest["metrics"]
+    figures = [f"{manifest['steps']} steps", f"{manifest['metrics'].get('tokens', 0):,} tokens"]
+    shown = {"loss": "loss", "eval_loss": "eval loss", "gen_score": "gen_score"}
+    figures += [f"{text} {metrics[name]:.4f}" for name, text in shown.items() if metrics.get(name) is not None]
+    print(f"\nStage {stage.number} is complete: {', '.join(figures)}")
+    if table := forgetting_table(manifest):
+        print(f"\nForgetting matrix (gen_score; rows: models, columns: each stage's validation rows)\n{table}")
+    print(f"\n  adapter  {stage.folder}\n  best     {stage.folder / 'best_model'}\n  report   {report}\n")
+
+
+def stage_folders(ladder: Sequence[Settings]) -> list[Path]:
+    return [Path(f"{settings.out_lora_dir}_stage{settings.stage}") for settings in ladder]
+
+
+def close_ladder(ladder: Sequence[Settings]) -> None:
+    """Writes the report that compares the stages and prints score table, report and how to open MLflow."""
+    if launched().rank > 0:
+        return
+    folders = [folder for folder in stage_folders(ladder) if (folder / "stage.json").is_file()]
+    report = write_ladder_report(folders, Path(f"{ladder[-1].out_lora_dir}_report.html"))
+    if table := score_table(folders):
+        print(f"\nScores of base model and stages (gen_score, 0 to 1, on rows never trained on)\n{table}\n")
+    print(f"Report: {report}\nMLflow: official_content/mlflow_ui.sh   (then open http://127.0.0.1:58000)")

@@ -1,0 +1,138 @@
+"""The generation-evaluation part of a report: scores over time, per format and task, forgetting, answers to read."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft.reporting.text import short
+from sft.scoring import forgetting
+from sft.storage.json_files import Facts, is_number, read_lines, read_object
+
+SHOWN_ANSWERS = 5
+LONGEST_ANSWER = 2_000  # characters; an answer that never stopped would fill the page
+LOWER_IS_BETTER = {"loss", "eval_loss", "perplexity", "gen_fp_rate_on_negative"}
+DETAIL_METRICS = ("gen_parse_rate", "gen_key_rate", "gen_value_rate", "gen_exact_rate", "gen_only_rate")
+
+
+def _numbered(folder: Path, stem: str, suffix: str) -> list[tuple[int, Path]]:
+    """Files such as gen_metrics_step40.json with their steps, in order of the step."""
+    found = ((re.fullmatch(rf"{stem}(\d+)\.{suffix}", path.name), path) for path in folder.glob(f"{stem}*.{suffix}"))
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def read_evaluations(folder: Path, lines: list[Facts], notices: list[str]) -> dict[int, dict[str, float]]:
+    """step -> generation metrics; the files count where metrics.jsonl has the same step."""
+    evaluations: dict[int, dict[str, float]] = {}
+    for line in lines:
+        if metrics := _gen_metrics(line):
+            evaluations.setdefault(line["step"], {}).update(metrics)
+    for step, path in _numbered(folder, "gen_metrics_step", "json"):
+        if metrics := _gen_metrics(read_object(path, notices)):
+            evaluations.setdefault(step, {}).update(metrics)
+    return dict(sorted(evaluations.items()))
+
+
+def _gen_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in record.items() if k.startswith("gen_") and k != "gen_global_step" and is_number(v)}
+
+
+def score_names(evaluations: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """gen_score and its formats; where there is none (extraction), the first six overall rates."""
+    present = {name for metrics in evaluations.values() for name in metrics}
+    if "gen_score" in present:
+        return ["gen_score", *(f"gen_score/{name}" for name in forgetting.FORMATS if f"gen_score/{name}" in present)]
+    return sorted(name for name in present if "/" not in name and "_count" not in name)[:6]
+
+
+def compared_scores(evaluations: Mapping[int, Mapping[str, float]]) -> Facts | None:
+    """First against last evaluation: overall metrics, then per format, task and extracted field."""
+    if not evaluations:
+        return None
+    steps = list(evaluations)
+    first, last = evaluations[steps[0]] if len(steps) > 1 else {}, evaluations[steps[-1]]
+    suffixes = sorted({name.split("/", 1)[1] for name in (*first, *last) if name.startswith("gen_score/")})
+    fields = sorted({n.split("/", 1)[1] for n in (*first, *last) if n.startswith("gen_field_exact_match_rate/")})
+    overall = sorted((n for n in {*first, *last} if "/" not in n), key=lambda name: (name != "gen_score", name))
+    return {
+        "first_step": steps[0] if len(steps) > 1 else None,
+        "last_step": steps[-1],
+        "details": [metric for metric in DETAIL_METRICS if any(name.startswith(f"{metric}/") for name in last)],
+        "overall": [_compared(name, name, first, last) for name in overall],
+        "formats": [_detailed(name, first, last) for name in forgetting.FORMATS if name in suffixes],
+        "tasks": [_detailed(name, first, last) for name in suffixes if name not in forgetting.FORMATS],
+        "fields": [_compared(name, f"gen_field_exact_match_rate/{name}", first, last) for name in fields],
+    }
+
+
+def _compared(label: str, name: str, first: Mapping[str, float], last: Mapping[str, float]) -> Facts:
+    before, after = first.get(name), last.get(name)
+    delta = after - before if before is not None and after is not None else None
+    return {"name": label, "first": before, "last": after, "delta": delta, "better": _better(name, delta)}
+
+
+def _better(name: str, delta: float | None) -> bool | None:
+    if not delta or "_count" in name:
+        return None
+    return (delta > 0) != (name in LOWER_IS_BETTER)
+
+
+def _detailed(name: str, first: Mapping[str, float], last: Mapping[str, float]) -> Facts:
+    detail = {metric: last[f"{metric}/{name}"] for metric in DETAIL_METRICS if f"{metric}/{name}" in last}
+    return _compared(name, f"gen_score/{name}", first, last) | {"detail": detail}
+
+
+def recorded_matrix(manifest: Facts) -> Facts | None:
+    """The forgetting record of a manifest, None when there is none or it is not complete."""
+    matrix = manifest.get("forgetting")
+    if not isinstance(matrix, dict):
+        return None
+    models, tasks, scores = (matrix.get(name) or [] for name in ("models", "tasks", "scores"))
+    named = all(isinstance(label, str) for label in (*models, *tasks))
+    measured = bool(scores) and all(isinstance(row, list) for row in scores)
+    return matrix if models and tasks and named and measured else None
+
+
+def matrix_facts(matrix: Facts | None) -> Facts | None:
+    """The forgetting matrix as rows of cells, with the drops beyond the margin and their sentences."""
+    if not matrix:
+        return None
+    margin = matrix.get("margin", forgetting.MARGIN)
+    found = forgetting.drops(matrix, margin)
+    lost = {(drop.model, drop.tasks): drop for drop in found}
+    rows = [
+        {"model": model, "cells": [_cell(matrix, model, tasks, lost.get((model, tasks))) for tasks in matrix["tasks"]]}
+        for model in matrix["models"]
+    ]
+    columns, scores = forgetting.format_scores(matrix)
+    facts = {"metric": matrix.get("metric", "gen_score"), "margin": margin, "tasks": matrix["tasks"], "rows": rows}
+    return facts | {"drops": [drop.sentence() for drop in found], "columns": columns, "format_scores": scores}
+
+
+def _cell(matrix: Facts, model: str, tasks: str, drop: forgetting.Drop | None) -> Facts:
+    fall = drop and {"since": drop.since, "before": drop.before, "lost": drop.before - drop.after}
+    return {"score": forgetting.cell(matrix, model, tasks), "drop": fall}
+
+
+def read_answers(folder: Path, notices: list[str]) -> Facts | None:
+    """The worst and the best answers of the last generation evaluation; unscored ones (mode samples) as they come."""
+    files = _numbered(folder, "gen_samples_step", "jsonl")
+    samples = read_lines(files[-1][1], notices) if files else []
+    if not samples:
+        return None
+    scored = sorted((s for s in samples if is_number(s.get("score"))), key=lambda sample: sample["score"])
+    best = scored[::-1][: min(SHOWN_ANSWERS, len(scored) // 2)]
+    worst = scored[: min(SHOWN_ANSWERS, len(scored) - len(best))]
+    unscored = [] if scored else samples[:SHOWN_ANSWERS]
+    groups = {"worst": worst, "best": best, "unscored": unscored}
+    shown = {name: [_sample(sample) for sample in group] for name, group in groups.items()}
+    return {"step": files[-1][0], "count": len(samples)} | shown
+
+
+def _sample(sample: Facts) -> Facts:
+    prompt = sample.get("prompt") or []
+    turns = prompt if isinstance(prompt, list) else [{"role": "prompt", "content": prompt}]
+    text = "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns if isinstance(turn, dict))
+    texts = {"prompt": text, "answer": sample.get("answer"), "reference": sample.get("reference")}
+    shown = {name: short("" if value is None else str(value), LONGEST_ANSWER) for name, value in texts.items()}
+    return {"task": sample.get("task") or "", "score": sample.get("score")} | shown

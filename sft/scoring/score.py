@@ -1,0 +1,73 @@
+"""Answers in, numbers out: one entry for every kind of generation evaluation (SFT_GEN_EVAL)."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sft.scoring import edges, extraction, structured
+from sft.scoring.payload import DEFAULT_MARKERS
+
+KINDS = ("none", "samples", "structured", "extraction")
+
+_Scored = tuple[list[dict[str, Any]], dict[str, float]]
+
+
+def score(
+    kind: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    markers: Sequence[str] = DEFAULT_MARKERS,
+    fields: Sequence[str] = (),
+) -> _Scored:
+    """Score rows of `answer`, `reference` and, optional, `task` (the task key) and `paths` (StructEval's key paths).
+
+    Returns one dict a row, in order, with at least `score`, within [0, 1] or None where the kind does not judge the
+    row; and the metrics. Every kind that judges gives `gen_score` (mean of the rows' scores, also per task) and
+    `gen_samples` (rows judged). Under `structured` a row whose task names a format is judged by it, one whose reference
+    is lines of `A -> B` by its edges, any other not at all. `none` and `samples` judge nothing.
+    """
+    if kind == "extraction":
+        pairs = [(row["answer"], row["reference"]) for row in rows]
+        scores, metrics = extraction.score_rows(pairs, fields=fields)
+    elif kind == "structured":
+        scores, metrics = _score_structured(rows, markers)
+    elif kind in KINDS:
+        scores, metrics = [{"score": None} for _ in rows], {}
+    else:
+        raise ValueError(f"{kind!r} is not a kind of generation evaluation: {', '.join(KINDS)}")
+    return scores, metrics | _mean_scores(rows, scores)
+
+
+def _score_structured(rows: Sequence[Mapping[str, Any]], markers: Sequence[str]) -> _Scored:
+    scores: list[dict[str, Any]] = [{"score": None, "note": "no format and no paths to judge by"} for _ in rows]
+    judged: list[tuple[str, str, structured.StructuredScore]] = []
+    path_rows: list[int] = []
+    for index, row in enumerate(rows):
+        task_key = row.get("task") or ""
+        if output_format := structured.target_format(task_key):
+            result = structured.score_answer(
+                row["answer"],
+                output_format,
+                reference=row["reference"],
+                paths=row.get("paths") or (),
+                markers=markers,
+            )
+            judged.append((task_key, output_format, result))
+            scores[index] = result._asdict()
+        elif edges.looks_like_paths(row["reference"]):
+            path_rows.append(index)
+    pairs = [(rows[index]["answer"], rows[index]["reference"]) for index in path_rows]
+    edge_scores, edge_metrics = edges.score_rows(pairs, markers=markers)
+    for index, edge_score in zip(path_rows, edge_scores, strict=True):
+        scores[index] = edge_score
+    return scores, structured.aggregate(judged) | edge_metrics
+
+
+def _mean_scores(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row, result in zip(rows, scores, strict=True):
+        if result["score"] is not None:
+            for name in {"gen_score", f"gen_score/{row['task']}" if row.get("task") else "gen_score"}:
+                groups[name].append(result["score"])
+    metrics = {name: sum(group) / len(group) for name, group in sorted(groups.items())}
+    return metrics | ({"gen_samples": float(len(groups["gen_score"]))} if metrics else {})

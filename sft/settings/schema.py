@@ -1,0 +1,269 @@
+"""Every setting of a stage: name, type, default, one sentence. Reads, checks and remembers where each came from.
+
+`SFT_LORA_R` in `stage1.env` is `settings.lora_r` in the code. No other module reads the process environment.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from sft.errors import Problems
+from sft.settings import values
+from sft.settings.env_file import gather, name_of
+from sft.settings.mistakes import validate
+from sft.settings.values import (
+    AtLeastOne,
+    IdOrMix,
+    Mix,
+    Names,
+    NotNegative,
+    OffOrCount,
+    Optimizer,
+    PathText,
+    Positive,
+    Processes,
+    Scheduler,
+    Share,
+    Source,
+    Switch,
+)
+
+
+def setting(default: Any, sentence: str) -> Any:
+    return Field(default, description=sentence)
+
+
+class Settings(BaseModel):
+    """What one stage is trained with. Frozen; `origins` says where each value came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: int
+    env_dir: Path
+    origins: dict[str, str] = Field(default_factory=dict, repr=False)
+    passthrough: dict[str, str] = Field(default_factory=dict, repr=False)
+
+    base_model: PathText = setting(..., "Base model the ladder starts from: a hub id or a model folder.")
+    model_revision: str | None = setting(None, "Branch, tag or commit of the base model on the hub.")
+    trust_remote_code: Switch = setting(False, "Run Python code that comes with the model.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "Number format to train in; auto is bfloat16 on a GPU that has it, else float32."
+    )
+    attn: Annotated[str, AfterValidator(values.check_attention)] = setting(
+        "auto", "Attention implementation as transformers names it; auto takes the fastest that keeps rows apart."
+    )
+    load_in_4bit: Switch = setting(False, "Quantise the frozen weights to 4 bits (QLoRA).")
+    load_in_8bit: Switch = setting(False, "Quantise the frozen weights to 8 bits.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "Number format of 4-bit weights.")
+    bnb_4bit_use_double_quant: Switch = setting(True, "Quantise the constants of 4-bit weights as well.")
+    chat_template: Annotated[str, AfterValidator(values.check_chat_template)] | None = setting(
+        None, "Chat template instead of the tokenizer's: chatml, llama2, alpaca, mistral or a .jinja file."
+    )
+
+    use_lora: Switch = setting(True, "Train an adapter; 0 trains all weights.")
+    lora_r: AtLeastOne = setting(16, "Rank of the adapter's matrices.")
+    lora_alpha: AtLeastOne = setting(32, "Scale of the adapter: its output is multiplied by alpha / r.")
+    lora_dropout: Share = setting(0.0, "Share of the adapter's inputs dropped at random in training.")
+    lora_target_modules: Names = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "Layers that get an adapter: a comma list of name endings, or all-linear.",
+    )
+    lora_rslora: Switch = setting(False, "Scale the adapter by alpha / sqrt(r) (rank-stabilised LoRA).")
+    lora_dora: Switch = setting(False, "Train magnitude and direction apart (DoRA).")
+
+    out_lora_dir: Annotated[Path, BeforeValidator(values.expand), AfterValidator(values.check_folder_name)] = setting(
+        ..., "Where results go: stage N writes to this path followed by _stageN."
+    )
+    merge_dtype: Literal["bfloat16", "float16", "float32"] | None = setting(
+        None, "Number format of merged weights; unset keeps that of the base model."
+    )
+    strict: Switch = setting(False, "Make a missing adapter or data set an error instead of a warning.")
+
+    dataset_id: PathText | None = setting(None, "The data set of a stage that has only one: a hub id, folder or file.")
+    dataset_split: str = setting("train", "Split of SFT_DATASET_ID.")
+    dataset_mix: Mix = setting((), "Data sets mixed by weight, as a JSON list of sources; wins over SFT_DATASET_ID.")
+    dataset_mix_total_size: OffOrCount = setting(-1, "Rows of the mix; -1 is as many as the largest source has.")
+    eval_dataset: IdOrMix = setting(
+        (), "Validation rows: an id, a path or a JSON list of sources; unset splits off SFT_VAL_RATIO."
+    )
+    val_ratio: Share = setting(0.05, "Share of every source's rows set apart for validation; 0 is no validation.")
+    max_seq_len: Annotated[int, Field(ge=2)] = setting(2048, "Longest row in tokens, prompt and answer together.")
+    overlong: Literal["drop", "truncate", "error"] = setting(
+        "drop", "What happens to a row longer than SFT_MAX_SEQ_LEN."
+    )
+    packing: Switch = setting(
+        False, "Pack rows into sequences of SFT_MAX_SEQ_LEN; 0 joins the rows of a micro-batch only."
+    )
+    train_on_prompt: Switch = setting(False, "Train on the prompt's tokens too, not on the answers alone.")
+    deduplicate: Switch = setting(False, "Keep only the first of rows that are equal.")
+    num_proc: Processes = setting(None, "Processes that prepare the rows; unset chooses by cores and rows.")
+    use_upsampling: Switch = setting(False, "Repeat training rows as SFT_UPSAMPLE_RULES says.")
+    upsample_rules: Annotated[dict[str, NotNegative], BeforeValidator(values.parse_rules)] = setting(
+        {}, 'Multipliers by task key, as a JSON object: {"text_to_toml": 3.0, "pack:hard": 2}.'
+    )
+    mask_cot: Switch = setting(False, "Train only on what follows the first output marker of the final answer.")
+    output_markers: Names = setting(
+        ("Output:", "OUTPUT:", "Final:", "Answer:", "Result:", "Response:"),
+        "Texts that end the reasoning and start the payload, as a comma list.",
+    )
+    output_learn_mode: Literal["after_marker", "from_marker"] = setting(
+        "after_marker", "Whether the output marker itself is trained on (from_marker) or not."
+    )
+
+    masked_loss: Literal["none", "inverse_frequency"] = setting(
+        "none", "Leave frequent units out of the loss, so that each is trained on about as often as the average one."
+    )
+    masked_loss_unit: Literal["path_edge", "json_edge"] = setting(
+        "path_edge", "Unit counted: steps of A -> B -> C paths, or parent and child keys of JSON."
+    )
+    masked_loss_redraw: Literal["epoch", "once"] = setting("epoch", "Draw the mask again in every epoch, or only once.")
+    masked_loss_mode: Literal["sample", "weight"] = setting(
+        "sample", "Leave units out at random, or weigh their loss by the probability of being kept."
+    )
+
+    epochs: NotNegative = setting(1.0, "Passes over the training rows; fractions are allowed.")
+    max_steps: OffOrCount = setting(-1, "Optimizer steps to train; -1 goes by SFT_EPOCHS.")
+    per_device_train_bs: AtLeastOne = setting(2, "Rows of a micro-batch on each device.")
+    per_device_eval_bs: AtLeastOne = setting(2, "Rows of an evaluation batch on each device.")
+    grad_accum: AtLeastOne = setting(8, "Micro-batches added up for one optimizer step.")
+    lr: Positive = setting(1e-4, "Highest learning rate.")
+    lr_scheduler: Scheduler = setting(
+        "cosine",
+        "Course of the learning rate, as transformers names it; warmup_stable_decay falls in the last tenth of steps.",
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "Lowest learning rate as a share of SFT_LR.")
+    warmup_ratio: Share = setting(0.03, "Share of the steps in which the learning rate rises to SFT_LR.")
+    warmup_steps: Annotated[int, Field(ge=0)] = setting(
+        0, "Steps in which it rises instead; 0 goes by SFT_WARMUP_RATIO."
+    )
+    weight_decay: NotNegative = setting(0.0, "Decay of the trained weights in every step.")
+    adam_beta1: Share = setting(0.9, "Adam's decay of the mean gradient.")
+    adam_beta2: Share = setting(0.999, "Adam's decay of the mean squared gradient.")
+    adam_epsilon: Positive = setting(1e-8, "Adam's guard against division by zero.")
+    max_grad_norm: NotNegative = setting(1.0, "Gradients longer than this are scaled down to it; 0 never scales.")
+    optim: Optimizer = setting("adamw_torch_fused", "Optimizer, as transformers names it.")
+    gradient_checkpointing: Annotated[Literal["auto", "0", "1"], BeforeValidator(values.parse_checkpointing)] = setting(
+        "auto", "Compute activations twice to save memory; auto does so where they would not fit."
+    )
+    group_by_length: Switch = setting(False, "Put rows of similar length into the same batch.")
+    neftune_noise_alpha: NotNegative = setting(0.0, "Noise added to the embeddings in training (NEFTune); 0 is none.")
+    torch_compile: Switch = setting(False, "Compile the model with torch.compile.")
+    dataloader_workers: Annotated[int, Field(ge=0)] = setting(
+        0, "Processes that load batches; 0 loads in the main process."
+    )
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = setting(3407, "Seed of every random choice.")
+
+    logging_steps: AtLeastOne = setting(10, "Steps between two log lines.")
+    eval_steps: AtLeastOne = setting(50, "Steps between two evaluations.")
+    save_steps: AtLeastOne = setting(100, "Steps between two checkpoints.")
+    save_total_limit: AtLeastOne = setting(2, "Checkpoints kept.")
+    early_stopping_patience: OffOrCount = setting(
+        -1, "Evaluations without improvement after which to stop; -1 is never."
+    )
+    metric_for_best: str = setting(
+        "eval_loss", "Metric that chooses the best model: eval_loss, perplexity or a gen_ metric."
+    )
+
+    gen_eval: Literal["none", "samples", "structured", "extraction"] = setting(
+        "none",
+        "Generate answers at every evaluation and score them as structured output or extraction, or only show them.",
+    )
+    gen_eval_dataset: IdOrMix = setting(
+        (), "Rows to generate answers for: an id, a path or a JSON list of sources; unset takes the validation rows."
+    )
+    gen_eval_samples: AtLeastOne = setting(64, "Rows answered at each generation evaluation.")
+    gen_max_new_tokens: AtLeastOne = setting(512, "Longest generated answer in tokens.")
+    gen_batch_size: AtLeastOne = setting(8, "Answers generated at once on each device.")
+    num_generate_samples: Annotated[int, Field(ge=0)] = setting(5, "Generated answers shown in the log.")
+    extraction_fields: Names = setting(
+        values.EXTRACTION_FIELDS, "Fields compared by the extraction metrics, as a comma list."
+    )
+    forgetting_margin: NotNegative = setting(0.05, "Drop of an earlier stage's score above which a warning is given.")
+
+    mlflow_experiment_name: str = setting("", "MLflow experiment; unset is llm-training-stage followed by the number.")
+    mlflow_tracking_uri: str = setting("", "MLflow store; unset is a sqlite database inside mlruns/.")
+    report_to: Annotated[Names, AfterValidator(values.check_report_to)] = setting(
+        ("mlflow",), "Where metrics go: mlflow, tensorboard, wandb as a comma list, or none."
+    )
+    run_name: str | None = setting(None, "Name of the run in MLflow.")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The training data sets: the mix, else the one of SFT_DATASET_ID."""
+        return self.dataset_mix or (Source(id=self.dataset_id or "", split=self.dataset_split),)
+
+    @property
+    def eval_sources(self) -> tuple[Source, ...]:
+        """The validation data sets; () where validation rows are split off the training sources."""
+        return self.eval_dataset
+
+    @property
+    def gen_eval_sources(self) -> tuple[Source, ...]:
+        """The data sets of generation evaluation; () where it answers the validation rows."""
+        return self.gen_eval_dataset
+
+    def export_passthrough(self) -> None:
+        """Puts what an env file says for other programs (HF_HOME, CUDA_VISIBLE_DEVICES, ...) into the environment."""
+        for name, value in self.passthrough.items():
+            os.environ.setdefault(name, value)
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """{NAME: {"value": as JSON, "origin": place}} for the manifest and --check; credentials in URLs are hidden."""
+        plain = values.recordable(self.model_dump(mode="json", include=set(NAMES.values())))
+        return {name: {"value": plain.get(NAMES[name]), "origin": self.origins.get(name, "default")} for name in NAMES}
+
+
+_NOT_SETTINGS = {"stage", "env_dir", "origins", "passthrough"}
+NAMES = {name_of(attribute): attribute for attribute in Settings.model_fields if attribute not in _NOT_SETTINGS}
+"""Name of every setting -> attribute of `Settings`, in the order of docs/settings.md."""
+
+
+def load_settings(
+    stage: int,
+    *,
+    env_dir: Path,
+    overrides: Sequence[str] = (),
+    strict: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings of a stage, from `--set` > process environment > `env_dir/stageN.env` > default.
+
+    Args:
+        stage: number of the stage, from 1.
+        env_dir: folder of the env files.
+        overrides: "NAME=VALUE" texts of `--set`.
+        strict: whether `--strict` was given.
+        environ: the process environment; None takes the real one.
+
+    Raises:
+        Problems: with every mistake at once, in the order of the lines they stand on.
+    """
+    environ = os.environ if environ is None else environ
+    path = Path(env_dir) / f"stage{stage}.env"
+    given = gather(tuple(NAMES), path, overrides=overrides, environ=environ)
+    texts = {NAMES[name]: text for name, text in given.values.items() if text}
+    fixed: dict[str, Any] = {
+        "stage": stage,
+        "env_dir": Path(env_dir),
+        "passthrough": given.passthrough,
+        "origins": given.origins(NAMES),
+    }
+    if strict:
+        texts["strict"] = "1"
+        fixed["origins"]["SFT_STRICT"] = "--strict"
+    texts.setdefault("mlflow_experiment_name", f"llm-training-stage{stage}")
+    texts.setdefault("mlflow_tracking_uri", tracking_uri({}))
+    context = {"variables": {**given.passthrough, **environ}}
+    settings, problems = validate(Settings, fixed, texts=texts, given=given, context=context)
+    if problems or given.problems:
+        raise Problems(problem.text for problem in sorted(problems + given.problems))
+    return settings
+
+
+def tracking_uri(environ: Mapping[str, str] | None = None) -> str:
+    """The MLflow store where no stage says another: MLFLOW_TRACKING_URI, else a database inside mlruns/."""
+    database = Path(__file__).resolve().parents[2] / "mlruns" / "mlflow.db"
+    return (os.environ if environ is None else environ).get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"

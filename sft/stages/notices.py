@@ -1,0 +1,62 @@
+"""What is said about an output folder when a run looks at it (contract section 6)."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sft.stages.checkpoints import trainer_state
+
+if TYPE_CHECKING:
+    from sft.stages.stage import Stage
+
+
+def announce(stage: "Stage", show: Callable[[str], object] = print) -> None:
+    """Say what was found, warnings first, in the words that scripts look for (contract section 6)."""
+    for line in notices(stage):
+        show(line)
+
+
+def notices(stage: "Stage") -> list[str]:
+    """The lines of `announce`."""
+    lines = [*stage.warnings, "Checking checkpoint status..."]
+    if stage.moved:
+        lines.append(f"The earlier output was moved to {stage.moved}")
+    if stage.broken:
+        lines += ["Invalid checkpoint state found. Please check manually.", f"Checkpoint directory: {stage.folder}"]
+        lines += [f"{place.name} is set aside: {'; '.join(faults[:3])}" for place, faults in stage.broken]
+    target = float(stage.settings.epochs)
+    if stage.decision == "complete":
+        return lines + _status_lines(stage, target) + _completed_lines(stage, target)
+    if stage.checkpoint:
+        return lines + _status_lines(stage, target)
+    if stage.existed:
+        lines += ["Checkpoint directory exists but no checkpoints found.", "Continuing with training..."]
+    return lines
+
+
+def _epoch(stage: "Stage") -> float:
+    recorded = (stage.manifest.get("metrics") or {}).get("epoch") if stage.decision == "complete" else None
+    epoch = trainer_state(stage.checkpoint).get("epoch") if stage.checkpoint and recorded is None else recorded
+    return round(float(epoch), 2) if isinstance(epoch, int | float) else float(stage.settings.epochs)
+
+
+def _status_lines(stage: "Stage", target: float) -> list[str]:
+    if not stage.checkpoint:
+        return []
+    return [
+        f"Found latest checkpoint: {stage.checkpoint.name}",
+        "Current training status:",
+        f"Current epoch: {_epoch(stage)}",
+        f"Target epochs: {target}",
+    ]
+
+
+def _completed_lines(stage: "Stage", target: float) -> list[str]:
+    line = "=" * 50
+    return [
+        line,
+        "IMPORTANT NOTICE:",
+        f"Training has already been completed at epoch {_epoch(stage)}!",
+        f"Target epochs was {target}",
+        f"Trained model is available at: {stage.folder}",
+        line,
+    ]

@@ -1,0 +1,275 @@
+"""Where a stage lives, what it is made from, what is to be done about it, and its manifest while it is trained.
+
+`Stage.open` looks first and writes nothing until everything is in order; then it takes the lock of the stage.
+"""
+
+import contextlib
+import traceback
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from sft.distributed.launch import launched
+from sft.errors import Problems, RunFailed, hide_secrets
+from sft.stages import checkpoints
+from sft.stages.changes import source_fingerprint, stage_inputs
+from sft.stages.decision import Decision, Verdict, decide, traces, unwritable
+from sft.stages.lineage import (
+    RESULTS,
+    Lineage,
+    Parent,
+    find_lineage,
+    holds_nothing,
+    lock_path,
+    result_sha256,
+    stage_folder,
+)
+from sft.stages.manifest import MANIFEST, blank_manifest, versions, with_digest
+from sft.storage.atomic import clear_leftovers, set_aside, sync_tree, write_text
+from sft.storage.json_files import DamagedFile, read_json, write_json
+from sft.storage.lock import Lock, current_holder
+from sft.storage.seals import damage, is_sealed, seal
+
+if TYPE_CHECKING:
+    from sft.settings import Settings, Source
+
+METRICS = "metrics.jsonl"
+__all__ = ["Decision", "Parent", "Stage", "source_fingerprint", "stage_folder"]
+
+
+def source_record(source: "Source") -> dict[str, Any]:
+    """A source as the manifest lists it before its rows have been counted."""
+    fixed = {"id": source.id, "split": source.split, "weight": source.weight}
+    return fixed | {"rows": None, "drawn": None, "fingerprint": source_fingerprint(source)}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass
+class Stage:
+    """One stage on disk. As a context manager it gives the lock back and records a failure."""
+
+    settings: "Settings"
+    processes: int | None = None
+    main_process: bool = True
+    decision: Decision = "fresh"
+    parents: tuple[Parent, ...] = ()
+    changed: list[str] = field(default_factory=list)
+    checkpoint: Path | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    broken: list[tuple[Path, list[str]]] = field(default_factory=list)
+    moved: Path | None = None
+    existed: bool = False
+    _lineage: Lineage = field(default_factory=Lineage, repr=False)
+    _seen: set[tuple[str, int]] = field(default_factory=set, repr=False)
+    _start: dict[str, Any] = field(default_factory=dict, repr=False)
+    _lock: Lock | None = field(default=None, repr=False)
+
+    @property
+    def number(self) -> int:
+        """Which stage, from 1."""
+        return self.settings.stage
+
+    @property
+    def folder(self) -> Path:
+        """OUT_stageN."""
+        return stage_folder(self.settings.out_lora_dir, self.number)
+
+    @property
+    def merged_base(self) -> Path:
+        """OUT_stageN_merged_base."""
+        return self.folder.with_name(f"{self.folder.name}_merged_base")
+
+    @property
+    def start_model(self) -> str:
+        """What adapters are merged into: the base model, or an earlier stage's where all weights were trained."""
+        whole = [parent for parent in self.parents if parent.kind == "model"]
+        return str(whole[-1].folder) if whole else self.settings.base_model
+
+    @property
+    def adapters(self) -> tuple[Parent, ...]:
+        """The parents to merge into `start_model`, in order; () where it is trained as it is."""
+        return tuple(parent for parent in self.parents if parent.kind == "adapter")
+
+    @classmethod
+    def inspect(cls, settings: "Settings", *, fresh: bool = False, processes: int | None = None) -> Self:
+        """Decide as `open` would. Writes nothing, holds nothing, raises nothing: see `problems` and `warnings`."""
+        stage = cls(settings, processes)
+        stage._assess(fresh=fresh)
+        if stage.decision in ("fresh", "resume") and (holder := current_holder(lock_path(stage.folder))):
+            stage._refuse(f"{stage.folder}: stage {stage.number} is in use by {holder}; wait until it ends or stop it")
+        return stage
+
+    @classmethod
+    def open(
+        cls, settings: "Settings", *, fresh: bool = False, main_process: bool = True, processes: int | None = None
+    ) -> Self:
+        """Decide, then hold the stage. Raises Problems when anything is wrong; nothing has been written then.
+
+        A completed stage is not held. Of several processes only the main one locks, clears up and writes; the others
+        open the stage after it (accelerate's `main_process_first`) and find what it left. `processes`: how many train.
+        """
+        stage = cls(settings, processes, main_process)
+        stage._assess(fresh=fresh)
+        stage._raise_problems()
+        if main_process and stage.decision != "complete":
+            stage._hold(fresh=fresh)
+        return stage
+
+    def _assess(self, *, fresh: bool) -> None:
+        try:
+            self._look_back()
+            self._decide(fresh=fresh)
+        except (PermissionError, NotADirectoryError) as error:
+            self._refuse(f"{error.filename}: can't be read ({error.strerror}); make it readable for this user")
+
+    def _look_back(self) -> None:
+        """Lineage and fingerprints: read once, they don't depend on the stage's own folder."""
+        inputs = stage_inputs(self.settings, self.processes)
+        self._lineage = find_lineage(self.settings, inputs)
+        self.parents = self._lineage.parents
+        self._start = blank_manifest() | {
+            "stage": self.number,
+            "base_model": self.settings.base_model,
+            "parents": [{"stage": parent.stage, "adapter_sha256": parent.adapter_sha256} for parent in self.parents],
+            "settings": self.settings.record(),
+            "sources": [source_record(source) for source in self.settings.sources],
+            "inputs": inputs,
+        }
+
+    def _refuse(self, problem: str) -> None:
+        self.decision = "refuse"
+        self.problems.append(problem)
+
+    def _raise_problems(self) -> None:
+        if self.problems:
+            raise Problems(self.problems)
+
+    def _decide(self, *, fresh: bool) -> None:
+        """Set the decision from what lies in the folder now."""
+        self._seen = traces(self.folder)
+        verdict = Verdict() if fresh else decide(self.folder, self._start, verify=self.main_process)
+        self.changed, self.checkpoint, self.manifest = verdict.changed, verdict.checkpoint, verdict.manifest
+        self.broken, self.existed = verdict.broken, verdict.existed
+        self.problems = [*self._lineage.problems, *verdict.problems]
+        self.warnings = [*self._lineage.warnings, *verdict.warnings]
+        self.decision = "refuse" if self.problems else verdict.decision
+        if self.decision in ("fresh", "resume") and (place := unwritable(self.folder)):
+            what = f"{place} can't be written by this user; choose another path or change its permissions"
+            self._refuse(f"SFT_OUT_LORA_DIR={self.settings.out_lora_dir}: {what}")
+
+    def _hold(self, *, fresh: bool) -> None:
+        """Lock, look again where another process may have worked meanwhile, clear up what killed ones left."""
+        self._lock = Lock(lock_path(self.folder))
+        self._lock.acquire()
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.close)
+            if traces(self.folder) != self._seen:
+                self._decide(fresh=fresh)
+                self._raise_problems()
+            self.warnings += [f"[WARNING] {self._lock.warning}"] if self._lock.warning else []
+            self._clear_up(fresh=fresh)
+            if self.decision != "complete":
+                on_error.pop_all()
+
+    def _clear_up(self, *, fresh: bool) -> None:
+        names = frozenset({self.folder.name, self.merged_base.name})
+        clear_leftovers(self.folder.parent, names=names, alone=True)
+        clear_leftovers(self.folder, alone=True)
+        self.broken = [(set_aside(folder, "broken"), faults) for folder, faults in self.broken]
+        if (fresh and not holds_nothing(self.folder)) or (self.changed and self._has_results()):
+            self.moved, self.existed = set_aside(self.folder, "old"), False
+
+    def _has_results(self) -> bool:
+        rewritten = {MANIFEST, "error.log", METRICS}
+        return any(path.name not in rewritten for path in self.folder.iterdir())
+
+    def merged_base_is_current(self) -> bool:
+        """Whether the merged base is whole and was made from this lineage."""
+        try:
+            record = read_json(self.merged_base / "merge.json")
+            digests = [adapter["sha256"] for adapter in record["adapters"]]
+            same = record["base_model"] == self.start_model
+            same = same and self.settings.merge_dtype in (None, record["dtype"])
+        except (FileNotFoundError, DamagedFile, AttributeError, KeyError, TypeError):
+            return False
+        same = same and digests == [parent.adapter_sha256 for parent in self.adapters]
+        return same and not (is_sealed(self.merged_base) and damage(self.merged_base))
+
+    def begin(self) -> None:
+        """Write the manifest as running. A resumed stage keeps its start, its MLflow run and metrics up to here."""
+        kept = ("started", "mlflow_run_id", "merge") if self.decision == "resume" else ()
+        earlier = {name: self.manifest[name] for name in kept if self.manifest.get(name)}
+        self.manifest = self._start | {"versions": versions(), "started": _now()} | earlier
+        if self.main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._save()
+            checkpoints.rewind_metrics(self.folder / METRICS, self.checkpoint)
+
+    def _save(self) -> None:
+        if self.main_process:
+            write_json(self.folder / MANIFEST, with_digest(self.manifest))
+
+    def update(self, **fields: Any) -> None:
+        """Set keys of the manifest on disk. Sources keep the fingerprints taken at the start."""
+        self.manifest |= fields
+        prints = {source["id"]: source["fingerprint"] for source in self._start["sources"]}
+        for source in self.manifest.get("sources", []):
+            source["fingerprint"] = prints.get(source["id"], source.get("fingerprint"))
+        self._save()
+
+    def complete(self, **fields: Any) -> None:
+        """Record the result. Everything else in the folder is on the disk before the status says so."""
+        if not self.main_process:
+            return
+        result = result_sha256(self.folder)
+        if result is None:
+            raise RunFailed(f"{self.folder} holds no weights after training; run the same command again to resume")
+        sync_tree(self.folder)
+        seal(self.folder, among=RESULTS)
+        self.update(**fields, adapter_sha256=result[1], status="complete", finished=_now())
+
+    def fail(self, reason: str) -> None:
+        """Record that the stage failed and why. It resumes from its last checkpoint when started again."""
+        if self.manifest:
+            self.update(status="failed", finished=_now(), error=hide_secrets(reason))
+
+    def write_error_log(self, text: str) -> Path | None:
+        """Keep a traceback in OUT_stageN/error.log (error.rank<k>.log), without credentials; None where it can't be."""
+        path = self.folder / ("error.log" if self.main_process else f"error.rank{launched().rank}.log")
+        try:
+            write_text(path, hide_secrets(text))
+        except OSError:
+            return None
+        return path
+
+    def _writes(self) -> bool:
+        """Whether a log may be left: by who holds the stage, and by other ranks where the folder is there."""
+        return self._lock is not None or (not self.main_process and self.folder.is_dir())
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A stop (SystemExit, KeyboardInterrupt) leaves the stage running: it resumes. A full disk can't take the note.
+        if isinstance(error, Exception) and self._lock and self.manifest.get("status") == "running":
+            with contextlib.suppress(OSError):
+                self.fail(f"{type(error).__name__}: {error}")
+        if isinstance(error, Exception) and not isinstance(error, Problems) and self._writes():
+            log = self.write_error_log("".join(traceback.format_exception(error)))
+            error.add_note(f"Details: {log}" if log else "Details could not be written: the disk is full")
+        self.close()

@@ -1,0 +1,115 @@
+"""JSON documents and files of JSON lines, written whole and read though a kill may have cut them."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from sft.storage.atomic import _write_all, write_text
+
+
+class DamagedFile(ValueError):
+    """A file that exists and can't be what was written; the message names it."""
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: NaN and infinity become null, paths text, numpy and torch scalars numbers."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _plain(value.item()) if hasattr(value, "item") else value
+
+
+def json_text(payload: Any, *, indent: int | None = 2) -> str:
+    """JSON without escapes for letters and without the NaN that other readers refuse."""
+    return json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, payload: Any) -> None:
+    """Replace the file by a JSON document in one step (utf-8, indented; NaN and infinity become null)."""
+    write_text(path, json_text(payload) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The document in the file. Raises FileNotFoundError, or DamagedFile naming the file and the reason."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except ValueError as error:
+        raise DamagedFile(f"{path}: not readable as JSON ({error})") from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line, handed to the system at once; a line that does not fit on the disk leaves no part of itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        try:
+            _write_all(descriptor, b"\n" * torn + line.rstrip("\n").encode("utf-8") + b"\n")
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; none when it is absent. Half a line, left by a kill, is no record."""
+    records = []
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    records.append(record)
+    return records
+
+
+Facts = dict[str, Any]
+
+
+def read_object(path: Path, notices: list[str]) -> Facts:
+    """The JSON object in a file; empty when there is none, and a notice when it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        notices.append(f"{path.name} could not be read: {error}")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lines(path: Path, notices: list[str]) -> list[Facts]:
+    """The JSON objects of a .jsonl file; a line cut short by a kill is skipped and counted."""
+    if not path.is_file():
+        return []
+    rows, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            row, broken = None, broken + 1
+        if isinstance(row, dict):
+            rows.append(row)
+    if broken:
+        notices.append(f"{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} left out")
+    return rows
+
+
+def metric_lines(path: Path, notices: list[str]) -> list[Facts]:
+    """The lines of metrics.jsonl that say which step they belong to."""
+    return [line for line in read_lines(path, notices) if isinstance(line.get("step"), int)]
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float; not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

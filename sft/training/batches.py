@@ -1,0 +1,210 @@
+"""From labelled rows to the batches of a run: order, packing, joining; a pure function of seed, epoch and row."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sft.data.masked_loss.edge_mask import masked_labels, token_weights
+from sft.distributed.launch import launched
+
+if TYPE_CHECKING:
+    import datasets
+
+    from sft.settings import Settings
+
+
+if TYPE_CHECKING:
+    import datasets
+
+    from sft.data.masked_loss.edge_mask import EdgeMask
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows packed into sequences of at most `capacity` tokens, best fit on falling length; rows keep their order.
+
+    Best-fit decreasing as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830): each row goes where the
+    least room is left over.
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        spot = bisect_left(room, (lengths[row], -1))
+        if spot < len(room):
+            left, number = room.pop(spot)
+        else:
+            left, number = capacity, len(packs)
+            packs.append([])
+        packs[number].append(row)
+        insort(room, (left - lengths[row], number))
+    return [sorted(rows) for rows in packs]
+
+
+class TrainingRows(Dataset):
+    """Labelled rows addressed by key = epoch * len + item, so that a worker needs nothing but the key to draw masks.
+
+    An item is one row, or the rows of one pack. `labels` of the first token of every row are masked: with rows joined
+    it would otherwise be predicted from the row before.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        *,
+        packs: list[list[int]] | None = None,
+        edge_mask: EdgeMask | None = None,
+        mode: str = "sample",
+    ) -> None:
+        self.rows, self.packs, self.edge_mask, self.mode = rows, packs, edge_mask, mode
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.packs is None else len(self.packs)
+
+    def __getitem__(self, key: int) -> list[dict[str, Any]]:
+        epoch, item = divmod(key, len(self))
+        return [self.row(epoch, position) for position in ([item] if self.packs is None else self.packs[item])]
+
+    def row(self, epoch: int, position: int) -> dict[str, Any]:
+        row = self.rows[position]
+        labels = np.asarray(row["labels"], dtype=np.int64).copy()
+        labels[0] = -100
+        example = {"position": position, "input_ids": np.asarray(row["input_ids"], dtype=np.int64), "labels": labels}
+        return (
+            example if self.edge_mask is None else example | self.masked(self.edge_mask, epoch, position, row, labels)
+        )
+
+    def masked(
+        self, mask: EdgeMask, epoch: int, position: int, row: dict[str, Any], labels: np.ndarray
+    ) -> dict[str, Any]:
+        """Labels with this epoch's frequent edges masked out, or, in mode `weight`, each token's chance to be kept.
+
+        `expected_tokens`, what both modes are normalised by, is the sum of these chances over the trained tokens: so
+        the two have the same gradient on average, and a heavily masked row counts no more than its share.
+        """
+        ids = mask.ids(position)
+        spans = row["unit_starts"], row["unit_ends"]
+        weights = token_weights(len(labels), *spans, mask.weights(ids))
+        expected = {"expected_tokens": float(weights[labels != -100].sum())}
+        if self.mode == "weight":
+            return expected | {"loss_weights": weights}
+        return expected | {"labels": masked_labels(labels, *spans, mask.draw(epoch, position, ids))}
+
+
+def join(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Joins the rows of a micro-batch into one sequence of shape (1, tokens) without padding; `position_ids` restart
+    with every row, by which transformers confines attention to the row. A micro-batch without rows (a rank that has
+    none left at the end of an epoch) becomes two masked tokens."""
+    rows = [row for item in items for row in item]
+    if not rows:
+        nothing = {"position": -1, "input_ids": np.zeros(2, np.int64), "labels": np.full(2, -100, np.int64)}
+        rows = [nothing]
+    batch: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None]
+        for name in ("input_ids", "labels", "loss_weights")
+        if name in rows[0]
+    }
+    batch["position_ids"] = torch.from_numpy(np.concatenate([np.arange(len(row["input_ids"])) for row in rows]))[None]
+    batch["rows"] = [row["position"] for row in rows]
+    trained = int((batch["labels"] != -100).sum())
+    batch["num_items"] = sum(row["expected_tokens"] for row in rows) if "expected_tokens" in rows[0] else trained
+    return batch
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Keys of this rank's micro-batches for one epoch.
+
+    The order is a pure function of (seed, epoch). Micro-step k of all ranks together is rows k*W*B to (k+1)*W*B of it:
+    the same global batch whatever the number of processes W, and nothing is repeated to fill up the last one.
+    With `lengths` rows of similar length are put into the same global batch (`group`: its size in rows).
+    """
+
+    def __init__(
+        self,
+        num: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        lengths: Sequence[int] | None = None,
+        group: int = 1,
+    ) -> None:
+        self.num, self.batch_size, self.seed = num, batch_size, seed
+        self.rank, self.ranks = rank, ranks
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.group = group
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num // (self.batch_size * self.ranks))
+
+    def order(self) -> np.ndarray:
+        """Item positions in this epoch's order, shape (num,)."""
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(self.num)
+        if self.lengths is None:
+            return order
+        # As transformers' LengthGroupedSampler: sorted inside windows of 50 global batches, the batches then shuffled.
+        window = self.group * 50
+        chunks = [order[start : start + window] for start in range(0, self.num, window)]
+        order = np.concatenate([chunk[np.argsort(-self.lengths[chunk], kind="stable")] for chunk in chunks])
+        whole = self.num // self.group * self.group
+        groups = order[:whole].reshape(-1, self.group)
+        return np.concatenate([groups[random.permutation(len(groups))].ravel(), order[whole:]])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        keys = self.order() + self.epoch * self.num
+        together = self.batch_size * self.ranks
+        for start in range(0, self.num, together):
+            share = np.array_split(keys[start : start + together], self.ranks)
+            yield share[self.rank].tolist()
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader whose batches follow the epoch: the Trainer calls `set_epoch`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+# Epochs whose order is looked through for the largest micro-batch.
+_EPOCHS = 3
+
+
+def packs_of(rows: datasets.Dataset, settings: Settings) -> list[list[int]] | None:
+    """The rows of each packed sequence, as the trainer packs them; None without packing."""
+    return pack(rows["length"], settings.max_seq_len) if settings.packing else None
+
+
+def largest_items(
+    lengths: np.ndarray, settings: Settings, *, packs: list[list[int]] | None = None, processes: int | None = None
+) -> list[int]:
+    """Rows of the micro-batch with most tokens."""
+    processes = processes or launched().processes
+    sizes = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
+    together = settings.per_device_train_bs * processes
+    grouped = sizes if settings.group_by_length and packs is None else None
+    batches = EpochBatches(
+        len(sizes),
+        batch_size=settings.per_device_train_bs,
+        seed=settings.seed,
+        lengths=None if grouped is None else grouped.tolist(),
+        group=together * settings.grad_accum,
+    )
+    best: np.ndarray = np.zeros(0, np.int64)
+    for epoch in range(min(_EPOCHS, max(1, int(np.ceil(settings.epochs))))):
+        batches.set_epoch(epoch)
+        order = batches.order()
+        whole = len(order) // together * together
+        found = order[:whole].reshape(-1, settings.per_device_train_bs) if whole else order[None]
+        largest = found[sizes[found].sum(axis=1).argmax()]
+        best = largest if sizes[largest].sum() > sizes[best].sum() else best
+    return best.tolist() if packs is None else [row for item in best for row in packs[item]]

@@ -1,0 +1,86 @@
+"""Cross-entropy of each token from logits in few passes and little memory, where TRL's fused head does not run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from sft.errors import RunFailed
+
+_AT_ONCE = 1 << 20  # logits: 4 MiB in float32
+
+
+def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in float32 of each target: logits (tokens, words), targets and result (tokens,).
+
+    As torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"), which keeps the logits in float32
+    and their softmax, and makes two more tensors of that size for the gradient. Here `logits` become their own
+    gradient: nothing may use them afterwards, and there is no second backward pass.
+    """
+    return _TokenCrossEntropy.apply(logits, targets)
+
+
+def _parts(logits: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _AT_ONCE // logits.shape[1])
+    return (slice(first, first + step) for first in range(0, len(logits), step))
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        norms = logits.new_empty(len(logits), dtype=torch.float32)
+        chosen = torch.empty_like(norms)
+        for rows in _parts(logits):
+            part = logits[rows].float()
+            norms[rows] = part.logsumexp(dim=1)
+            chosen[rows] = part.gather(1, targets[rows, None])[:, 0]
+        ctx.save_for_backward(logits, targets, norms)
+        return norms - chosen
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        logits, targets, norms = ctx.saved_tensors
+        for rows in _parts(logits):
+            part = logits[rows].float()
+            part.sub_(norms[rows, None]).exp_()
+            part.scatter_add_(1, targets[rows, None], -torch.ones_like(norms[rows, None]))
+            logits[rows] = part.mul_(grad[rows, None])
+        return logits, None
+
+
+ROWS_NAMED = 16
+
+
+def finite_norm(norm: torch.Tensor | float | None, *, step: int, rows: Iterable[object]) -> float | None:
+    """The gradient norm of a step as a number. `rows` is looked at only when it is none.
+
+    Raises:
+        RunFailed: it is infinite or not a number; names the step and its rows.
+    """
+    number = norm.item() if isinstance(norm, torch.Tensor) else norm
+    if number is None or math.isfinite(number):
+        return number
+    named = ", ".join(str(row) for row in islice(rows, ROWS_NAMED))
+    raise RunFailed(
+        f"Loss or gradient is not finite at step {step} (gradient norm {number}). Nothing was updated and no "
+        f"checkpoint of it was written. Training rows of this step: {named}. Try a lower SFT_LR, "
+        "SFT_MAX_GRAD_NORM=1.0, or SFT_DTYPE=bfloat16 instead of float16; look at the rows."
+    )
+
+
+def require_finite(model: torch.nn.Module, step: int) -> None:
+    """Before anything is saved.
+
+    Raises:
+        RunFailed: the last optimizer step left a trained weight that is infinite or not a number.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter.detach()).all():
+            raise RunFailed(
+                f"{name} is not finite after step {step}, so it was not saved; checkpoints before it are good. A rate "
+                "that is far too high does this: start again with a lower SFT_LR and --fresh."
+            )

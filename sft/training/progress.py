@@ -1,0 +1,94 @@
+"""What a run tells while it trains: the metrics file, readable lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from sft.training.trainer import StagedTrainer
+if TYPE_CHECKING:
+    from sft.training.trainer import StagedTrainer
+
+
+class AtStart(TrainerCallback):
+    """Calls `action` with the model when training is set up: weights split over the ranks can't answer before."""
+
+    def __init__(self, action: Callable[[Any], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.action(kwargs["model"])
+
+
+class Metrics(TrainerCallback):
+    """Hands every metric that is logged to `on_metrics`: metrics.jsonl, the source of tracking and report alike."""
+
+    def __init__(self, trainer: StagedTrainer) -> None:
+        self.trainer = trainer
+        self.last: tuple[float, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = (time.monotonic(), self.trainer.tokens_seen)
+
+    def throughput(self) -> float:
+        """Tokens per second of all ranks since the last training log, evaluations in between included."""
+        now, tokens = time.monotonic(), self.trainer.tokens_seen
+        then, before = self.last or (now, tokens)
+        self.last = (now, tokens)
+        return (tokens - before) / max(now - then, 1e-9)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation's time is not training time."""
+        self.last = (time.monotonic(), self.trainer.tokens_seen)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            logs["tokens"] = self.trainer.tokens_seen
+            logs["tokens_per_second"] = round(self.throughput(), 1)
+        record = {"step": state.global_step, "time": round(time.time(), 3)} | logs
+        self.trainer.on_metrics(record)
+
+
+def metric_line(step: int, logs: dict[str, float], total: int) -> str:
+    """One readable line of a training log or an evaluation."""
+    if "loss" in logs:
+        parts = [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
+        parts += [f"grad {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
+        parts += [f"{logs['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in logs else []
+        return f"step {step}/{total}  epoch {logs.get('epoch', 0):.2f}  " + "  ".join(parts)
+    shown = {"eval_loss": "loss", "eval_perplexity": "perplexity"}
+    names = [name for name in logs if name in shown or (name.startswith("gen_") and "/" not in name)]
+    return f"step {step}/{total}  evaluation  " + "  ".join(f"{shown.get(n, n)} {logs[n]:.4g}" for n in names)
+
+
+class Readable(TrainerCallback):
+    """A progress bar and one line per log, on the main process."""
+
+    def __init__(self, trainer: StagedTrainer) -> None:
+        self.trainer = trainer
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            done, steps = state.global_step, state.max_steps
+            self.bar = tqdm(total=steps, initial=done, desc="training", leave=False, unit="step", disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            tqdm.write(metric_line(state.global_step, logs, state.max_steps))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,121 @@
+"""What a stage leaves behind: the adapter, the best model, the configuration, written whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft.distributed import ranks
+from sft.storage import atomic, json_files, seals
+
+if TYPE_CHECKING:
+    from sft.training.trainer import StagedTrainer
+
+# Where the ranks write before a folder gets its name.
+STAGING = ".saving"
+# A pickle that the Trainer adds and nothing reads, and peft's model card (the report says more).
+UNWANTED = ("training_args.bin", "README.md")
+
+
+@contextmanager
+def published_together(target: Path, *, main: bool, sealed: bool = False) -> Iterator[Path]:
+    """A folder that all ranks fill and that appears at `target` when all are done (`files.published_folder` is for one
+    process alone). `sealed` adds checksums, by which damage is noticed before use.
+    """
+    staging = target.parent / STAGING / target.name
+    if main:
+        shutil.rmtree(staging.parent, ignore_errors=True)  # also what a killed process left there
+        staging.mkdir(parents=True)
+    ranks.wait(f"the folder for {target.name}", hours=1)
+    try:
+        yield staging
+        ranks.wait(f"all processes to write {target.name}", hours=1)
+        if main:
+            _publish(staging, target, sealed=sealed)
+    finally:
+        if main:  # on a full disk what was half written makes room again
+            shutil.rmtree(staging.parent, ignore_errors=True)
+    ranks.wait(f"the main process to publish {target.name}", hours=1)
+
+
+def _publish(staging: Path, target: Path, *, sealed: bool) -> None:
+    with atomic.published_folder(target) as folder:
+        for path in staging.iterdir():
+            if path.name not in UNWANTED:
+                path.rename(folder / path.name)
+        if sealed:
+            seals.seal(folder)
+
+
+def serializable(value: Any) -> Any:
+    """The value as JSON has it: sets become sorted lists, enumerations, types and paths text."""
+    if isinstance(value, dict):
+        return {str(key): serializable(inner) for key, inner in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(serializable(inner) for inner in value)
+    if isinstance(value, list | tuple):
+        return [serializable(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def training_config(trainer: StagedTrainer) -> dict[str, Any]:
+    """training_config.json: model_name, training_args, lora_config, bnb_config; tokens left out."""
+    settings = trainer.settings
+    adapter = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
+    arguments = {name: value for name, value in trainer.args.to_dict().items() if "token" not in name or "num" in name}
+    return serializable(
+        {
+            "model_name": settings.base_model,
+            "training_args": arguments,
+            "lora_config": adapter.to_dict() if adapter else None,
+            "bnb_config": {
+                "load_in_4bit": settings.load_in_4bit,
+                "load_in_8bit": settings.load_in_8bit,
+                "bnb_4bit_use_double_quant": settings.bnb_4bit_use_double_quant,
+                "bnb_4bit_quant_type": settings.bnb_4bit_quant_type,
+                "bnb_4bit_compute_dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+            },
+        }
+    )
+
+
+def best_model_record(trainer: StagedTrainer, metrics: dict[str, float]) -> dict[str, Any]:
+    """best_model_info.json."""
+    step = trainer.state.global_step
+    return serializable(
+        {
+            "best_metric": metrics[trainer.rhythm.metric],
+            "best_metric_name": trainer.settings.metric_for_best,
+            "best_model_checkpoint": f"checkpoint-{step}",
+            "best_perplexity": metrics.get("eval_perplexity"),
+            "step": step,
+        }
+    )
+
+
+def write_result(trainer: StagedTrainer, folder: Path) -> None:
+    """Puts the final adapter (or model) and tokenizer into `folder`, each file whole; all ranks call it together."""
+    result = folder / ".result"
+    with published_together(result, main=trainer.args.should_save) as aside:
+        trainer.save_model(str(aside), _internal_call=True)
+    if trainer.args.should_save:
+        # The weights come last: whoever finds them finds the rest as well.
+        for path in sorted(result.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+            path.replace(folder / path.name)
+        result.rmdir()
+        json_files.write_json(folder / "training_config.json", training_config(trainer))
+        atomic.sync(folder)
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters."""
+    sizes = [(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel, p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
