@@ -38,9 +38,9 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
 
 def main(options: argparse.Namespace) -> None:
     if options.check and not options.stage:
-        from sft.planning.machine import doctor
+        from sft.planning.machine import check_machine
 
-        doctor(options)
+        check_machine(options)
         return
     ladder = cli.load_ladder(options)
     if options.check:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from sft.lock import Lock
+from sft.storage.lock import Lock
 Lock(Path(sys.argv[1])).acquire()
 if sys.argv[2:] and os.fork() == 0:  # a data worker that lives on for so many seconds
     time.sleep(float(sys.argv[2]))

@@ -394,7 +394,7 @@ def test_current_means_same_base_adapters_and_format(parts, tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from sft.merge import merge, peak_rss_bytes
+from sft.merging.merge import merge, peak_rss_bytes
 before = peak_rss_bytes()
 merge(sys.argv[1], [Path(sys.argv[2])], Path(sys.argv[3]))
 print(peak_rss_bytes() - before, "transformers" in sys.modules)

@@ -75,7 +75,7 @@ def test_no_reminder_interrupts_the_clean_up(stop_signals):
 
 SECOND = """
 import os, signal, sys, time
-from sft.signals import STOP, Stopped
+from sft.distributed.signals import STOP, Stopped
 STOP.install(processes=int(sys.argv[1]))
 STOP.deferred = True
 os.kill(os.getpid(), signal.SIGTERM)

@@ -632,8 +632,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
 from tests.ladders import add_checkpoint, add_adapter, make_settings
-from sft.checkpoints import announce, rotate
-from sft.stages import Stage
+from sft.stages.checkpoints import rotate
+from sft.stages.stage import Stage
 settings = make_settings(Path(sys.argv[1]))
 with Stage.open(settings) as stage:
     first = 1 + (int(stage.checkpoint.name.split("-")[1]) if stage.checkpoint else 0)

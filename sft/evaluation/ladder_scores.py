@@ -102,8 +102,8 @@ def ladder_scores(
     `step`: the last one, at which the stage's own rows were asked already.
     """
     table: dict[str, dict[str, TaskScores]] = _previous_table(stage)
-    for model, tasks in earlier.scores.items():
-        table.setdefault(model, {}).update(tasks)
+    for name, tasks in earlier.scores.items():
+        table.setdefault(name, {}).update(tasks)
     here, before = f"stage {stage.number}", f"stage {stage.parents[-1].stage}" if stage.parents else "base"
     table.setdefault(before, {})[here] = task_scores(_metrics_at(stage, 0))
     table.setdefault(here, {})[here] = task_scores(_metrics_at(stage, step))

@@ -47,7 +47,7 @@ SPARE_BYTES = 64 * 1024 * 1024  # tokenizer and other side files
 
 @dataclass
 class MergeRecord:
-    """What a merge did. `max_abs_diff` and `kl` are filled by the verification on probe prompts (sft/probe.py).
+    """What a merge did. `max_abs_diff` and `kl` are filled by the verification on probe prompts (sft/merging/probe.py).
 
     `rounding_loss` is the length of the error that rounding made, as a share of the length of the update, over a
     sample of every changed tensor. `path` says who merged: `streaming`, or `peft` for what only PEFT can.
@@ -124,7 +124,7 @@ def is_current(target: Path, base: str | Path, adapters: Sequence[Path], *, dtyp
 
 
 def record_verification(target: Path, figures: dict[str, float]) -> None:
-    """Adds `max_abs_diff` and `kl` (sft.probe.verify) to a merged folder's merge.json."""
+    """Adds `max_abs_diff` and `kl` (sft.merging.probe.verify) to a merged folder's merge.json."""
     record = json_files.read_json(target / RECORD)
     json_files.write_json(target / RECORD, record | {name: figures[name] for name in ("max_abs_diff", "kl")})
     seals.seal(target, digest="xxh3", only=RECORD)

@@ -47,7 +47,7 @@ class Finding(NamedTuple):
         return f"{self.name}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
 
 
-def doctor(options: argparse.Namespace) -> None:
+def check_machine(options: argparse.Namespace) -> None:
     """Prints the findings as a table, or with `--json` as a document.
 
     Raises:

@@ -14,7 +14,7 @@ from sft.scoring.payload import DEFAULT_MARKERS, MAX_ANSWER, extract_payload
 
 Edge = tuple[str, str]
 
-# The arrow that sft.data.units counts edges by: white space or a line end on both sides.
+# The arrow that sft.data.masked_loss.units counts edges by: white space or a line end on both sides.
 _ARROW = re.compile(r"(?<!\S)->(?!\S)")
 
 

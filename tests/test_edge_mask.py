@@ -228,7 +228,8 @@ def test_weight_gradient_is_the_mean_of_sample_gradients():
 
 def test_import_is_light():
     """Masks are counted in `--check` and in workers: no torch, transformers or datasets comes along."""
-    code = "import sys, sft.data.frequency; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'datasets'}"
+    code = f"import sys, sft.data.masked_loss.edge_mask; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

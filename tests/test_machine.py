@@ -8,7 +8,7 @@ import pytest
 
 import train
 from sft import cli
-from sft.planning import machine as doctor
+from sft.planning import machine
 from sft.planning.machine import Finding
 
 
@@ -20,56 +20,56 @@ def alone(monkeypatch):
 
 def test_the_installed_versions_are_the_pinned_ones():
     """The environment of the tests is made from constraints.txt."""
-    found = {finding.name: finding.state for finding in doctor.libraries()}
-    assert found == dict.fromkeys((*doctor.NEEDED, *doctor.OPTIONAL), "ok")
+    found = {finding.name: finding.state for finding in machine.libraries()}
+    assert found == dict.fromkeys((*machine.NEEDED, *machine.OPTIONAL), "ok")
 
 
 def test_pins_are_read_from_a_constraints_file():
-    assert doctor.pins("# note\ntorch==2.13.0  # CPU wheel\n\npeft==0.21.2\n") == {"torch": "2.13.0", "peft": "0.21.2"}
+    assert machine.pins("# note\ntorch==2.13.0  # CPU wheel\n\npeft==0.21.2\n") == {"torch": "2.13.0", "peft": "0.21.2"}
 
 
 def test_a_build_of_the_pinned_version_is_good_and_another_version_is_named():
-    assert doctor.library("torch", "2.13.0+cu130", "2.13.0") == Finding("torch", "ok", "2.13.0+cu130")
-    other = doctor.library("torch", "2.12.1", "2.13.0")
+    assert machine.library("torch", "2.13.0+cu130", "2.13.0") == Finding("torch", "ok", "2.13.0+cu130")
+    other = machine.library("torch", "2.12.1", "2.13.0")
     assert other.text == "torch: 2.12.1, tested with 2.13.0; run make install"
     assert other.state == "warning"
 
 
 def test_a_missing_library_is_broken(monkeypatch):
     def version(name):
-        raise doctor.metadata.PackageNotFoundError(name)
+        raise machine.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
-    states = {finding.name: finding.state for finding in doctor.libraries()}
+    monkeypatch.setattr(machine.metadata, "version", version)
+    states = {finding.name: finding.state for finding in machine.libraries()}
     assert (states["torch"], states["deepspeed"]) == ("broken", "warning")
 
 
 def test_old_python_is_broken():
-    assert doctor.python((3, 10, 2)).state == "broken"
-    assert doctor.python((3, 11, 0)) == Finding("Python", "ok", "3.11.0")
+    assert machine.python((3, 10, 2)).state == "broken"
+    assert machine.python((3, 11, 0)) == Finding("Python", "ok", "3.11.0")
 
 
 @pytest.mark.parametrize(("free", "state"), [(0.5, "broken"), (5, "warning"), (500, "ok")])
 def test_disk_space(monkeypatch, tmp_path, free, state):
     """Under 1 GiB nothing can be trained, under 10 a merged model may not fit."""
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
-    assert doctor.disk(tmp_path / "not" / "there").state == state
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
+    assert machine.disk(tmp_path / "not" / "there").state == state
 
 
 def test_stores(tmp_path):
     database = tmp_path / "mlflow.db"
     sqlite3.connect(database).close()
-    assert doctor.store(f"sqlite:///{database}").state == "ok"
-    assert doctor.store(f"file://{tmp_path}").remedy.startswith("MLflow refuses file stores")
-    gone = doctor.store("http://user:secret@127.0.0.1:9/")
+    assert machine.store(f"sqlite:///{database}").state == "ok"
+    assert machine.store(f"file://{tmp_path}").remedy.startswith("MLflow refuses file stores")
+    gone = machine.store("http://user:secret@127.0.0.1:9/")
     assert gone.state == "warning"
     assert "secret" not in gone.text
 
 
 def test_an_address_that_keeps_silent_costs_no_more_than_the_limit(monkeypatch):
-    monkeypatch.setattr(doctor, "SECONDS", 0.05)
-    monkeypatch.setattr(doctor, "_fault", lambda address: (doctor.sys.stdin and __import__("time").sleep(1)) or "")
-    assert doctor.unreachable("http://silent.invalid") == "no answer in 0 s"
+    monkeypatch.setattr(machine, "SECONDS", 0.05)
+    monkeypatch.setattr(machine, "_fault", lambda address: (machine.sys.stdin and __import__("time").sleep(1)) or "")
+    assert machine.unreachable("http://silent.invalid") == "no answer in 0 s"
 
 
 def test_the_command_prints_a_table(capsys):
@@ -81,11 +81,11 @@ def test_the_command_prints_a_table(capsys):
 
 
 def test_what_is_broken_ends_with_exit_code_2(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "examine", lambda settings: [Finding("peft", "broken", "is not installed", "run it")])
+    monkeypatch.setattr(machine, "examine", lambda settings: [Finding("peft", "broken", "is not installed", "run it")])
     assert cli.command_line(train.main, ["--check", "--json"]) == 2
     captured = capsys.readouterr()
-    machine = [{"name": "peft", "state": "broken", "found": "is not installed", "remedy": "run it"}]
-    assert json.loads(captured.out) == {"machine": machine, "problems": ["peft: is not installed; run it"]}
+    listed = [{"name": "peft", "state": "broken", "found": "is not installed", "remedy": "run it"}]
+    assert json.loads(captured.out) == {"machine": listed, "problems": ["peft: is not installed; run it"]}
     assert "[ERROR] peft: is not installed; run it" in captured.err
 
 

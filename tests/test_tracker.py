@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft.reporting import tracker as tracking
 from sft.reporting.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +64,7 @@ def history(store: Path, run_id: str, name: str) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("kind", ["unreachable", "silent"])
 def test_a_dead_server_costs_training_no_time_and_its_end_seconds(kind, silent_server, tmp_path, monkeypatch):
     """500 logged steps take under a second, closing at most its limit; one warning when it fails, one at the end."""
-    monkeypatch.setattr(tracking, "CLOSING_SECONDS", 3.0)
+    monkeypatch.setattr("sft.reporting.tracker.CLOSING_SECONDS", 3.0)
     said: list[str] = []
     uri = "http://127.0.0.1:9" if kind == "unreachable" else silent_server
     began = time.monotonic()
@@ -85,10 +84,10 @@ def test_a_silent_server_does_not_keep_the_program_from_ending(silent_server, tm
     """No thread of MLflow's is waited for at the end of the interpreter."""
     code = (
         "import sys, time; from types import SimpleNamespace; from pathlib import Path;"
-        "from sft.reporting import tracker as tracking;"
-        "tracking.CLOSING_SECONDS = 1.0;"
+        "from sft.reporting import tracker;"
+        "tracker.CLOSING_SECONDS = 1.0;"
         f"settings = SimpleNamespace(mlflow_tracking_uri={silent_server!r}, mlflow_experiment_name='e', run_name=None);"
-        f"tracker = tracking.Tracker(settings, Path({str(tmp_path)!r}), run_id=None, say=print);"
+        f"tracker = tracker.Tracker(settings, Path({str(tmp_path)!r}), run_id=None, say=print);"
         "import mlflow; time.sleep(2); tracker.close('FINISHED'); print('closed', time.monotonic())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -117,7 +116,7 @@ def test_metrics_arrive_once_each_however_often_the_stage_is_resumed(store, tmp_
 
 def test_a_database_that_refuses_for_a_while_gets_everything_later(store, tmp_path, monkeypatch):
     """Writes fail in the middle of a run; once they work again nothing is missing, in the right order."""
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("sft.reporting.tracker.RETRY_SECONDS", 0.0)
     folder, said = tmp_path / "out_stage1", []
     tracker = Tracker(settings(f"sqlite:///{store}"), folder, run_id=None, say=said.append)
     tracker.log_metrics(record(folder, 1, loss=4.0))

@@ -140,11 +140,11 @@ def test_a_full_disk_at_the_final_sync_leaves_the_old_folder(tmp_path, monkeypat
 PUBLISHER = """
 import sys, time
 from pathlib import Path
-from sft import files
+from sft.storage import atomic
 if sys.argv[2] == "window":  # die between moving the old folder away and naming the finished one
-    files._exchange = lambda *_: False
-    files.shutil.rmtree = lambda *_, **__: None
-    files.sync = lambda path: None
+    atomic._exchange = lambda *_: False
+    atomic.shutil.rmtree = lambda *_, **__: None
+    atomic.sync = lambda path: None
     real = Path.rename
     def rename(path, target):
         if ".partial-" in path.name:
@@ -152,7 +152,7 @@ if sys.argv[2] == "window":  # die between moving the old folder away and naming
             time.sleep(60)
         return real(path, target)
     Path.rename = rename
-with files.published_folder(Path(sys.argv[1])) as partial:
+with atomic.published_folder(Path(sys.argv[1])) as partial:
     (partial / "a").write_text("half")
     if sys.argv[2] == "filling":
         print("ready", flush=True)
@@ -298,15 +298,15 @@ def test_free_bytes_of_a_place_that_does_not_exist_yet(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from sft import files
+from sft.storage import atomic, json_files, seals
 count = 0
 while True:
     count += 1
-    files.write_json(Path(sys.argv[1]) / "stage.json", {"count": count, "fill": "x" * 20000})
-    with files.published_folder(Path(sys.argv[1]) / "model") as partial:
+    json_files.write_json(Path(sys.argv[1]) / "stage.json", {"count": count, "fill": "x" * 20000})
+    with atomic.published_folder(Path(sys.argv[1]) / "model") as partial:
         for name in "abc":
             (partial / name).write_text(str(count))
-        files.seal(partial)
+        seals.seal(partial)
     if count == 2:
         print("ready", flush=True)
 """
