@@ -142,3 +142,11 @@ def test_the_cache_stays_where_it_is():
     assert more.data_ptr() == keys.data_ptr()
     assert torch.equal(more, torch.cat([states, states[:, :, :1]], dim=2))
     assert layer.get_seq_length() == 4
+
+
+def test_a_mixture_that_returns_router_logits_answers_prompts_of_unequal_length():
+    """A base whose config.json asks for router logits: the answers of prompts one by one, as without them."""
+    model = model_of(GROUPED["mixture of experts"])
+    alone = answers(model, 1)
+    model.config.output_router_logits = True
+    assert answers(model, 4) == alone

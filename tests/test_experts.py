@@ -173,5 +173,7 @@ def test_a_stage_trains_experts_the_routed_way(tmp_path, monkeypatch, capsys):
         assert warned is (name == "peft")
         losses[name] = tiny.metric_lines(tmp_path / f"{name}_stage1", "loss")
         assert json.loads((tmp_path / f"{name}_stage1" / "adapter_config.json").read_text())["r"] == 4
+        best = json.loads((tmp_path / f"{name}_stage1" / "best_model" / "config.json").read_text())
+        assert best["output_router_logits"] is False  # the balancing loss is not added, so nobody asks for it
     assert len(losses["peft"]) == 3
     assert losses["routed"] == pytest.approx(losses["peft"], abs=1e-5)

@@ -56,7 +56,8 @@ def rows(recipe: str, number: int) -> dict[str, object]:
     if recipe == "offender_qwen3_30b_a3b":
         person = {"name": f"name {number}", "is_real": True, "is_offender": True, "act": "size"}
         found = {"persons": [person] if number % 2 else [], "occured_locations": [], "police_departments": []}
-        return {"instruction": "Write JSON", "input": f"the name is {number}", "output": json.dumps(found)}
+        said = f"the name is {number}" * (1 + number % 4)  # prompts of unequal length in one batch
+        return {"instruction": "Write JSON", "input": said, "output": json.dumps(found)}
     if recipe in ("instruct_llama2_7b", "instruct_llama2_70b_4bit", "debug_gpt2"):
         return {"instruction": f"Write the color {number}", "input": "", "output": f"blue {number}"}
     answer = f"Approach:\n1. is\n\nOutput:\nname = {number}"

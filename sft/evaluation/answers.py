@@ -51,6 +51,10 @@ def answer_batch(
         "eos_token_id": end_tokens(model, tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        # Where the model's settings ask for them, a mixture weighs its experts' loads by a mask that is longer than
+        # the one token it is handed behind a cache.
+        greedy["output_router_logits"] = False
     cache = None if together else read_prompts(model, **asked, **greedy)
     ids = model.generate(**asked, **greedy, past_key_values=cache)
     answers = ids[order.argsort(), asked["input_ids"].shape[1] :]

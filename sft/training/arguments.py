@@ -84,4 +84,7 @@ def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         ddp_find_unused_parameters=False,
+        # Our loss is that of the tokens alone: else TRL has a mixture's balancing loss computed in every pass, for
+        # nobody, and best_model/config.json asks for it.
+        router_aux_loss_coef=0.0,
     )
