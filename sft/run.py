@@ -10,15 +10,14 @@ import transformers
 from accelerate import PartialState
 
 from sft.data.masked_loss.edge_mask import EdgeMask
+from sft.data.mixture import load_questions
 from sft.data.mixture import prepare as prepare_mix
-from sft.data.sources.load import load_source
-from sft.data.sources.readers import SourceError
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.distributed.signals import STOP, Stopped
-from sft.errors import Problems
 from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
+from sft.evaluation.held_out import earlier_questions, write_held_out
 from sft.evaluation.ladder_scores import Earlier, ladder_scores, score_earlier
 from sft.merging.parents import keep_probe, load_verified, merge_parents, verify_merged
 from sft.models.model import load_tokenizer, trained_modules
@@ -60,7 +59,7 @@ __all__ = [
 def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     """The rows of the stage; the main process makes the labels, the others find them cached."""
     with ranks.main_first("the main process to read the data"):
-        mix = prepare_mix(settings, tokenizer, say=say)
+        mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings))
     for warning in mix.warnings:
         say(warning)
     sources = ", ".join(f"{Path(source['id']).name} {source['drawn']}" for source in mix.sources)
@@ -87,12 +86,7 @@ def answered_rows(settings: Settings, mix: Mix) -> datasets.Dataset:
     Raises:
         Problems: a data set of SFT_GEN_EVAL_DATASET can't be loaded.
     """
-    loaded = []
-    for source in settings.gen_eval_sources:
-        try:
-            loaded.append(load_source(source, settings).dataset.select_columns(["messages", "task_key"]))
-        except SourceError as error:
-            raise Problems([f"SFT_GEN_EVAL_DATASET={source.id}: {error}"]) from error
+    loaded = [dataset.select_columns(["messages", "task_key"]) for dataset in load_questions(settings)]
     return datasets.concatenate_datasets(loaded) if loaded else mix.val
 
 
@@ -191,6 +185,7 @@ def finish(stage: Stage, trainer: StagedTrainer, mix: Mix, earlier: Earlier | No
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:
         return
+    write_held_out(stage.folder, mix.held.tolist())
     last: dict[str, Any] = {}
     for record in json_files.read_records(stage.folder / "metrics.jsonl"):
         last |= {name: value for name, value in record.items() if name not in ("step", "time")}

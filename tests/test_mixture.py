@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from sft.data import draws
 from sft.data.labels import masks
-from sft.data.mixture import Mix, mix, prepare
+from sft.data.mixture import Mix, losses, mix, prepare
 from sft.data.sources.load import Rows
 from sft.data.sources.shapes import content_hash
+from sft.data.split import EARLIER, GENERATION
 from sft.errors import Problems
 from sft.settings import Source
 from tests.conftest import word_tokenizer
@@ -182,8 +183,43 @@ def test_evaluation_sources_replace_the_split(make_settings: Any):
     assert answers(mixed.val) == ["x", "a3", "y"]
     assert sorted(row for _, row in drawn(mixed)) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert mixed.dropped == {"equal to a validation row": 1}
-    assert mixed.warnings == ["[WARNING] source: 1 rows equal a validation row and are left out"]
+    assert mixed.warnings == ["[WARNING] source: rows are left out (1 equal to a validation row)"]
     assert [record["id"] for record in mixed.sources] == ["source"]
+
+
+def test_the_split_is_a_share_of_the_contents(make_settings: Any):
+    """100 rows x 20 copies at 5 %: 5 contents with their 100 copies are held out, none of it counts as lost."""
+    mixed = mix([labelled(texts(100) * 20)], make_settings(val_ratio=0.05))
+    assert (len(mixed.val), len(mixed.train)) == (5, 1900)
+    assert mixed.dropped == {"equal to a validation row": 95}
+    assert (mixed.unasked, mixed.warnings) == (0, [])
+
+
+def test_what_the_split_takes_beyond_its_share_counts_as_lost(make_settings: Any):
+    """One content of 11 has 90 of 100 rows: held out it takes 90 where a tenth was asked for."""
+    rows = labelled(["many"] * 90 + texts(10))
+    many = rows.dataset["content_hash"][:1]
+    contents = np.unique(np.array(rows.dataset["content_hash"], np.uint64))
+    seed = next(seed for seed in range(99) if contents[np.argmin(draws.scrambled(contents, seed))] == many)
+    mixed = mix([rows], make_settings(val_ratio=0.1, seed=seed))
+    assert answers(mixed.val) == ["many"]
+    assert mixed.dropped == {"equal to a validation row": 89}
+    assert mixed.unasked == 89 - 9  # 100 rows of 11 contents: 9 copies of the average one
+    settings = make_settings(val_ratio=0.1, seed=seed)
+    (problem,) = losses([rows], mixed, settings)
+    assert problem.startswith("SFT_OVERLONG=drop: 80 of 100 rows would be dropped (89 equal to a validation row); ")
+
+
+def test_questions_asked_elsewhere_are_left_out(make_settings: Any):
+    """Contents that an earlier stage or SFT_GEN_EVAL_DATASET asks are not trained on; they are counted and named."""
+    rows, asked = labelled(texts(30)), labelled(["a1", "a2"]).dataset["content_hash"]
+    questions = {EARLIER: np.array(asked[:1], np.uint64), GENERATION: np.array(asked, np.uint64)}
+    mixed = mix([rows], make_settings(val_ratio=0.0), questions=questions)
+    assert sorted(row for _, row in drawn(mixed)) == [0, *range(3, 30)]
+    assert mixed.dropped == {EARLIER: 1, GENERATION: 1}
+    assert mixed.unasked == 2
+    assert mixed.warnings == [f"[WARNING] source: rows are left out (1 {EARLIER}, 1 {GENERATION})"]
+    assert set(mixed.held.tolist()) == set(asked)  # what an earlier stage holds is known to later ones anyway
 
 
 def test_duplicates_are_removed_on_request(make_settings: Any):

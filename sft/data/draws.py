@@ -33,7 +33,7 @@ def generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def validation_rows(hashes: Hashes, ratio: float, seed: int) -> Indices:
-    """Rows to set apart, in order: round(rows × ratio) different contents, at least 1, never all of them.
+    """Rows to set apart, in order: one of each of round(contents × ratio) different contents, at least 1, never all.
 
     Chosen by content: a row keeps its side when rows are added, when its data set appears twice in a mix or in a later
     stage with the same seed.
@@ -41,7 +41,7 @@ def validation_rows(hashes: Hashes, ratio: float, seed: int) -> Indices:
     contents, first = np.unique(hashes, return_index=True)
     if ratio <= 0 or len(contents) < 2:
         return np.empty(0, np.int64)
-    count = min(max(1, round(len(hashes) * ratio)), len(contents) - 1)
+    count = min(max(1, round(len(contents) * ratio)), len(contents) - 1)
     chosen = np.argsort(scrambled(contents, seed), kind="stable")[:count]
     return np.sort(first[chosen]).astype(np.int64)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -18,6 +19,7 @@ from sft.data.labels.audit import audit
 from sft.data.labels.label import label
 from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
+from sft.data.split import EARLIER, GENERATION, VALIDATION, Split, first_of_equal, splits
 from sft.errors import Problems
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Mix:
     """The rows of a stage. `train` and `val` are views; `source` and `row` say where a row comes from.
 
     `sources` and `upsampling` are the records of the contract's `--check --json`; `tokens` those of `train`.
+    `held` are the contents that no later stage may train on; `unasked` counts rows left out beyond the share asked for.
     """
 
     train: datasets.Dataset
@@ -46,34 +49,62 @@ class Mix:
     warnings: list[str] = field(default_factory=list)
     noted: Counter[str] = field(default_factory=Counter)
     tokens: dict[str, int] = field(default_factory=dict)
+    held: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    unasked: int = 0
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Rows of one source: those to train on and those set apart."""
-
-    train: Indices
-    val: Indices
-
-
-def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, say: Callable[[str], object] = print) -> Mix:
-    """The rows of a stage, labelled, mixed and audited. Sources that cannot be loaded are told to `say`.
+def prepare(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    say: Callable[[str], object] = print,
+    earlier: Collection[int] = (),
+) -> Mix:
+    """The rows of a stage, labelled, mixed and audited. Sources that cannot be loaded are told to `say`; `earlier` are
+    the contents that earlier stages ask questions about.
 
     Raises:
         Problems: no source is left, a template is missing, too many rows are lost, or the audit fails.
     """
     rows = load(settings.sources, settings, tokenizer, say=say)
     evaluation = load(settings.eval_sources, settings, tokenizer, say=say) if settings.eval_sources else []
-    problems = _losses([*rows, *evaluation], settings)
+    questions = {EARLIER: np.array(sorted(earlier), np.uint64), GENERATION: _contents(load_questions(settings))}
+    mixed = mix(rows, settings, evaluation=evaluation, questions=questions)
+    problems = losses([*rows, *evaluation], mixed, settings)
     if problems:
         raise Problems(problems)
-    mixed = mix(rows, settings, evaluation=evaluation)
     problems = [problem for part in (*rows, *evaluation) for problem in audit(part, tokenizer, settings)]
     if not len(mixed.train):
-        problems.append(f"{_asked(settings)}: no row is left to train on")
+        problems.append(f"{_asked(settings)}: no row is left to train on{_reasons(mixed.dropped)}")
     if problems:
         raise Problems(problems)
     return mixed
+
+
+def load_questions(settings: Settings) -> list[datasets.Dataset]:
+    """The rows of SFT_GEN_EVAL_DATASET as messages, per source; none when nothing is generated.
+
+    Raises:
+        Problems: one of its sources can't be loaded.
+    """
+    if settings.gen_eval == "none":
+        return []
+    loaded = []
+    for source in settings.gen_eval_sources:
+        try:
+            loaded.append(load_source(source, settings).dataset)
+        except SourceError as error:
+            raise Problems([f"SFT_GEN_EVAL_DATASET={source.id}: {error}"]) from error
+    return loaded
+
+
+def _contents(loaded: Sequence[datasets.Dataset]) -> Hashes:
+    hashes = [_column(dataset, "content_hash").to_numpy() for dataset in loaded]
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
+
+
+def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
 def load(
@@ -97,25 +128,38 @@ def load(
     return loaded
 
 
-def _losses(loaded: Sequence[Rows], settings: Settings) -> list[str]:
-    """Problems where more rows are lost than the person may expect."""
-    dropped = sum((rows.dropped for rows in loaded), Counter[str]())
-    total = dropped.total() + sum(len(rows.dataset) for rows in loaded)
-    if settings.overlong == "error" and dropped["over-long"]:
+def losses(loaded: Sequence[Rows], mixed: Mix, settings: Settings) -> list[str]:
+    """Problems where more rows are lost than the person may expect. What SFT_DEDUPLICATE, a multiplier or
+    SFT_VAL_RATIO takes away was asked for."""
+    total = sum(rows.dropped.total() + len(rows.dataset) for rows in loaded)
+    unreadable = sum((rows.dropped for rows in loaded), Counter[str]())
+    if settings.overlong == "error" and unreadable["over-long"]:
         return [
-            f"SFT_OVERLONG=error: {dropped['over-long']} rows are longer than SFT_MAX_SEQ_LEN={settings.max_seq_len};"
-            " raise it, shorten them, or choose drop or truncate"
+            f"SFT_OVERLONG=error: {unreadable['over-long']} rows are longer than"
+            f" SFT_MAX_SEQ_LEN={settings.max_seq_len}; raise it, shorten them, or choose drop or truncate"
         ]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-    remedy = f"raise SFT_MAX_SEQ_LEN={settings.max_seq_len}" if dropped["over-long"] else "repair the rows"
-    if total and dropped.total() == total:
-        return [f"{_asked(settings)}: none of its {total} rows can be trained on ({reasons}); {remedy}"]
-    if settings.origins.get("SFT_OVERLONG", "default") != "default" or dropped.total() <= _MOST_DROPPED * total:
+    lost = unreadable.total() + mixed.unasked
+    reasons, remedy = _reasons(mixed.dropped), _remedy(mixed.dropped, settings)
+    if total and unreadable.total() == total:
+        return [f"{_asked(settings)}: none of its {total} rows can be trained on{reasons}; {remedy}"]
+    if settings.origins.get("SFT_OVERLONG", "default") != "default" or lost <= _MOST_DROPPED * total:
         return []
     return [
-        f"SFT_OVERLONG={settings.overlong}: {dropped.total()} of {total} rows would be dropped ({reasons}); {remedy}, "
+        f"SFT_OVERLONG={settings.overlong}: {lost} of {total} rows would be dropped{reasons}; {remedy}, "
         f"or write SFT_OVERLONG=drop into stage{settings.stage}.env to accept it"
     ]
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    return f" ({reasons})" if reasons else ""
+
+
+def _remedy(dropped: Counter[str], settings: Settings) -> str:
+    if dropped["over-long"]:
+        return f"raise SFT_MAX_SEQ_LEN={settings.max_seq_len}"
+    left_out = sum(dropped[reason] for reason in (VALIDATION, EARLIER, GENERATION))
+    return "take rows that are asked out of the data" if left_out * 2 > dropped.total() else "repair the rows"
 
 
 def _asked(settings: Settings) -> str:
@@ -123,27 +167,33 @@ def _asked(settings: Settings) -> str:
     return "SFT_DATASET_MIX" if settings.dataset_mix else "SFT_DATASET_ID"
 
 
-def mix(sources: Sequence[Rows], settings: Settings, *, evaluation: Sequence[Rows] = ()) -> Mix:
+def mix(
+    sources: Sequence[Rows],
+    settings: Settings,
+    *,
+    evaluation: Sequence[Rows] = (),
+    questions: Mapping[str, Hashes] = MappingProxyType({}),
+) -> Mix:
     """The training and validation rows of labelled sources; the same for the same rows, settings and seed.
 
     With `evaluation` these are the validation rows, else they are split off each source before anything is mixed.
-    No row equal to a validation row is in `train`.
+    No row equal to a validation row is in `train`, nor one whose content is among `questions` (by who asks them).
     """
     base = _Base([*sources, *evaluation])
     report = Mix(base.rows, base.rows, [], [], base.counted("dropped"), noted=base.counted("noted"))
-    splits = _splits(base, len(sources), settings, report)
-    drawn = _drawn([rows.source for rows in sources], splits, settings, report)
-    rows = np.concatenate([part + base.starts[i] for i, part in enumerate(drawn)])
+    found = _splits(base, len(sources), settings, report, questions=questions)
+    drawn = _drawn([rows.source for rows in sources], found, settings, report)
+    rows = np.concatenate(drawn)
     if settings.use_upsampling:
         rows = _upsampled(base, rows, settings, report)
     rows = draws.shuffled(rows, settings.seed)
     held = [base.numbers(i) for i in range(len(sources), len(base.sizes))]
-    held = held or [split.val + base.starts[i] for i, split in enumerate(splits)]
-    held_rows = _first_of_equal(base.hashes, np.concatenate(held))
+    held_rows = first_of_equal(base.hashes, np.concatenate(held or [split.val for split in found]))
+    report.held = np.unique(np.concatenate([base.hashes[held_rows], questions.get(GENERATION, base.hashes[:0])]))
     report.train = base.view(rows).remove_columns([*VAL_COLUMNS, "content_hash", "trained"])
     report.val = base.view(held_rows).remove_columns(["content_hash", "trained"])
     report.sources = [
-        _record(source, split, len(part)) for source, split, part in zip(sources, splits, drawn, strict=True)
+        _record(source, split, len(part)) for source, split, part in zip(sources, found, drawn, strict=True)
     ]
     report.tokens = base.tokens(rows)
     return report
@@ -165,7 +215,7 @@ class _Base:
         self.hashes: Hashes = self.column("content_hash").to_numpy()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        return self.rows.select_columns([name]).with_format("arrow")[:][name]
+        return _column(self.rows, name)
 
     def numbers(self, source: int) -> Indices:
         """The numbers of a source's rows among all rows."""
@@ -183,44 +233,34 @@ class _Base:
         return {"total": int(lengths.sum()), "trained": int(trained.sum()), "longest_row": longest}
 
 
-def _splits(base: _Base, count: int, settings: Settings, report: Mix) -> list[_Split]:
+def _splits(
+    base: _Base, count: int, settings: Settings, report: Mix, *, questions: Mapping[str, Hashes]
+) -> list[Split]:
     """The split of each of the first `count` sources; the sources after them are validation rows as a whole."""
     pools = [base.numbers(i) for i in range(count)]
     if settings.deduplicate:
         pools = _without_duplicates(base, pools, report)
     ratio = 0.0 if count < len(base.sizes) else settings.val_ratio
-    held = [pool[draws.validation_rows(base.hashes[pool], ratio, settings.seed)] for pool in pools]
-    secret = np.unique(base.hashes[np.concatenate([*held, np.arange(base.starts[count], base.starts[-1])])])
-    splits = []
-    for i, (pool, val) in enumerate(zip(pools, held, strict=True)):
-        train = pool[~np.isin(base.hashes[pool], secret)]
-        equal = len(pool) - len(train) - len(val)
-        if equal:
-            report.dropped["equal to a validation row"] += equal
-            report.warnings.append(
-                f"[WARNING] {base.sources[i].source.id}: {equal} rows equal a validation row and are left out"
-            )
-        splits.append(_Split(train - base.starts[i], val - base.starts[i]))
-    return splits
+    validation = np.arange(base.starts[count], base.starts[-1])
+    found = splits(base.hashes, pools, ratio=ratio, seed=settings.seed, validation=validation, questions=questions)
+    for rows, split in zip(base.sources, found, strict=False):
+        report.dropped += split.left_out
+        report.unasked += split.unasked
+        if split.unasked:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in split.left_out.items())
+            report.warnings.append(f"[WARNING] {rows.source.id}: rows are left out ({reasons})")
+    return found
 
 
 def _without_duplicates(base: _Base, pools: Sequence[Indices], report: Mix) -> list[Indices]:
-    kept = _first_of_equal(base.hashes, np.concatenate(pools))
-    report.dropped["duplicate"] += sum(map(len, pools)) - len(kept)
+    kept = first_of_equal(base.hashes, np.concatenate(pools))
+    report.dropped += Counter(duplicate=sum(map(len, pools)) - len(kept))
     return [np.intersect1d(pool, kept, assume_unique=True) for pool in pools]
 
 
-def _first_of_equal(hashes: Hashes, numbers: Indices) -> Indices:
-    """Of rows with equal content the first, in order."""
-    _, first = np.unique(hashes[numbers], return_index=True)
-    return numbers[np.sort(first)]
-
-
-def _drawn(sources: Sequence[Any], splits: Sequence[_Split], settings: Settings, report: Mix) -> list[Indices]:
+def _drawn(sources: Sequence[Any], found: Sequence[Split], settings: Settings, report: Mix) -> list[Indices]:
     """The rows drawn from each source: their numbers in the source, with repetitions."""
-    sizes = [
-        draws.repeated_size(len(split.train), source.repeat) for source, split in zip(sources, splits, strict=True)
-    ]
+    sizes = [draws.repeated_size(len(split.train), source.repeat) for source, split in zip(sources, found, strict=True)]
     report.warnings += [
         f"[WARNING] {source.id}: no row is left to train on"
         for source, size in zip(sources, sizes, strict=True)
@@ -231,7 +271,7 @@ def _drawn(sources: Sequence[Any], splits: Sequence[_Split], settings: Settings,
     counts = draws.shares(weights, total) if any(weights) else [0] * len(sources)
     return [
         draws.draw(split.train, size, count, seed=settings.seed, stream=i)
-        for i, (split, size, count) in enumerate(zip(splits, sizes, counts, strict=True))
+        for i, (split, size, count) in enumerate(zip(found, sizes, counts, strict=True))
     ]
 
 
@@ -263,7 +303,7 @@ def _nothing_matched(rule: str, names: Sequence[dict[str, str]]) -> str:
     return f"[WARNING] SFT_UPSAMPLE_RULES: {rule} matches no row; there are {', '.join(keys + packs) or 'no task keys'}"
 
 
-def _record(rows: Rows, split: _Split, drawn: int) -> dict[str, Any]:
+def _record(rows: Rows, split: Split, drawn: int) -> dict[str, Any]:
     source = rows.source
     return {
         "id": source.id, "split": source.split, "weight": source.weight, "rows": len(rows.dataset),

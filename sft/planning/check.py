@@ -25,8 +25,10 @@ def check(ladder: list[Settings], options: argparse.Namespace) -> None:
     ladder[0].export_passthrough()
     silence_torch()
     plans = []
+    held: set[int] = set()
     for settings in ladder:
-        plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder))
+        plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder, held=held))
+        held.update(plans[-1].mix.held.tolist() if plans[-1].mix else ())
         if not options.json:
             from sft.planning.tables import page
 

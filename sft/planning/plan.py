@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,15 +63,18 @@ class Plan:
             return None
 
 
-def plan_stage(settings: Settings, *, fresh: bool = False, ladder: Sequence[Settings] = ()) -> Plan:
-    """Everything about one stage. Stages of `ladder` before it count as trained by the time it starts."""
+def plan_stage(
+    settings: Settings, *, fresh: bool = False, ladder: Sequence[Settings] = (), held: Collection[int] = ()
+) -> Plan:
+    """Everything about one stage. Stages of `ladder` before it count as trained by the time it starts; `held` are the
+    contents they will be validated on."""
     from sft.planning.machine import examine
 
     plan = Plan(settings, blank_document(settings.stage) | {"settings": settings.record()})
     plan.machine = [finding for finding in examine(settings) if finding.state != "ok"]
     plan.document["problems"] += [finding.text for finding in plan.machine if finding.state == "broken"]
     stage = add_lineage(plan, fresh=fresh, ladder=ladder)
-    config = add_rows(plan)
+    config = add_rows(plan, held)
     if plan.mix is not None:
         add_steps(plan, plan.mix)
         if config is not None:
@@ -102,9 +105,10 @@ def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> Stage
     return stage
 
 
-def add_rows(plan: Plan) -> PretrainedConfig | None:
+def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model."""
     from sft.data.mixture import prepare
+    from sft.evaluation.held_out import earlier_questions
     from sft.models.model import load_config, load_tokenizer
 
     settings, before = plan.settings, len(plan.problems)
@@ -117,7 +121,8 @@ def add_rows(plan: Plan) -> PretrainedConfig | None:
     if plan.tokenizer is None:
         add_unlabelled(plan)
         return config
-    plan.mix = plan.attempt(prepare, settings, plan.tokenizer, say=plan.notes.append)
+    earlier = earlier_questions(settings).union(held)
+    plan.mix = plan.attempt(prepare, settings, plan.tokenizer, say=plan.notes.append, earlier=earlier)
     if plan.mix is None:
         add_unlabelled(plan)
         return config

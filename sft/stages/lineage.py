@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from sft.settings import Settings
 
 ADAPTER = "adapter_model.safetensors"
-RESULTS = ("adapter_", "model", "config.json", "tokenizer", "training_config.json", "best_model/", "gen_", "metrics.")
+RESULTS = (
+    "adapter_",
+    "model",
+    "config.json",
+    "tokenizer",
+    "training_config.json",
+    "best_model/",
+    "gen_",
+    "held_out.",
+    "metrics.",
+)
 """How the names of a completed stage's files begin that are sealed: what later stages and people rely on."""
 
 
