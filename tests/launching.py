@@ -1,5 +1,6 @@
 """train.py under a launcher, as people start it: two processes on the CPU, found again by a mark they carry."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -18,10 +21,18 @@ def launcher(kind: str) -> list[str]:
     if kind == "torchrun":
         return [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     file = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
+    if "zero" in kind:
+        need_deepspeed()
     return [
         str(BIN / "accelerate"), "launch", "--config_file", str(file), "--num_processes", "2",
         "--main_process_port", "0",
     ]  # fmt: skip
+
+
+def need_deepspeed() -> None:
+    """Skips the test where DeepSpeed is not installed; `make test` installs it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: make install-deepspeed")
 
 
 def environment(mark: Path) -> dict[str, str]:

@@ -199,7 +199,7 @@ def test_launch_environment():
     assert launched(place) == Launched(3, 8, 4)
     zero = place | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     assert launched(zero) == Launched(3, 8, 4, "zero3", deepspeed=True)
-    zero |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/zero2.json"}
+    zero |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/zero2_offload.json"}
     assert launched(zero) == Launched(3, 8, 4, "zero2", deepspeed=True, offload=frozenset({"optimizer"}))
     assert launched(place | {"ACCELERATE_USE_FSDP": "true"}) == Launched(3, 8, 4, "fsdp")
 

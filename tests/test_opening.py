@@ -26,10 +26,10 @@ def test_no_launcher_no_problem(tmp_path: Path):
     assert launch_problems(settings, {"ACCELERATE_MIXED_PRECISION": "no"}) == []
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_shipped_deepspeed_files_contradict_nothing(tmp_path: Path, stage: int):
+@pytest.mark.parametrize("engine", ["zero2", "zero2_offload", "zero3"])
+def test_the_shipped_deepspeed_files_contradict_nothing(tmp_path: Path, engine: str):
     """Whatever the stage file says about batch, rate, clipping and precision."""
-    path = Path(__file__).resolve().parents[1] / "configs" / "deepspeed" / f"zero{stage}.json"
+    path = Path(__file__).resolve().parents[1] / "configs" / "deepspeed" / f"{engine}.json"
     settings = make_settings(tmp_path, lr="3e-4", grad_accum=7, max_grad_norm=0.3, dtype="bfloat16", weight_decay=0.1)
     assert launch_problems(settings, DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}) == []
 
