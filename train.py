@@ -23,7 +23,7 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         from sft import run
 
         tokenizer = run.load_tokenizer(settings)
-        mix = run.prepare(settings, tokenizer)  # labelled, audited, split, mixed, upsampled
+        mix = run.prepare_rows(settings, tokenizer)  # labelled, audited, split, mixed, upsampled
         run.require_space(stage)
         stage.begin()
         evaluation = run.evaluation(stage, tokenizer, mix)

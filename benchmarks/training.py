@@ -159,15 +159,15 @@ def prepare(env_dir: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from sft.data.mixture import prepare as prepare_mix
+    from sft.data.mixture import prepare_mix
     from sft.settings import load_settings
-    from sft.training.batches import EpochBatches, TrainingRows, join
+    from sft.training.batches import EpochBatches, TrainingRows, join_rows
 
     settings = load_settings(1, env_dir=env_dir)
     mix = prepare_mix(settings, AutoTokenizer.from_pretrained(settings.base_model))
     rows = TrainingRows(mix.train)
     keys = list(EpochBatches(len(rows), batch_size=settings.per_device_train_bs, seed=settings.seed))
-    batches = [join([rows[key] for key in batch]) for batch in keys]
+    batches = [join_rows([rows[key] for key in batch]) for batch in keys]
     folder = Path(settings.dataset_id or "").parent
     torch.save(batches, folder / "batches.pt")
     ordered = [rows.row(0, position) for batch in keys for position in batch]

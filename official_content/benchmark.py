@@ -11,21 +11,21 @@ import tempfile
 from pathlib import Path
 
 from sft.errors import Problems
-from sft.programs.ending import count, run
+from sft.programs.command_line import run_program, whole_number
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--nodes", type=count, default=1, help="machines this run is spread over (1)")
+    parser.add_argument("--nodes", type=whole_number, default=1, help="machines this run is spread over (1)")
     parser.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="where results go (results)"
     )
-    parser.add_argument("--seq-len", type=count, default=512, help="tokens of a row (512)")
-    parser.add_argument("--micro-batch", type=count, default=4, help="rows per device and micro-batch (4)")
-    parser.add_argument("--accumulation", type=count, default=1, help="micro-batches of a step (1)")
-    parser.add_argument("--steps", type=count, default=10, help="measured steps (10)")
-    parser.add_argument("--warmup", type=count, default=3, help="steps before them (3)")
+    parser.add_argument("--seq-len", type=whole_number, default=512, help="tokens of a row (512)")
+    parser.add_argument("--micro-batch", type=whole_number, default=4, help="rows per device and micro-batch (4)")
+    parser.add_argument("--accumulation", type=whole_number, default=1, help="micro-batches of a step (1)")
+    parser.add_argument("--steps", type=whole_number, default=10, help="measured steps (10)")
+    parser.add_argument("--warmup", type=whole_number, default=3, help="steps before them (3)")
     parser.add_argument("--lora-r", type=int, default=16, help="rank of the adapter; 0 trains every weight (16)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument(
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(run_program(main))

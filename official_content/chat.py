@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import Problems, RunFailed
-from sft.programs.ending import count, run, spoken_of
+from sft.programs.command_line import reworded, run_program, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,11 +31,11 @@ Messages = list[dict[str, str]]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage", type=count, required=True, metavar="N", help="stage to talk to; it must be complete")
+    add("--stage", type=whole_number, required=True, metavar="N", help="stage to talk to; it must be complete")
     add("--env-dir", type=Path, default=Path(), metavar="DIR", help="where stageN.env are (default: current directory)")
     add("--set", action="append", default=[], dest="overrides", metavar="NAME=VALUE", help="override one setting")
     add("--system", default="", metavar="TEXT", help="system message at the start of the conversation (none)")
-    add("--max-new-tokens", type=count, default=512, metavar="K", help="longest answer in tokens (512)")
+    add("--max-new-tokens", type=whole_number, default=512, metavar="K", help="longest answer in tokens (512)")
     return parser.parse_args()
 
 
@@ -55,7 +55,7 @@ def find_stage(folder: Path) -> "Origin":
     """What the stage's model is made of. Raises Problems for a stage that is not complete or was outdated since."""
     from sft.programs.export import find_origin
 
-    with spoken_of("--checkpoint_dir ", ""):
+    with reworded("--checkpoint_dir ", ""):
         return find_origin(folder)
 
 
@@ -216,10 +216,10 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     origin = find_stage(folder)
-    with spoken_of("SFT_BASE_MODEL=", f"{folder}: its base model "):
+    with reworded("SFT_BASE_MODEL=", f"{folder}: its base model "):
         model, tokenizer = load(settings, origin)
     talk(model, tokenizer, options)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(run_program(main))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sft.environment import offline_unless_reachable, silence_libraries
 from sft.errors import Problems
-from sft.programs.ending import run, spoken_of
+from sft.programs.command_line import reworded, run_program
 
 
 def arguments() -> argparse.Namespace:
@@ -55,7 +55,7 @@ def main() -> None:
     check_target(target)
     what = f"Merging {len(origin.adapters)} adapters into" if origin.adapters else "Copying"
     print(f"{what} {origin.base} ...", flush=True)
-    with spoken_of("SFT_BASE_MODEL=", f"--checkpoint_dir {options.checkpoint_dir}: its base model "):
+    with reworded("SFT_BASE_MODEL=", f"--checkpoint_dir {options.checkpoint_dir}: its base model "):
         record = export(origin, target)
     for warning in record.warnings:
         print(f"[WARNING] {warning}")
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

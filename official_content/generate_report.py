@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from sft.errors import Problems
-from sft.programs.ending import run
+from sft.programs.command_line import run_program
 
 
 def arguments() -> argparse.Namespace:
@@ -27,7 +27,7 @@ def main() -> None:
     if not options.results.is_dir():
         raise Problems([f"{options.results}: no such folder; run_benchmark.sh MODEL NODES makes the first run in it"])
     from sft.programs import benchmark_report as report
-    from sft.reporting.report import page
+    from sft.reporting.report import html_page
     from sft.storage.atomic import write_text
 
     found, broken = report.read_runs(options.results)
@@ -41,9 +41,9 @@ def main() -> None:
     facts |= {"costs": report.COSTS, "cost_rows": report.cost_rows(runs)}
     folder = options.output or options.results
     write_text(folder / "report.md", report.markdown(runs, broken))
-    write_text(folder / "report.html", page("benchmark.html.jinja", facts))
+    write_text(folder / "report.html", html_page("benchmark.html.jinja", facts))
     print(f"{len(runs)} runs: {folder / 'report.html'} and {folder / 'report.md'}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(run_program(main))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import Problems
-from sft.programs.ending import run
+from sft.programs.command_line import run_program
 
 
 def arguments() -> argparse.Namespace:
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(run_program(main))

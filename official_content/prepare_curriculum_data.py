@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import Problems
-from sft.programs.ending import count, encoding, progress, run
+from sft.programs.command_line import encoding_name, progress, run_program, whole_number
 from sft.programs.row_streams import read_rows, written_rows
 
 Row = dict[str, Any]
@@ -25,13 +25,13 @@ Row = dict[str, Any]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positives", type=Path, required=True, metavar="FILE", help="rows with an answer to find")
-    parser.add_argument("--copies", type=count, default=3, metavar="N", help="times the positives are written (3)")
+    parser.add_argument("--copies", type=whole_number, default=3, metavar="N", help="copies of the positives (3)")
     parser.add_argument("--negatives", type=Path, required=True, metavar="FILE", help="rows whose answer is empty")
-    parser.add_argument("--first", type=count, metavar="K", help="negatives to take from the start (all)")
+    parser.add_argument("--first", type=whole_number, metavar="K", help="negatives to take from the start (all)")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="a .json or .jsonl file, not there yet"
     )
-    parser.add_argument("--encoding", type=encoding, default="utf-8-sig", help="encoding of the input files (utf-8)")
+    parser.add_argument("--encoding", type=encoding_name, default="utf-8-sig", help="encoding of the inputs (utf-8)")
     return parser.parse_args()
 
 
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(run_program(main))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sft.environment import offline_unless_reachable
 from sft.errors import Problems
-from sft.programs.ending import count, encoding, run
+from sft.programs.command_line import encoding_name, run_program, whole_number
 from sft.programs.prepare_dataset import Prepared
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ def arguments() -> argparse.Namespace:
         "--source", choices=["alpaca", "dolly", "wizardlm", "json", "csv"], help="where the rows come from"
     )
     parser.add_argument("--source-path", type=Path, metavar="P", help="the file of --source json (or .jsonl) and csv")
-    parser.add_argument("--num-samples", type=count, metavar="K", help="rows to keep (all)")
+    parser.add_argument("--num-samples", type=whole_number, metavar="K", help="rows to keep (all)")
     parser.add_argument(
         "--format", choices=["alpaca", "chatml", "llama2"], default="alpaca", help="format of `text` (alpaca)"
     )
     parser.add_argument(
         "--max-length", type=int, default=2048, metavar="L", help="most tokens of a row; 0 counts none (2048)"
     )
-    parser.add_argument("--encoding", type=encoding, help="encoding of a file that is not UTF-8")
+    parser.add_argument("--encoding", type=encoding_name, help="encoding of a file that is not UTF-8")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (datasets/<source>_<model>_<K>)")
     parser.add_argument(
         "--inspect", type=Path, metavar="DIR", help="only show rows, columns, lengths and the first row of DIR"
@@ -114,7 +114,7 @@ def build(options: argparse.Namespace) -> None:
     from sft.programs import prepare_dataset
 
     source = chosen_source(options)
-    prepared = prepare_dataset.prepare(
+    prepared = prepare_dataset.prepare_dataset(
         source,
         text_format=options.format,
         tokenizer=prepare_dataset.load_tokenizer(options.model) if options.max_length else None,
@@ -131,7 +131,7 @@ def build(options: argparse.Namespace) -> None:
         "max_length": options.max_length,
         "requested_samples": options.num_samples,
     }
-    prepare_dataset.save(prepared, target, metadata)
+    prepare_dataset.save_dataset(prepared, target, metadata)
     tell(options, source.id, prepared)
     print(f"In stageN.env: SFT_DATASET_ID={target}")
 
@@ -189,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(run_program(main))

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sft.errors import Problems
-from sft.programs.ending import run
+from sft.programs.command_line import run_program
 from sft.scoring.formats import FORMATS
 from sft.scoring.structured import StructuredScore, aggregate, score_answer, target_format
 
@@ -186,4 +186,4 @@ def _table(scores: _Scored, metrics: dict[str, float], left_out: Counter[str]) -
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from sft.errors import Problems, RunFailed
-from sft.programs.ending import run
+from sft.programs.command_line import run_program
 from sft.storage.atomic import sync
 
 
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(run_program(main))

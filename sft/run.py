@@ -10,8 +10,7 @@ import transformers
 from accelerate import PartialState
 
 from sft.data.masked_loss.edge_mask import EdgeMask
-from sft.data.mixture import load_questions
-from sft.data.mixture import prepare as prepare_mix
+from sft.data.mixture import load_questions, prepare_mix
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
@@ -26,9 +25,9 @@ from sft.planning.memory import checkpointing_needed, largest_batch, raise_short
 from sft.reporting.recording import MetricsRecord, SampleRecord, tracked
 from sft.storage import json_files
 from sft.training.arguments import training_arguments
+from sft.training.callbacks import stop_agreed
 from sft.training.progress import AtStart
 from sft.training.results import parameter_counts, write_result
-from sft.training.rhythm import stop_agreed
 from sft.training.trainer import StagedTrainer
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ __all__ = [
     "load_tokenizer",
     "load_verified",
     "merge_parents",
-    "prepare",
+    "prepare_rows",
     "require_space",
     "score_earlier_models",
     "tracked",
@@ -56,7 +55,7 @@ __all__ = [
 ]
 
 
-def prepare(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
+def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     """The rows of the stage; the main process makes the labels, the others find them cached."""
     with ranks.main_first("the main process to read the data"):
         mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings))

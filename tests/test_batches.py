@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sft.data.masked_loss.edge_mask import EdgeMask
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
+from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, pack
 
 
 def rows() -> datasets.Dataset:
@@ -31,7 +31,7 @@ def test_a_row_longer_than_the_capacity_gets_a_pack_of_its_own():
 def test_joined_rows_restart_their_positions_and_mask_the_first_token():
     """Row 2's first token would be predicted from row 0's last one: it carries no loss."""
     training = TrainingRows(rows())
-    batch = join([training[0], training[2]])
+    batch = join_rows([training[0], training[2]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 6, 7, 8, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
@@ -41,7 +41,7 @@ def test_joined_rows_restart_their_positions_and_mask_the_first_token():
 
 def test_a_rank_without_rows_gets_masked_tokens():
     """An empty micro-batch keeps collective calls in step and counts nothing."""
-    batch = join([])
+    batch = join_rows([])
     assert batch["labels"].tolist() == [[-100, -100]]
     assert batch["num_items"] == 0
 
@@ -109,7 +109,7 @@ def test_both_modes_are_divided_by_the_expected_number_of_trained_tokens():
     """Two tokens outside the unit count whole, its two tokens 10/19 each, masked or not."""
     expected = 2 + 2 * 10 / 19
     for mode in ("sample", "weight"):
-        batch = join([masked_rows(mode)[7]])
+        batch = join_rows([masked_rows(mode)[7]])
         assert batch["num_items"] == pytest.approx(expected, rel=1e-6)
     assert batch["loss_weights"][0].tolist() == pytest.approx([1, 1, 10 / 19, 10 / 19, 1])
 
@@ -121,7 +121,7 @@ def test_workers_change_nothing(workers: int):
 
     def labels(count: int) -> list[list[int]]:
         sampler = EpochBatches(20, batch_size=3, seed=1)
-        loader = EpochLoader(training, batch_sampler=sampler, collate_fn=join, num_workers=count)
+        loader = EpochLoader(training, batch_sampler=sampler, collate_fn=join_rows, num_workers=count)
         loader.set_epoch(4)
         return [batch["labels"][0].tolist() for batch in loader]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from sft.merging.probe import FILE as PROBE
 from sft.merging.probe import store_probe
-from sft.programs.ending import run
+from sft.programs.command_line import run_program
 from sft.stages.lineage import result_sha256
 from sft.stages.manifest import blank_manifest
 
@@ -84,7 +84,7 @@ def export(monkeypatch, capsys):
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, arguments)])
         capsys.readouterr()
-        code = run(module.main)
+        code = run_program(module.main)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -257,5 +257,5 @@ def test_help_comes_without_torch():
     """--help is read before anything heavy is imported."""
     program = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
     check = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {program}"
-    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "False"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -24,7 +24,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from sft import cli
-from sft.data.mixture import prepare
+from sft.data.mixture import prepare_mix
 from sft.errors import Problems
 from sft.settings import load_settings
 from sft.settings.schema import NAMES
@@ -242,7 +242,7 @@ def test_data_files(folder, rows, ending, repeat, spoil, switches):
     said: list[str] = []
     try:
         settings = load_settings(1, env_dir=folder, environ={})
-        mix = prepare(settings, WORDS_TOKENIZER, say=said.append)
+        mix = prepare_mix(settings, WORDS_TOKENIZER, say=said.append)
     except Problems as found:
         assert found.problems
         assert all(text.strip() for text in found.problems)

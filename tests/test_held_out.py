@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sft.data.mixture import prepare
+from sft.data.mixture import prepare_mix
 from sft.data.sources.shapes import content_hash
 from sft.data.split import EARLIER, GENERATION
 from sft.evaluation.held_out import earlier_questions, write_held_out
@@ -40,14 +40,14 @@ def test_a_later_stage_never_trains_on_validation_rows_of_an_earlier_one(tmp_pat
     """Whatever it takes of the same rows: another seed, ratio or part; the rows are counted and said."""
     answers = [f"a{number}" for number in range(60)]
     path = write(tmp_path / "rows.jsonl", answers)
-    first = prepare(of_stage(1, tmp_path, dataset_id=path, val_ratio=0.1), word_tokenizer())
+    first = prepare_mix(of_stage(1, tmp_path, dataset_id=path, val_ratio=0.1), word_tokenizer())
     write_held_out(tmp_path / "out_stage1", first.held.tolist())
     asked = {turns[-1]["content"] for turns in first.val["messages"]}
     assert len(asked) == 6
     part = write(tmp_path / "part.jsonl", answers[:40])
     for options in ({"val_ratio": 0.0}, {"seed": 8}, {"val_ratio": 0.3}, {"dataset_id": part, "val_ratio": 0.0}):
         settings = of_stage(2, tmp_path, **({"dataset_id": path} | options), origins={"SFT_OVERLONG": "stage2.env"})
-        second = prepare(settings, word_tokenizer(), earlier=earlier_questions(settings))
+        second = prepare_mix(settings, word_tokenizer(), earlier=earlier_questions(settings))
         read = answers if settings.dataset_id == path else answers[:40]
         trained = {read[row] for row in second.train["row"]}
         validated = {turns[-1]["content"] for turns in second.val["messages"]}
@@ -62,6 +62,6 @@ def test_rows_that_are_generated_for_are_not_trained_on(tmp_path: Path):
     asked = write(tmp_path / "asked.jsonl", ["a3", "a4", "a5", "a6", "other"])
     sources = [{"id": asked}]
     settings = of_stage(1, tmp_path, dataset_id=path, val_ratio=0.0, gen_eval="samples", gen_eval_dataset=sources)
-    mix = prepare(settings, word_tokenizer())
+    mix = prepare_mix(settings, word_tokenizer())
     assert (len(mix.train), mix.dropped) == (46, {GENERATION: 4})
     assert set(mix.held.tolist()) == {content_hash(chat(answer)) for answer in ("a3", "a4", "a5", "a6", "other")}

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from sft.distributed.launch import Launched, launched
-from sft.planning.activations import Activations, Batch, Device, Tally, activation_bytes, with_adapter
-from sft.planning.answers_cache import Answers
+from sft.planning.activations import Activations, BatchShape, Device, Tally, activation_bytes, with_adapter
+from sft.planning.kv_cache import AnswerBatch
 from sft.planning.memory import (
     COMFORTABLE,
     Estimate,
@@ -26,7 +26,7 @@ from sft.training.loss import token_cross_entropy
 
 CPU = Device(torch.float32, fused_head=False)
 HIDDEN, WIDE, LAYERS, WORDS = 64, 160, 6, 512
-BATCH = Batch(tokens=192, trained=64, rows=3)
+BATCH = BatchShape(tokens=192, trained=64, rows=3)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_the_total_has_the_larger_of_training_and_generation(settings, monkeypat
     chosen = settings(dtype="float32")
     without, with_cache = (
         estimate(dense(), chosen, BATCH, checkpointing=False, available=1, answers=answers)
-        for answers in (None, Answers(rows=8, tokens=100))
+        for answers in (None, AnswerBatch(rows=8, tokens=100))
     )
     cache = 2 * 8 * 100 * 2 * 16 * LAYERS * 4
     assert (without.generation, with_cache.generation) == (0, cache)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sft.data import draws
 from sft.data.labels import masks
-from sft.data.mixture import Mix, losses, mix, prepare
+from sft.data.mixture import Mix, losses, mix, prepare_mix
 from sft.data.sources.load import Rows
 from sft.data.sources.shapes import content_hash
 from sft.data.split import EARLIER, GENERATION
@@ -378,11 +378,11 @@ def test_prepare_goes_on_without_a_broken_source(tmp_path: Path, make_settings: 
     both = (Source(id=str(bad)), Source(id=str(good)))
     expected = f"[ERROR] Failed to load {bad}: {bad}, line 1: broken JSON (Expecting ',' delimiter, column 16)"
     said: list[str] = []
-    mixed = prepare(make_settings(dataset_mix=both, val_ratio=0.0), word_tokenizer(), say=said.append)
+    mixed = prepare_mix(make_settings(dataset_mix=both, val_ratio=0.0), word_tokenizer(), say=said.append)
     assert (len(mixed.train), said) == (5, [expected])
     for settings in (make_settings(dataset_mix=both, strict=True), make_settings(dataset_mix=both[:1])):
         with pytest.raises(Problems) as caught:
-            prepare(settings, word_tokenizer(), say=said.append)
+            prepare_mix(settings, word_tokenizer(), say=said.append)
         assert (caught.value.problems, said) == ([expected], [expected])  # told once, by the listing
 
 
@@ -394,11 +394,11 @@ def test_losing_more_than_a_tenth_is_a_problem(tmp_path: Path, make_settings: An
         path = write(tmp_path / f"{lost}.jsonl", rows)
         settings = make_settings(dataset_id=str(path))
         if lost == 2:
-            assert prepare(settings, word_tokenizer()).dropped == {"empty answer": 2}
+            assert prepare_mix(settings, word_tokenizer()).dropped == {"empty answer": 2}
     with pytest.raises(Problems, match=r"3 of 20 rows would be dropped \(3 empty answer\)"):
-        prepare(settings, word_tokenizer())
+        prepare_mix(settings, word_tokenizer())
     accepted = make_settings(dataset_id=str(path), origins={"SFT_OVERLONG": "stage1.env"})
-    assert prepare(accepted, word_tokenizer()).dropped == {"empty answer": 3}
+    assert prepare_mix(accepted, word_tokenizer()).dropped == {"empty answer": 3}
 
 
 def test_over_long_rows_can_be_an_error(tmp_path: Path, make_settings: Any):
@@ -408,21 +408,21 @@ def test_over_long_rows_can_be_an_error(tmp_path: Path, make_settings: Any):
     )
     settings = make_settings(dataset_id=str(path), max_seq_len=20, overlong="error")
     with pytest.raises(Problems, match="SFT_OVERLONG=error: 1 rows are longer than SFT_MAX_SEQ_LEN=20; raise it"):
-        prepare(settings, word_tokenizer())
+        prepare_mix(settings, word_tokenizer())
 
 
 def test_nothing_left_is_a_problem(tmp_path: Path, make_settings: Any):
     """An empty file, empty answers alone, a failed audit: listed, not trained on."""
     path = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": ""}] * 3)
     with pytest.raises(Problems, match=r"none of its 3 rows can be trained on \(3 empty answer\); repair the rows"):
-        prepare(make_settings(dataset_id=str(path), origins={"SFT_OVERLONG": "stage1.env"}), word_tokenizer())
+        prepare_mix(make_settings(dataset_id=str(path), origins={"SFT_OVERLONG": "stage1.env"}), word_tokenizer())
     (tmp_path / "rows.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(Problems, match="no row is left to train on"):
-        prepare(make_settings(dataset_id=str(tmp_path / "rows.jsonl")), word_tokenizer())
+        prepare_mix(make_settings(dataset_id=str(tmp_path / "rows.jsonl")), word_tokenizer())
     path = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": "One"}] * 2)
     unended = word_tokenizer("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}")
     with pytest.raises(Problems, match="an end of turn that is not trained"):
-        prepare(make_settings(dataset_id=str(path)), unended)
+        prepare_mix(make_settings(dataset_id=str(path)), unended)
 
 
 @pytest.mark.shared
@@ -437,7 +437,7 @@ def test_document_000_s_second_stage(make_settings: Any):
         dataset_mix=mixing, mask_cot=True, max_seq_len=100_000, use_upsampling=True,
         upsample_rules={"text_to_toml": 3.0, "toml_to_yaml": 2.0},
     )  # fmt: skip
-    mixed = prepare(settings, word_tokenizer())
+    mixed = prepare_mix(settings, word_tokenizer())
     assert [record["validation_rows"] for record in mixed.sources] == [30, 15]
     assert [record["drawn"] for record in mixed.sources] == [190, 380]
     first, second = mixed.upsampling

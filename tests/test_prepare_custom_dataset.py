@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft.data.sources.load import load_source
-from sft.programs.ending import run
+from sft.programs.command_line import run_program
 from sft.programs.prepare_dataset import HUB_SOURCES, histogram
 from sft.settings import Source
 
@@ -44,7 +44,7 @@ def prepare(program, tmp_path, monkeypatch, capsys):
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["prepare_custom_dataset.py", *arguments])
-        code = run(program.main)
+        code = run_program(program.main)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 

@@ -131,7 +131,7 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(inputs, tmp_
 def test_a_long_step_is_given_up_without_a_trace(inputs, tmp_path, monkeypatch):
     """A signal in the first micro-batch of step 4, with no patience left: checkpoint-3, made before step 4 began."""
     with monkeypatch.context() as patched:
-        patched.setattr("sft.training.rhythm.PATIENCE_SECONDS", 0.0)
+        patched.setattr("sft.training.callbacks.PATIENCE_SECONDS", 0.0)
         before(patched, "sft.training.trainer.StagedTrainer.compute_loss", tell, at_step(3))
         assert train(inputs, tmp_path) == 143
     assert checkpoints.find(tmp_path / "out_stage1")[0].step == 3

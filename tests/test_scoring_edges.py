@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.data.masked_loss.units import label
 from sft.data.masked_loss.units import path_edges as training_units
+from sft.data.masked_loss.units import readable_edge
 from sft.scoring.edges import looks_like_paths, path_edges, read_paths, score_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -64,7 +64,7 @@ def test_ontology_references_are_recognised(reference, expected):
 @pytest.mark.parametrize("answer", ["r -> a -> b\nr -> c", "x->y -> z ->\n-> q -> w", "one\n", "a  ->  b\t->\tc"])
 def test_the_edges_scored_are_the_edges_trained_on(answer):
     """Scoring and the masked loss agree on what an edge is, but for empty names, which only the latter counts."""
-    trained = {label(unit.edge) for unit in training_units(answer)}
+    trained = {readable_edge(unit.edge) for unit in training_units(answer)}
     scored = {f"{parent} -> {child}" for parent, child in path_edges(read_paths(answer))}
     assert {text for text in trained if all(text.split(" -> "))} == scored
 

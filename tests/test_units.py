@@ -8,9 +8,9 @@ from sft.data.masked_loss.units import (
     Unit,
     answer_units,
     json_edges,
-    label,
     path_edges,
     path_edges_from_paths,
+    readable_edge,
     render_paths,
 )
 
@@ -43,7 +43,7 @@ def test_structured_paths_keep_titles_with_arrows_and_newlines_whole():
     answer, units = path_edges_from_paths([["root", "x -> y", "two\nlines"], ["root", "z"]])
     assert answer == "root -> x -> y -> two\nlines\nroot -> z\n"
     assert children(answer, units) == ["x -> y", "two\nlines", "z"]
-    assert [label(unit.edge) for unit in units] == ["root -> x -> y", 'x -> y -> "two\\nlines"', "root -> z"]
+    assert [readable_edge(unit.edge) for unit in units] == ["root -> x -> y", 'x -> y -> "two\\nlines"', "root -> z"]
 
 
 def test_odd_paths_count_as_they_are():
@@ -52,7 +52,7 @@ def test_odd_paths_count_as_they_are():
     assert path_edges_from_paths([]) == ("", [])
     assert path_edges_from_paths([[], ["root"]]) == ("root\n", [])
     _, cyclic = path_edges_from_paths([["a", "b", "a", "b"], ["a", "b"]])
-    assert [label(unit.edge) for unit in cyclic] == ["a -> b", "b -> a", "a -> b", "a -> b"]
+    assert [readable_edge(unit.edge) for unit in cyclic] == ["a -> b", "b -> a", "a -> b", "a -> b"]
     answer, blank = path_edges_from_paths([["a", " ", "b"]])
     assert (answer, blank) == ("a ->   -> b\n", [Unit('["path", "a", ""]', 6, 6), Unit('["path", "", "b"]', 10, 11)])
 
@@ -106,7 +106,7 @@ def test_keys_and_scalars_are_children_of_their_key_path():
     """Strings count without quotes, numbers and literals whole, brackets and commas never; list places are no part."""
     answer = '{"id": 7, "tags": ["x", "x\\u0041"], "at": {"city": "Osaka", "ok": true, "no": null, "n": -1.5e3}}'
     units = json_edges(answer)
-    assert [(label(unit.edge), answer[unit.start : unit.end]) for unit in units] == [
+    assert [(readable_edge(unit.edge), answer[unit.start : unit.end]) for unit in units] == [
         ("id", "id"),
         ("id: 7", "7"),
         ("tags", "tags"),
@@ -199,4 +199,4 @@ def test_deep_nesting_costs_no_recursion_and_no_square():
     assert len(units) == 10_001
     assert len({unit.edge for unit in units}) == 10_001
     assert max(len(unit.edge) for unit in units) < 600
-    assert label(units[-1].edge).startswith("….a")
+    assert readable_edge(units[-1].edge).startswith("….a")

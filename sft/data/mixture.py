@@ -53,7 +53,7 @@ class Mix:
     unasked: int = 0
 
 
-def prepare(
+def prepare_mix(
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -66,8 +66,8 @@ def prepare(
     Raises:
         Problems: no source is left, a template is missing, too many rows are lost, or the audit fails.
     """
-    rows = load(settings.sources, settings, tokenizer, say=say)
-    evaluation = load(settings.eval_sources, settings, tokenizer, say=say) if settings.eval_sources else []
+    rows = load_mix(settings.sources, settings, tokenizer, say=say)
+    evaluation = load_mix(settings.eval_sources, settings, tokenizer, say=say) if settings.eval_sources else []
     questions = {EARLIER: np.array(sorted(earlier), np.uint64), GENERATION: _contents(load_questions(settings))}
     mixed = mix(rows, settings, evaluation=evaluation, questions=questions)
     problems = losses([*rows, *evaluation], mixed, settings)
@@ -107,7 +107,7 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
-def load(
+def load_mix(
     sources: Sequence[Source], settings: Settings, tokenizer: PreTrainedTokenizerBase, *, say: Callable[[str], object]
 ) -> list[Rows]:
     """The labelled rows of every source that can be loaded.

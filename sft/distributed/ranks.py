@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 _meetings = count()
 
 
-def join() -> PartialState:
+def join_processes() -> PartialState:
     """This process among those that were launched together; the first call connects them.
 
     Raises:

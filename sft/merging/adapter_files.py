@@ -18,7 +18,7 @@ from torch import nn
 
 from sft.errors import Problems, RunFailed
 from sft.merging.layout import PlainLayout, UnknownLayout
-from sft.merging.weights import Stored, load, read_header
+from sft.merging.weights import StoredTensor, load, read_header
 from sft.storage.seals import sha256
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -38,12 +38,12 @@ class LowRank:
     """W + scaling * B A for one parameter; `experts` > 1 where A and B hold the factors of a stack of experts."""
 
     adapter: int
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     scaling: float
     transposed: bool = False
     experts: int = 1
-    magnitude: Stored | None = None
+    magnitude: StoredTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Replacement:
     """A parameter trained in full (modules_to_save): `value` takes the place of the base's."""
 
     adapter: int
-    value: Stored
+    value: StoredTensor
 
 
 Update = LowRank | Replacement
@@ -63,7 +63,7 @@ class Adapter:
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     sha256: str
 
 
@@ -138,8 +138,8 @@ def _first_of(number: int, updates: list[Update]) -> int:
     return sum(update.adapter < number for update in updates)
 
 
-def _modules(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    modules: dict[str, dict[str, Stored]] = defaultdict(dict)
+def _modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if match := LORA_KEY.match(name):
             modules[match["module"].removeprefix(PREFIX)][match["part"].replace("embedding_", "")] = tensor
@@ -185,7 +185,7 @@ def _full_name(name: str, layout: PlainLayout) -> str | None:
 
 
 def _low_rank(
-    number: int, adapter: Adapter, *, parameter: str, parts: dict[str, Stored], layout: PlainLayout
+    number: int, adapter: Adapter, *, parameter: str, parts: dict[str, StoredTensor], layout: PlainLayout
 ) -> LowRank:
     where = f"{adapter.folder}: {parameter}"
     if missing := {"lora_A", "lora_B"} - parts.keys():

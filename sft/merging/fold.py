@@ -19,7 +19,7 @@ import torch
 
 from sft.errors import RunFailed
 from sft.merging.adapter_files import LowRank, factors
-from sft.merging.weights import DTYPES, Stored, load, read_bytes, write_bytes
+from sft.merging.weights import DTYPES, StoredTensor, load, read_bytes, write_bytes
 from sft.storage.atomic import sync
 
 BLOCK = 256 * 1024  # elements folded at once: 1 MiB of float32 weights beside 1 MiB of update
@@ -41,8 +41,8 @@ class Term:
 class Output:
     """One tensor to write: what it starts from, where it goes, what is added."""
 
-    source: Stored
-    target: Stored
+    source: StoredTensor
+    target: StoredTensor
     terms: tuple[Term, ...] = ()
 
     @property

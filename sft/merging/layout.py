@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from sft.errors import Problems
-from sft.merging.weights import Stored
+from sft.merging.weights import StoredTensor
 
 # Dense architectures that transformers loads without renaming, transposing or fusing anything in their layers. A test
 # asks transformers whether that is still so.
@@ -55,7 +55,7 @@ class Place:
 class PlainLayout:
     """A checkpoint whose keys name the parameters and whose matrices are (out, in)."""
 
-    def __init__(self, stored: Iterable[Stored]) -> None:
+    def __init__(self, stored: Iterable[StoredTensor]) -> None:
         self.keys = {tensor.name: tensor for tensor in stored}
         self.parameters: dict[str, Any] = {}  # those known beyond the checkpoint's keys
         self.tied: dict[str, str] = {}
@@ -103,7 +103,7 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
 class Layout(PlainLayout):
     """Parameter names of `model` to the places that hold them on disk, and which parameters share one."""
 
-    def __init__(self, model: PreTrainedModel, stored: Iterable[Stored]) -> None:
+    def __init__(self, model: PreTrainedModel, stored: Iterable[StoredTensor]) -> None:
         super().__init__(stored)
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -144,7 +144,7 @@ class Layout(PlainLayout):
             return leaf == "weight"
         return bool(getattr(owner, "is_transposed", False)) and len(self.shape(parameter)) == 3
 
-    def _find(self, stored: dict[str, Stored]) -> None:
+    def _find(self, stored: dict[str, StoredTensor]) -> None:
         by_pattern = {pattern: converter for converter in self._converters for pattern in converter.source_patterns}
         collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for key in sorted(stored, key=dot_natural_key):
@@ -179,7 +179,7 @@ class Layout(PlainLayout):
         return [parameter, *(parameter.replace(first, other) for other in others)]
 
 
-def _expert_places(patterns: list[str], keys: dict[str, list[str]], stored: dict[str, Stored]) -> Iterable[Place]:
+def _expert_places(patterns: list[str], keys: dict[str, list[str]], stored: dict[str, StoredTensor]) -> Iterable[Place]:
     first_row = 0
     for pattern in patterns:
         names = keys[pattern]

@@ -25,7 +25,7 @@ from sft.merging.weights import (
     FLOATS,
     INDEX,
     NAMES,
-    Stored,
+    StoredTensor,
     convert_pickles,
     create_shard,
     load,
@@ -146,7 +146,7 @@ def _disk_full_explained(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _shards(folder: Path, target: Path) -> Iterator[dict[str, list[Stored]]]:
+def _shards(folder: Path, target: Path) -> Iterator[dict[str, list[StoredTensor]]]:
     """Output file name -> tensors of the base; PyTorch pickles are first rewritten beside the target."""
     paths = shard_paths(folder)
     with ExitStack() as stack:
@@ -167,7 +167,7 @@ def _layout(
     config: dict[str, Any],
     *,
     adapters: list[Adapter],
-    shards: dict[str, list[Stored]],
+    shards: dict[str, list[StoredTensor]],
     trust_remote_code: bool,
 ) -> PlainLayout:
     """Where parameters lie: known for plain models, else asked of transformers, whose import takes seconds."""
@@ -180,7 +180,12 @@ def _layout(
 
 
 def _stream(
-    layout: PlainLayout, shards: dict[str, list[Stored]], *, adapters: list[Adapter], partial: Path, record: MergeRecord
+    layout: PlainLayout,
+    shards: dict[str, list[StoredTensor]],
+    *,
+    adapters: list[Adapter],
+    partial: Path,
+    record: MergeRecord,
 ) -> bool:
     """Writes the merged shards into `partial`; True when tied embeddings had to be parted."""
     updates = updates_of(adapters, layout)

@@ -8,7 +8,7 @@ from sft.errors import RunFailed
 from sft.merging.adapter_files import Replacement, Update
 from sft.merging.fold import Term
 from sft.merging.layout import Place, PlainLayout, UnknownLayout
-from sft.merging.weights import FLOATS, Stored
+from sft.merging.weights import FLOATS, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,17 @@ class Wanted:
 
     name: str
     dtype: str
-    source: Stored
+    source: StoredTensor
     terms: tuple[Term, ...] = ()
     adapters: frozenset[int] = frozenset()
 
 
 def place(
-    layout: PlainLayout, shards: Mapping[str, list[Stored]], *, updates: Mapping[str, list[Update]], dtype: str | None
+    layout: PlainLayout,
+    shards: Mapping[str, list[StoredTensor]],
+    *,
+    updates: Mapping[str, list[Update]],
+    dtype: str | None,
 ) -> tuple[dict[str, list[Wanted]], bool]:
     """The tensors of every shard, and whether tied embeddings had to be parted because only one of them changes."""
     landed: dict[str, list[tuple[Update, Place]]] = defaultdict(list)
@@ -68,7 +72,7 @@ def _partner(parameter: str, layout: PlainLayout) -> str | None:
     return pairs.get(parameter)
 
 
-def _tied_tensor(parameter: str, layout: PlainLayout) -> Stored:
+def _tied_tensor(parameter: str, layout: PlainLayout) -> StoredTensor:
     """The stored tensor of the parameter this one is tied to; RunFailed when there is none."""
     partner = _partner(parameter, layout)
     places = layout.whereabouts(partner) if partner else []
@@ -83,7 +87,9 @@ def _left_behind(layout: PlainLayout, updates: Mapping[str, list[Update]]) -> li
     return [name for name in partners if name and name not in updates and not layout.whereabouts(name)]
 
 
-def _wanted(name: str, tensor: Stored, dtype: str | None, *, landed: Sequence[tuple[Update, Place]] = ()) -> Wanted:
+def _wanted(
+    name: str, tensor: StoredTensor, dtype: str | None, *, landed: Sequence[tuple[Update, Place]] = ()
+) -> Wanted:
     """A tensor replaced by the last full copy an adapter brings, with the low-rank updates that follow it."""
     terms: list[Term] = []
     source = tensor

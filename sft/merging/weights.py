@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 100 * 1024 * 1024  # the format's own limit
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor on disk: `start` is its absolute byte offset in `path`, `size` its bytes."""
 
     name: str
@@ -53,7 +53,7 @@ class Stored:
         return torch.Size(self.shape).numel()
 
 
-def read_header(path: Path) -> list[Stored]:
+def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file in the order of their bytes; Problems when the file is cut."""
     broken = f"{path}: is not a whole safetensors file; download or write it again"
     with path.open("rb") as file:
@@ -67,7 +67,7 @@ def read_header(path: Path) -> list[Stored]:
         raise Problems([broken]) from error
     entries.pop("__metadata__", None)
     tensors = [
-        Stored(name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+        StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
         for name, entry in entries.items()
         for begin, end in [entry["data_offsets"]]
     ]
@@ -89,7 +89,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def read_bytes(
-    stored: Stored, first: int = 0, count: int | None = None, *, into: torch.Tensor | None = None
+    stored: StoredTensor, first: int = 0, count: int | None = None, *, into: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`count` elements of a tensor from element `first`, flat, in the stored dtype; into `into` if given."""
     count = stored.elements - first if count is None else count
@@ -109,7 +109,7 @@ def _raw(values: torch.Tensor) -> memoryview:
     return memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer
 
 
-def load(stored: Stored) -> torch.Tensor:
+def load(stored: StoredTensor) -> torch.Tensor:
     """The whole tensor in float32 and its shape."""
     return read_bytes(stored).reshape(stored.shape).float()
 
@@ -122,7 +122,7 @@ def write_bytes(descriptor: int, values: torch.Tensor, position: int) -> None:
         view, position = view[written:], position + written
 
 
-def create_shard(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[Stored]:
+def create_shard(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[StoredTensor]:
     """Writes the header of a shard for (name, dtype, shape)s and reserves its bytes; where each tensor goes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end, places = 0, []
@@ -136,10 +136,13 @@ def create_shard(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    return [Stored(name, path, dtype, shape, 8 + len(text) + start, size) for name, dtype, shape, start, size in places]
+    return [
+        StoredTensor(name, path, dtype, shape, 8 + len(text) + start, size)
+        for name, dtype, shape, start, size in places
+    ]
 
 
-def write_index(folder: Path, shards: dict[str, list[Stored]]) -> None:
+def write_index(folder: Path, shards: dict[str, list[StoredTensor]]) -> None:
     """The index of several shards, as transformers reads it; none for a single `model.safetensors`."""
     if list(shards) == [SINGLE]:
         return

@@ -42,7 +42,7 @@ MASKED_ATTENTION = ("auto", "sdpa", "eager")
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """A micro-batch of joined rows: its tokens, those that are trained, and the rows they belong to."""
 
     tokens: int
@@ -66,7 +66,7 @@ class Activations(NamedTuple):
 
 
 def activation_bytes(
-    config: PretrainedConfig, settings: Settings, batch: Batch, *, device: Device, checkpointing: bool
+    config: PretrainedConfig, settings: Settings, batch: BatchShape, *, device: Device, checkpointing: bool
 ) -> Activations:
     """Peak bytes of one training step on top of weights, gradients and optimizer state.
 
@@ -91,7 +91,7 @@ def activation_bytes(
     return Activations(round(peak), traced=True)
 
 
-def rule_of_thumb(config: PretrainedConfig, batch: Batch, *, device: Device, checkpointing: bool) -> int:
+def rule_of_thumb(config: PretrainedConfig, batch: BatchShape, *, device: Device, checkpointing: bool) -> int:
     """About what an adapted Llama layer keeps: 14 hidden and 6 feed-forward vectors per token, plus the logits."""
     text = config.get_text_config()
     hidden = text.hidden_size
@@ -215,7 +215,7 @@ def kept_scores(attention: str, *, tokens: int, heads: int, rows: int, dtype: to
 
 
 @contextmanager
-def _attention(settings: Settings, batch: Batch) -> Iterator[None]:
+def _attention(settings: Settings, batch: BatchShape) -> Iterator[None]:
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **other: Any) -> Any:
         sizes = {"tokens": batch.tokens, "heads": query.shape[1], "rows": batch.rows, "dtype": query.dtype}
         output = _Attention.apply(query, key, value, kept_scores(settings.attn, **sizes))
@@ -228,7 +228,9 @@ def _attention(settings: Settings, batch: Batch) -> Iterator[None]:
         del AttentionInterface._global_mapping[ATTENTION]
 
 
-def _peak(config: PretrainedConfig, settings: Settings, batch: Batch, *, device: Device, checkpointing: bool) -> int:
+def _peak(
+    config: PretrainedConfig, settings: Settings, batch: BatchShape, *, device: Device, checkpointing: bool
+) -> int:
     """Peak bytes of a step of the model as it is configured, all gradients being there already."""
     config._attn_implementation = ATTENTION
     with _attention(settings, batch), _silent("torch._subclasses.fake_tensor"):
@@ -258,7 +260,7 @@ def _silent(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _step(model: torch.nn.Module, bare: Any, batch: Batch, *, device: Device) -> None:
+def _step(model: torch.nn.Module, bare: Any, batch: BatchShape, *, device: Device) -> None:
     """Forward and backward as `StagedTrainer` does them."""
     ids, positions = (torch.empty((1, batch.tokens), dtype=torch.long) for _ in range(2))
     where, targets = (torch.empty(batch.trained, dtype=torch.long) for _ in range(2))

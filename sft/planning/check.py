@@ -30,9 +30,9 @@ def check(ladder: list[Settings], options: argparse.Namespace) -> None:
         plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder, held=held))
         held.update(plans[-1].mix.held.tolist() if plans[-1].mix else ())
         if not options.json:
-            from sft.planning.tables import page
+            from sft.planning.tables import plan_text
 
-            print(page(plans[-1]), flush=True)
+            print(plan_text(plans[-1]), flush=True)
     if options.json:
         print_documents([plan.document for plan in plans])
     several = len(plans) > 1

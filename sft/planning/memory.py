@@ -17,9 +17,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from sft.distributed.launch import Launched, launched
 from sft.errors import RunFailed
 from sft.models.model import compute_dtype
-from sft.planning.activations import Batch, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
-from sft.planning.answers_cache import Answers, cache_bytes
+from sft.planning.activations import BatchShape, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
 from sft.planning.document import MEMORY
+from sft.planning.kv_cache import AnswerBatch, cache_bytes
 from sft.training.batches import largest_items, packs_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sft.training.trainer import StagedTrainer
 
 __all__ = [
-    "Batch",
+    "BatchShape",
     "Estimate",
     "advice",
     "available_bytes",
@@ -105,12 +105,12 @@ class Parameters:
 def estimate(
     config: PretrainedConfig,
     settings: Settings,
-    batch: Batch,
+    batch: BatchShape,
     *,
     checkpointing: bool,
     launch: Launched | None = None,
     available: int | None = None,
-    answers: Answers | None = None,
+    answers: AnswerBatch | None = None,
 ) -> Estimate:
     """What training needs on each device. `available`: bytes there are; None asks the device. `answers`: of the
     generation evaluation.
@@ -223,12 +223,12 @@ def _container_limit() -> list[int]:
         return []
 
 
-def largest_batch(rows: datasets.Dataset, settings: Settings) -> Batch:
+def largest_batch(rows: datasets.Dataset, settings: Settings) -> BatchShape:
     """The micro-batch with most tokens in the first epochs: their order is known beforehand."""
     numbers = largest_items(np.asarray(rows["length"]), settings, packs=packs_of(rows, settings))
     chosen = rows.select(numbers)
     trained = sum(int((np.asarray(labels[1:]) != -100).sum()) for labels in chosen["labels"])
-    return Batch(int(np.sum(chosen["length"])), max(trained, 1), rows=len(numbers))
+    return BatchShape(int(np.sum(chosen["length"])), max(trained, 1), rows=len(numbers))
 
 
 def shortage(need: Estimate, settings: Settings) -> str:
@@ -248,7 +248,7 @@ def raise_shortage(error: Exception, trainer: StagedTrainer) -> None:
         raise RunFailed(shortage(need, settings)) from error
 
 
-def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: Batch, *, held: int = 0) -> bool:
+def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: BatchShape, *, held: int = 0) -> bool:
     """Whether a step would come near the limit of the device without gradient checkpointing.
 
     `held`: bytes of the model where it is loaded already; on a GPU the device knows them.

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from sft.data.masked_loss.edge_mask import EdgeMask
     from sft.data.mixture import Mix
-    from sft.planning.activations import Batch
-    from sft.planning.answers_cache import Answers
+    from sft.planning.activations import BatchShape
+    from sft.planning.kv_cache import AnswerBatch
     from sft.planning.machine import Finding
     from sft.planning.memory import Estimate
-    from sft.planning.step_time import Trial
+    from sft.planning.step_time import StepTime
 
 Result = TypeVar("Result")
 _SOURCE_KEYS = ("id", "split", "weight", "rows", "validation_rows", "drawn")
@@ -43,11 +43,11 @@ class Plan:
     mix: Mix | None = None
     edge_mask: EdgeMask | None = None
     edges: dict[str, Any] | None = None
-    batch: Batch | None = None
-    answers: Answers | None = None
+    batch: BatchShape | None = None
+    answers: AnswerBatch | None = None
     estimate: Estimate | None = None
     checkpointing: bool | None = None
-    trial: Trial | None = None
+    step_time: StepTime | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -107,7 +107,7 @@ def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> Stage
 
 def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model."""
-    from sft.data.mixture import prepare
+    from sft.data.mixture import prepare_mix
     from sft.evaluation.held_out import earlier_questions
     from sft.models.model import load_config, load_tokenizer
 
@@ -122,7 +122,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
         add_unlabelled(plan)
         return config
     earlier = earlier_questions(settings).union(held)
-    plan.mix = plan.attempt(prepare, settings, plan.tokenizer, say=plan.notes.append, earlier=earlier)
+    plan.mix = plan.attempt(prepare_mix, settings, plan.tokenizer, say=plan.notes.append, earlier=earlier)
     if plan.mix is None:
         add_unlabelled(plan)
         return config
@@ -188,7 +188,7 @@ def steps(items: int, settings: Settings, *, processes: int) -> dict[str, int]:
 
 def add_memory(plan: Plan, mix: Mix, config: PretrainedConfig) -> None:
     """What a device needs and has; checkpointing where it is asked for or needed."""
-    from sft.planning.answers_cache import largest_answers
+    from sft.planning.kv_cache import largest_answers
     from sft.planning.memory import COMFORTABLE, advice, estimate, largest_batch
 
     settings = plan.settings
@@ -207,8 +207,8 @@ def add_memory(plan: Plan, mix: Mix, config: PretrainedConfig) -> None:
 
 def add_time(plan: Plan, mix: Mix, need: Estimate, base: str) -> None:
     """How long training takes, by a step of it on this device."""
-    from sft.planning.step_time import forecast, trial
+    from sft.planning.step_time import forecast, measure_step
 
-    plan.trial = trial(base, plan.settings, mix, estimate=need, checkpointing=bool(plan.checkpointing))
+    plan.step_time = measure_step(base, plan.settings, mix, estimate=need, checkpointing=bool(plan.checkpointing))
     tokens, steps = plan.document["tokens"]["total"], plan.document["steps"]
-    plan.document["time"] = forecast(plan.trial, tokens=tokens, steps=steps)
+    plan.document["time"] = forecast(plan.step_time, tokens=tokens, steps=steps)

@@ -15,7 +15,7 @@ from sft.models.attention import confine_rows
 from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers
 from sft.planning.activations import with_adapter
 from sft.planning.document import TIME
-from sft.training.batches import TrainingRows, join, largest_items, packs_of
+from sft.training.batches import TrainingRows, join_rows, largest_items, packs_of
 from sft.training.loss import token_cross_entropy
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _CPU_LIMIT = 1e11
 _PER_WEIGHT = 12
 
 
-class Trial(NamedTuple):
+class StepTime(NamedTuple):
     """What was measured: seconds of a micro-batch of `tokens`, bytes at a GPU's peak, whether it could be done at all;
     or, in `reason`, why nothing was."""
 
@@ -44,7 +44,7 @@ class Trial(NamedTuple):
     reason: str = ""
 
 
-def trial(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkpointing: bool) -> Trial:
+def measure_step(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkpointing: bool) -> StepTime:
     """Loads the model and trains the largest micro-batch without keeping anything.
 
     The second of two passes is timed: the first one also sets up kernels and memory. On a CPU only where both take a
@@ -54,10 +54,10 @@ def trial(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkp
         Problems: the model can't be loaded.
     """
     rows = largest_items(np.asarray(mix.train["length"]), settings, packs=packs_of(mix.train, settings))
-    batch = join([[TrainingRows(mix.train).row(0, row) for row in rows]])
+    batch = join_rows([[TrainingRows(mix.train).row(0, row) for row in rows]])
     tokens = batch["input_ids"].numel()
-    if reason := untried(settings, estimate, tokens):
-        return Trial(tokens=tokens, rows=len(rows), reason=reason)
+    if reason := why_unmeasured(settings, estimate, tokens):
+        return StepTime(tokens=tokens, rows=len(rows), reason=reason)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")}
@@ -69,10 +69,10 @@ def trial(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkp
     except torch.OutOfMemoryError:
         fits = False
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return Trial(seconds, tokens, peak, fits, rows=len(rows), device=device_name())
+    return StepTime(seconds, tokens, peak, fits, rows=len(rows), device=device_name())
 
 
-def untried(settings: Settings, estimate: Estimate, tokens: int) -> str:
+def why_unmeasured(settings: Settings, estimate: Estimate, tokens: int) -> str:
     """Why no time can be claimed; "" where the step can be tried."""
     launch = launched()
     if launch.splits_weights:
@@ -142,18 +142,18 @@ def cpu_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return token_cross_entropy(logits, inputs["labels"][0, targets]).mean()
 
 
-def forecast(trial: Trial, *, tokens: int, steps: dict[str, int]) -> dict[str, Any]:
+def forecast(step_time: StepTime, *, tokens: int, steps: dict[str, int]) -> dict[str, Any]:
     """The `time` object of `--check --json`: steps x seconds of a step with the mean number of tokens.
 
     Args:
         tokens: of an epoch, all devices together.
         steps: the `steps` object.
     """
-    if trial.reason or not trial.fits:
-        reason = trial.reason or f"out of memory on {trial.device}"
+    if step_time.reason or not step_time.fits:
+        reason = step_time.reason or f"out of memory on {step_time.device}"
         return dict.fromkeys(TIME) | {"reason": reason}
-    speed = trial.tokens / trial.seconds * launched().processes
+    speed = step_time.tokens / step_time.seconds * launched().processes
     step = tokens / steps["per_epoch"] / speed
-    batch = f"the largest micro-batch ({trial.rows} rows, {trial.tokens:,} tokens)"
-    measured = f"{trial.device}, forward and backward of {batch}"
+    batch = f"the largest micro-batch ({step_time.rows} rows, {step_time.tokens:,} tokens)"
+    measured = f"{step_time.device}, forward and backward of {batch}"
     return dict(zip(TIME, (steps["total"] * step, step, speed, measured, None), strict=True))

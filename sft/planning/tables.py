@@ -13,12 +13,12 @@ from sft.reporting.text import aligned, duration, figure, plain
 if TYPE_CHECKING:
     from sft.planning.memory import Estimate
     from sft.planning.plan import Plan
-    from sft.planning.step_time import Trial
+    from sft.planning.step_time import StepTime
 
 _SHOWN_ROWS, _SHOWN_CHARACTERS, _WIDEST = 3, 2000, 70
 
 
-def page(plan: Plan) -> str:
+def plan_text(plan: Plan) -> str:
     """Everything about one stage but its problems, which come last, on stderr."""
     parts = [f"Stage {plan.settings.stage}: {plan.document['lineage']['decision']}"]
     for title, text in sections(plan):
@@ -133,14 +133,14 @@ def steps_text(steps: dict[str, int], plan: Plan) -> str:
         f"({settings.per_device_train_bs} x {settings.grad_accum} accumulated"
         f" x {steps['global_batch'] // settings.per_device_train_bs // settings.grad_accum} devices)"
     ]
-    if plan.trial:
-        lines += time_lines(plan.trial, plan.document["time"])
+    if plan.step_time:
+        lines += time_lines(plan.step_time, plan.document["time"])
     return "\n".join(lines)
 
 
-def time_lines(trial: Trial, time: dict[str, Any]) -> list[str]:
+def time_lines(step_time: StepTime, time: dict[str, Any]) -> list[str]:
     """Estimated time, speed and peak memory as measured with the largest micro-batch."""
-    peak = f", peak {size(trial.peak)}" if trial.peak else ""
+    peak = f", peak {size(step_time.peak)}" if step_time.peak else ""
     if time["seconds"] is None:
         return [f"no estimate of the time: {time['reason']}{peak}"]
     return [

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from sft.models.model import lora_layers
 from sft.programs.benchmark_shapes import flops_per_token, matmul_parameters, model_config
-from sft.training.batches import EpochBatches, EpochLoader, join
+from sft.training.batches import EpochBatches, EpochLoader, join_rows
 from sft.training.trainer import StagedTrainer
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class BenchmarkTrainer(StagedTrainer):
             self,
             model=model,
             args=args,
-            data_collator=join,
+            data_collator=join_rows,
             # TRL wants a data set of its own kind at first; StagedTrainer's rows are exchanged afterwards as well.
             train_dataset=datasets.Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]}),
             processing_class=_no_tokenizer(),
@@ -149,7 +149,7 @@ class BenchmarkTrainer(StagedTrainer):
         args = self.args
         ranks = {"rank": args.process_index, "ranks": args.world_size}
         batches = EpochBatches(len(self.rows), batch_size=args.per_device_train_batch_size, seed=0, **ranks)
-        return EpochLoader(self.rows, batch_sampler=batches, collate_fn=join)
+        return EpochLoader(self.rows, batch_sampler=batches, collate_fn=join_rows)
 
 
 def _no_tokenizer() -> PreTrainedTokenizerFast:
@@ -225,7 +225,7 @@ def speed(figures: dict[str, Any], *, tokens: int, devices: int, flops: float) -
 
 def costs(trainer: BenchmarkTrainer, load: Load, folder: Path) -> dict[str, float]:
     """Seconds to evaluate a thousand tokens on one device and to save the trained weights, and their size."""
-    batch = trainer._prepare_inputs(join([trainer.rows[row] for row in range(load.micro_batch)]))
+    batch = trainer._prepare_inputs(join_rows([trainer.rows[row] for row in range(load.micro_batch)]))
     labels = batch.pop("labels")
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
     trainer.model_wrapped.eval()

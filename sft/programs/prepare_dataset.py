@@ -15,7 +15,7 @@ from sft.data.sources.load import open_source, shaped_rows
 from sft.data.sources.readers import ROWS_AT_ONCE, SourceError
 from sft.data.sources.shapes import Dropped, Message, content_hash, read_messages
 from sft.errors import Problems
-from sft.programs.ending import progress, spoken_of
+from sft.programs.command_line import progress, reworded
 from sft.settings import Source
 from sft.settings.rules import NO_FOLDER, is_missing_folder
 from sft.storage.atomic import published_folder
@@ -88,12 +88,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         from sft.models.model import load_problem
 
-        with spoken_of("SFT_BASE_MODEL=", "--model "):
+        with reworded("SFT_BASE_MODEL=", "--model "):
             (reason,) = load_problem("the tokenizer", model, error).problems
             raise Problems([f"{reason}; or --max-length 0 counts no tokens and needs no tokenizer"]) from error
 
 
-def prepare(
+def prepare_dataset(
     source: Source,
     *,
     text_format: str,
@@ -164,7 +164,7 @@ def _keep(
             prepared.lengths.append(len(ids))
 
 
-def save(prepared: Prepared, target: Path, metadata: Mapping[str, Any]) -> None:
+def save_dataset(prepared: Prepared, target: Path, metadata: Mapping[str, Any]) -> None:
     """Write the rows as the split `train` and metadata.json beside it; the folder appears complete or not at all."""
     lengths = {"histogram": histogram(prepared.lengths)} if prepared.lengths else {}
     counted = {"num_samples": len(prepared.rows), "dropped": dict(prepared.dropped), **lengths}

@@ -77,7 +77,7 @@ def forgetting_table(manifest: Mapping[str, Any]) -> str:
     return "\n".join([aligned(rows), *(f"! {drop.sentence()}" for drop in found)])
 
 
-def page(template: str, facts: Mapping[str, Any]) -> str:
+def html_page(template: str, facts: Mapping[str, Any]) -> str:
     """A page of the house's look from one of the templates here, for the programs that report on something else."""
     return _environment().get_template(template).render(facts)
 

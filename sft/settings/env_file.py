@@ -45,7 +45,7 @@ _JSON_VALUE = re.compile(r"=\s*['\"]?\s*[\[{]")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a value stands; sorts as problems are listed: file lines first, then the environment, then `--set`."""
 
     rank: int
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 class Problem(NamedTuple):
     """One mistake, sortable by the place it stands at."""
 
-    place: Place
+    place: Location
     text: str
 
 
@@ -68,7 +68,7 @@ class Given:
     """Texts found for settings (name -> text, empty = unset), their places, and what else the env file defines."""
 
     values: dict[str, str] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, Location] = field(default_factory=dict)
     passthrough: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
@@ -124,10 +124,10 @@ def gather(names: Sequence[str], path: Path, *, overrides: Sequence[str], enviro
         _take(given, names, place=place, name=name, value=value)
     for name, value in sorted(environ.items()):
         if name.startswith("SFT_") or name in names:
-            _take(given, names, place=Place(1, 0, "environment"), name=name, value=value)
+            _take(given, names, place=Location(1, 0, "environment"), name=name, value=value)
     for override in overrides:
         name, equals, value = override.partition("=")
-        place = Place(2, 0, "--set")
+        place = Location(2, 0, "--set")
         if equals:
             _take(given, names, place=place, name=name.strip(), value=value)
         else:
@@ -135,7 +135,7 @@ def gather(names: Sequence[str], path: Path, *, overrides: Sequence[str], enviro
     return given
 
 
-def _take(given: Given, names: Sequence[str], *, place: Place, name: str, value: str) -> None:
+def _take(given: Given, names: Sequence[str], *, place: Location, name: str, value: str) -> None:
     if "\0" in value or not _is_text(value):
         text = f"{printable(name)}: its value contains bytes that are no text; write it again ({place})"
         given.problems.append(Problem(place, text))
@@ -181,9 +181,9 @@ def _is_misspelt(name: str, near: str) -> bool:
     return likeness >= 0.9 if near.startswith("MLFLOW_") else likeness >= 0.75 and head_likeness >= 0.6
 
 
-def _file_entries(path: Path, given: Given) -> list[tuple[Place, str, str]]:
+def _file_entries(path: Path, given: Given) -> list[tuple[Location, str, str]]:
     """(place, name, text) of every readable line of an env file; the last one of a name that is written twice."""
-    entries: dict[str, tuple[Place, str, str]] = {}
+    entries: dict[str, tuple[Location, str, str]] = {}
     unreadable: list[tuple[int, str]] = []
     last = ""
     for binding in parse_stream(StringIO(_file_text(path, given), newline="")):
@@ -193,7 +193,7 @@ def _file_entries(path: Path, given: Given) -> list[tuple[Place, str, str]]:
             if not last.startswith(("[", "{")):
                 unreadable.append((line, binding.original.string))
         elif name:
-            place, last = Place(0, line, path.name), binding.value or ""
+            place, last = Location(0, line, path.name), binding.value or ""
             given.problems += _binding_problems(name, last, place=place, entries=entries)
             entries[name] = (place, name, last)
     _report_unreadable(unreadable, given)
@@ -209,7 +209,7 @@ def _file_text(path: Path, given: Given) -> str:
         what = f"{path}: is not UTF-8 (byte {error.start + 1}); save it again as UTF-8"
     except OSError as error:
         what = f"{path}: cannot be read ({error.strerror}); make it a readable file"
-    given.problems.append(Problem(Place(0, 0, path.name), what))
+    given.problems.append(Problem(Location(0, 0, path.name), what))
     given.is_missing = True
     return ""
 
@@ -222,7 +222,7 @@ def _line_of(binding: Binding) -> int:
 
 
 def _binding_problems(
-    name: str, value: str, *, place: Place, entries: Mapping[str, tuple[Place, str, str]]
+    name: str, value: str, *, place: Location, entries: Mapping[str, tuple[Location, str, str]]
 ) -> list[Problem]:
     problems = []
     if name in entries:
@@ -241,12 +241,12 @@ def _report_unreadable(unreadable: Sequence[tuple[int, str]], given: Given) -> N
         names = _ASSIGNMENT.findall(f"\n{text}")
         given.unreadable |= set(names)
         if line > last + 1 or names:
-            place = Place(0, line, given.file_name)
+            place = Location(0, line, given.file_name)
             given.problems.append(Problem(place, _unreadable_text(text.strip(), names, place=place)))
         last = line + len(_LINE_END.findall(text.strip()))
 
 
-def _unreadable_text(text: str, names: Sequence[str], *, place: Place) -> str:
+def _unreadable_text(text: str, names: Sequence[str], *, place: Location) -> str:
     if names and _JSON_VALUE.search(text):
         what = f"[WARNING] Failed to parse {names[0].removeprefix('SFT_')}: its quotes do not match"
         return f"{what}; write {names[0]} as JSON, single quotes outside, double quotes inside ({place})"

@@ -6,13 +6,13 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from sft.settings.env_file import Given, Place, Problem, attribute_of, closest, name_of, printable, shown
+from sft.settings.env_file import Given, Location, Problem, attribute_of, closest, name_of, printable, shown
 from sft.settings.rules import Conflict, conflicts
 from sft.settings.values import NotJson, one_of
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_NOWHERE = Place(3, 0, "not set")
+_NOWHERE = Location(3, 0, "not set")
 _WANTED = {"base_model": "hub id or model folder", "out_lora_dir": "path of the results, without _stageN"}
 _BOUNDS = {
     "greater_than": ("more than", "gt"),
@@ -87,7 +87,7 @@ def _conflict_problem(conflict: Conflict, settings: BaseModel, given: Given) -> 
     return Problem(place, f"{shown(name, value)}: {conflict.text} ({place})")
 
 
-def _explain(mistake: Mapping[str, Any], *, name: str, annotation: Any, place: Place, value: str) -> str:
+def _explain(mistake: Mapping[str, Any], *, name: str, annotation: Any, place: Location, value: str) -> str:
     kind, context = mistake["type"], mistake.get("ctx", {})
     if isinstance(context.get("error"), NotJson):
         return _explain_json(context["error"], name=name, place=place)
@@ -96,7 +96,7 @@ def _explain(mistake: Mapping[str, Any], *, name: str, annotation: Any, place: P
     return f"{f'{name} {within}' if within else shown(name, value)}: {words or mistake['msg']} ({place})"
 
 
-def _explain_json(error: NotJson, *, name: str, place: Place) -> str:
+def _explain_json(error: NotJson, *, name: str, place: Location) -> str:
     remedy = f"write {name} as JSON, single quotes outside, double quotes inside"
     where = f"{place.origin} line {place.line + error.line - 1}" if place.line else place.origin
     return f"[WARNING] Failed to parse {name.removeprefix('SFT_')}: {error.reason}; {remedy} ({where}){error.pointer}"

@@ -41,7 +41,7 @@ def _open_together(settings: Settings, *, fresh: bool) -> Stage:
     silence_torch()
     from sft.distributed import ranks
 
-    state = ranks.join()
+    state = ranks.join_processes()
     what = f"the main process to open stage {settings.stage}"
     if state.is_main_process:
         stage = Stage.open(settings, fresh=fresh, processes=state.num_processes)

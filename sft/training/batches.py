@@ -95,7 +95,7 @@ class TrainingRows(Dataset):
         return expected | {"labels": masked_labels(labels, *spans, mask.draw(epoch, position, ids))}
 
 
-def join(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Joins the rows of a micro-batch into one sequence of shape (1, tokens) without padding; `position_ids` restart
     with every row, by which transformers confines attention to the row. A micro-batch without rows (a rank that has
     none left at the end of an epoch) becomes two masked tokens."""

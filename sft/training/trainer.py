@@ -19,11 +19,11 @@ from sft.models.model import adapter_config, answering, casts_left_to_autocast, 
 from sft.stages.checkpoints import rotate
 from sft.storage import json_files
 from sft.training.arguments import steps_to_schedule
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join, pack
+from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, pack
+from sft.training.callbacks import StageRhythm
 from sft.training.loss import finite_norm, require_finite, token_cross_entropy
 from sft.training.progress import Metrics, Readable
 from sft.training.results import STAGING, best_model_record, published_together
-from sft.training.rhythm import StageRhythm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class StagedTrainer(SFTTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=join,
+            data_collator=join_rows,
             train_dataset=train,
             eval_dataset=val if len(val) else None,
             processing_class=tokenizer,
@@ -109,7 +109,7 @@ class StagedTrainer(SFTTrainer):
         return EpochLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=join,
+            collate_fn=join_rows,
             num_workers=args.dataloader_num_workers,
             worker_init_fn=follow_parent,
             pin_memory=args.dataloader_pin_memory,
@@ -198,7 +198,7 @@ class StagedTrainer(SFTTrainer):
             for start in range(0, len(self.val_rows), size * ranks):
                 self.rhythm.raise_if_stopped()
                 mine = range(start + rank * size, min(start + (rank + 1) * size, len(self.val_rows)))
-                batch = self._prepare_inputs(join([self.val_rows[row] for row in mine]))
+                batch = self._prepare_inputs(join_rows([self.val_rows[row] for row in mine]))
                 labels = batch.pop("labels")
                 batch = {name: batch[name] for name in ("input_ids", "position_ids")}
                 with self.compute_loss_context_manager():

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.data.masked_loss.units import Unit, label
+from sft.data.masked_loss.units import Unit, readable_edge
 
 IGNORED = -100  # the label that torch's cross entropy skips
 Ints = NDArray[np.int64]
@@ -113,7 +113,11 @@ class EdgeMask:
             "mean_count": self.mean_count,
             "masked_share": float(self.counts @ (1 - self.keep)) / total if total else 0.0,
             "top": [
-                {"edge": label(self.edges[edge]), "count": int(self.counts[edge]), "keep": float(self.keep[edge])}
+                {
+                    "edge": readable_edge(self.edges[edge]),
+                    "count": int(self.counts[edge]),
+                    "keep": float(self.keep[edge]),
+                }
                 for edge in top
                 if self.counts[edge]
             ],

@@ -90,7 +90,7 @@ def json_edges(answer: str, payload_start: int = 0) -> list[Unit] | None:
     return None
 
 
-def label(edge: str) -> str:
+def readable_edge(edge: str) -> str:
     """An edge for people: `disease -> skin disease`, `address.city` for a key, `address.city: Osaka` for a value."""
     kind, parent, child = json.loads(edge)
     if kind == "path":

@@ -19,7 +19,7 @@ _DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRows:
     """A data set on disk and what was counted while it was written."""
 
     dataset: datasets.Dataset
@@ -40,7 +40,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def stored(name: str, schema: pa.Schema, fill: Callable[[Write], dict[str, Counter[str]]]) -> Stored:
+def stored(name: str, schema: pa.Schema, fill: Callable[[Write], dict[str, Counter[str]]]) -> StoredRows:
     """The data set called `name`, made by `fill(write)` unless an undamaged one is there.
 
     `fill` calls `write` with tables of `schema` and returns its counters. Two processes may do this at once: each
@@ -64,7 +64,7 @@ def stored(name: str, schema: pa.Schema, fill: Callable[[Write], dict[str, Count
     finally:
         partial.unlink(missing_ok=True)
         notes.unlink(missing_ok=True)
-    return Stored(datasets.Dataset.from_file(str(path)), counted)
+    return StoredRows(datasets.Dataset.from_file(str(path)), counted)
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -86,7 +86,7 @@ def _notes_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _open(path: Path) -> Stored | None:
+def _open(path: Path) -> StoredRows | None:
     """None when there is nothing, or something damaged: it is then made again."""
     try:
         facts = json.loads(_notes_of(path).read_text(encoding="utf-8"))
@@ -94,4 +94,4 @@ def _open(path: Path) -> Stored | None:
         counted = {name: Counter(counts) for name, counts in facts["counted"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Stored(datasets.Dataset.from_file(str(path)), counted) if whole else None
+    return StoredRows(datasets.Dataset.from_file(str(path)), counted) if whole else None

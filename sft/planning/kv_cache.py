@@ -21,14 +21,14 @@ _WITHOUT_CACHE = ("linear_attention", "mamba", "conv")
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerBatch:
     """A batch of answers at its largest: how many, and the tokens of prompt and answer in each."""
 
     rows: int
     tokens: int
 
 
-def largest_answers(val: datasets.Dataset, settings: Settings) -> Answers | None:
+def largest_answers(val: datasets.Dataset, settings: Settings) -> AnswerBatch | None:
     """The batch with the longest prompt and answers as long as they may get; None without a generation evaluation.
 
     Prompts of SFT_GEN_EVAL_DATASET, which is not read here, are taken for as long as SFT_MAX_SEQ_LEN.
@@ -37,7 +37,7 @@ def largest_answers(val: datasets.Dataset, settings: Settings) -> Answers | None
         return None
     prompt = settings.max_seq_len if settings.gen_eval_sources else longest_prompt(val, settings)
     rows = min(settings.gen_batch_size, settings.gen_eval_samples)
-    return Answers(rows, prompt + settings.gen_max_new_tokens)
+    return AnswerBatch(rows, prompt + settings.gen_max_new_tokens)
 
 
 def longest_prompt(val: datasets.Dataset, settings: Settings) -> int:
@@ -58,7 +58,7 @@ def _last_answer(labels: np.ndarray) -> int:
     return int(trained[breaks[-1] + 1] if len(breaks) else trained[0])
 
 
-def cache_bytes(config: PretrainedConfig, answers: Answers, dtype: torch.dtype) -> int:
+def cache_bytes(config: PretrainedConfig, answers: AnswerBatch, dtype: torch.dtype) -> int:
     """Keys and values of all layers: rows x tokens x heads x size x 2; layers with a window keep no more than that."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

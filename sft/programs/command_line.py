@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from sft.errors import Problems, RunFailed
 
 
-def run(main: Callable[[], None]) -> int:
+def run_program(main: Callable[[], None]) -> int:
     """Call `main` and turn its end into an exit code; problems go to stderr, one line each."""
     try:
         main()
@@ -24,14 +24,14 @@ def run(main: Callable[[], None]) -> int:
     return 0
 
 
-def count(text: str) -> int:
+def whole_number(text: str) -> int:
     """The value of an option that is a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
-def encoding(text: str) -> str:
+def encoding_name(text: str) -> str:
     """The value of an option that names how a file's text is stored."""
     from sft.settings.values import check_encoding
 
@@ -42,7 +42,7 @@ def encoding(text: str) -> str:
 
 
 @contextmanager
-def spoken_of(setting: str, words: str) -> Iterator[None]:
+def reworded(setting: str, words: str) -> Iterator[None]:
     """Problems from inside speak of what this program was told instead of a setting it does not have.
 
     `spoken_of("SFT_BASE_MODEL=", "--model ")` turns "SFT_BASE_MODEL=gpt3: ..." into "--model gpt3: ...".

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, GPT2Config, LlamaConfig
 
-from sft.planning.answers_cache import Answers, cache_bytes, largest_answers, longest_prompt
+from sft.planning.kv_cache import AnswerBatch, cache_bytes, largest_answers, longest_prompt
 from tests.ladders import make_settings
 
-ANSWERS = Answers(rows=8, tokens=1000)
+ANSWERS = AnswerBatch(rows=8, tokens=1000)
 # Two turns, the last answer from token 6 on, a newline after it that is not trained; one turn; nothing trained.
 LABELS = [
     [-100, -100, 5, 5, -100, -100, 7, 7, -100],
@@ -47,7 +47,7 @@ def test_it_is_what_transformers_keeps():
         keys = torch.zeros(2, 2, 7, 16)
         cache.update(keys, keys.clone(), layer)
     held = sum(each.nbytes for layer in cache.layers for each in (layer.keys, layer.values))
-    assert cache_bytes(config, Answers(rows=2, tokens=7), torch.float32) == held
+    assert cache_bytes(config, AnswerBatch(rows=2, tokens=7), torch.float32) == held
 
 
 def test_prompts_end_where_the_last_answer_begins(tmp_path):
@@ -64,11 +64,11 @@ def test_where_prompts_are_trained_the_whole_row_counts(tmp_path):
     ("values", "expected"),
     [
         ({}, None),
-        ({"gen_eval": "samples", "gen_max_new_tokens": 100}, Answers(8, 106)),
-        ({"gen_eval": "samples", "gen_max_new_tokens": 100, "gen_eval_samples": 3}, Answers(3, 106)),
+        ({"gen_eval": "samples", "gen_max_new_tokens": 100}, AnswerBatch(8, 106)),
+        ({"gen_eval": "samples", "gen_max_new_tokens": 100, "gen_eval_samples": 3}, AnswerBatch(3, 106)),
         (
             {"gen_eval": "samples", "gen_eval_dataset": "q.jsonl", "max_seq_len": 50, "gen_batch_size": 2},
-            Answers(2, 562),
+            AnswerBatch(2, 562),
         ),
     ],
 )
