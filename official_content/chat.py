@@ -41,8 +41,7 @@ def arguments() -> argparse.Namespace:
 
 def trained_folder(settings: "Settings") -> Path:
     """OUT_stageN. Raises Problems, without importing torch, where there is no trained stage in it."""
-    from sft.stages.lineage import stage_folder
-    from sft.stages.manifest import MANIFEST
+    from sft.stages.paths import MANIFEST, stage_folder
 
     folder = stage_folder(settings.out_lora_dir, settings.stage)
     if not (folder / MANIFEST).is_file():
@@ -62,45 +61,26 @@ def find_stage(folder: Path) -> "Origin":
 def load(settings: "Settings", origin: "Origin") -> tuple[Any, "PreTrainedTokenizerBase"]:
     """The stage's model, ready to answer, and its tokenizer."""
     import torch
-    from peft import PeftModel
     from transformers import AutoTokenizer
 
+    from sft.merging.merge import is_current
+    from sft.merging.parents import with_adapters
     from sft.models.model import load_model
-    from sft.stages.lineage import stage_folder
+    from sft.stages.paths import merged_base, stage_folder
 
-    merged = Path(f"{stage_folder(settings.out_lora_dir, settings.stage)}_merged_base")
-    earlier, own = origin.adapters[:-1], origin.adapters[-1:]
-    if earlier and holds(merged, origin):
-        model, earlier = load_model(merged, settings), ()
-    else:
-        model = load_model(origin.base, settings)
-    if earlier and (settings.load_in_4bit or settings.load_in_8bit):
+    merged = merged_base(stage_folder(settings.out_lora_dir, settings.stage))
+    base, adapters = origin.base, origin.adapters
+    quantised = settings.load_in_4bit or settings.load_in_8bit
+    if origin.earlier and is_current(merged, origin.earlier):
+        base, adapters = str(merged), adapters[-1:]
+    elif len(adapters) > 1 and quantised:
         remedy = "add --set SFT_LOAD_IN_4BIT=0 --set SFT_LOAD_IN_8BIT=0"
         raise Problems([f"{merged}: is missing or outdated, and nothing is merged into quantised weights; {remedy}"])
-    for adapter in earlier:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    for adapter in own:
-        model = PeftModel.from_pretrained(model, adapter)
-    if torch.cuda.is_available() and not (settings.load_in_4bit or settings.load_in_8bit):
+    model = with_adapters(load_model(base, settings), adapters)
+    if torch.cuda.is_available() and not quantised:
         model = model.to("cuda")
-    tokenizer = AutoTokenizer.from_pretrained(
-        origin.tokenizer or origin.base, trust_remote_code=settings.trust_remote_code
-    )
+    tokenizer = AutoTokenizer.from_pretrained(origin.tokenizer or base, trust_remote_code=settings.trust_remote_code)
     return model.eval(), tokenizer
-
-
-def holds(merged: Path, origin: "Origin") -> bool:
-    """Whether the published merge was made from these earlier adapters."""
-    from sft.stages.lineage import result_sha256
-    from sft.storage.json_files import DamagedFile, read_json
-
-    try:
-        record = read_json(merged / "merge.json")
-        found = [adapter["sha256"] for adapter in record["adapters"]]
-        same_base = record["base_model"] == origin.base
-    except (FileNotFoundError, DamagedFile, KeyError, TypeError):
-        return False
-    return same_base and found == [(result_sha256(adapter) or ("", ""))[1] for adapter in origin.adapters[:-1]]
 
 
 def typed() -> Iterator[str]:

@@ -23,6 +23,7 @@ from sft.models.model import load_tokenizer, trained_modules
 from sft.planning.disk import require_space
 from sft.planning.memory import checkpointing_needed, largest_batch, raise_shortage
 from sft.reporting.recording import MetricsRecord, SampleRecord, tracked
+from sft.stages import paths
 from sft.storage import json_files
 from sft.training.arguments import training_arguments
 from sft.training.callbacks import stop_agreed
@@ -186,7 +187,7 @@ def finish(stage: Stage, trainer: StagedTrainer, mix: Mix, earlier: Earlier | No
         return
     write_held_out(stage.folder, mix.held.tolist())
     last: dict[str, Any] = {}
-    for record in json_files.read_records(stage.folder / "metrics.jsonl"):
+    for record in json_files.read_records(stage.folder / paths.METRICS):
         last |= {name: value for name, value in record.items() if name not in ("step", "time")}
     stage.complete(
         sources=mix.sources,

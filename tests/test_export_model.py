@@ -15,11 +15,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from sft.merging.probe import FILE as PROBE
 from sft.merging.probe import store_probe
 from sft.programs.command_line import run_program
 from sft.stages.lineage import result_sha256
 from sft.stages.manifest import blank_manifest
+from sft.stages.paths import PROBE
 
 PROGRAM = Path(__file__).resolve().parents[1] / "official_content" / "export_model.py"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 130}

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from sft.errors import RunFailed
 from sft.merging.merge import merge, record_verification
 from sft.merging.probe import (
-    FILE,
     PROMPTS,
     compare,
     divergence,
@@ -22,6 +21,7 @@ from sft.merging.probe import (
     store_probe,
     verify,
 )
+from sft.stages.paths import PROBE
 
 CONFIG = Qwen3Config(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -52,7 +52,7 @@ def test_the_merged_model_passes_and_its_figures_are_kept(trained, tmp_path):
     """Adapter on base against merged weights: equal up to float32 rounding, written into merge.json."""
     base, stage = trained
     merge(base, [stage], tmp_path / "merged")
-    figures = verify(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), stage / FILE)
+    figures = verify(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), stage / PROBE)
     assert figures["kl"] < 1e-9
     assert figures["max_abs_diff"] < 1e-4
     assert figures["adapter_kl"] > 0.1
@@ -65,7 +65,7 @@ def test_a_base_without_the_adapter_fails_with_the_figures(trained):
     """What others have shipped as merged: the base itself. The message has the KL and the adapter's own effect."""
     base, stage = trained
     with pytest.raises(RunFailed, match=r"KL 0\.\d+ \(at most 1e-06 is rounding\).*the adapter itself moved the model"):
-        verify(AutoModelForCausalLM.from_pretrained(base), stage / FILE)
+        verify(AutoModelForCausalLM.from_pretrained(base), stage / PROBE)
 
 
 def test_bfloat16_weights_get_the_room_that_rounding_needs(trained, tmp_path):
@@ -74,9 +74,9 @@ def test_bfloat16_weights_get_the_room_that_rounding_needs(trained, tmp_path):
     merge(base, [stage], tmp_path / "merged", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert precision(merged) == "bfloat16"
-    assert 1e-6 < verify(merged, stage / FILE)["kl"] < 5e-2
+    assert 1e-6 < verify(merged, stage / PROBE)["kl"] < 5e-2
     with pytest.raises(RunFailed, match=r"at most 0\.05 is rounding"):
-        verify(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), stage / FILE)
+        verify(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), stage / PROBE)
 
 
 def test_rounded_weights_loaded_in_float32_keep_their_room(trained, tmp_path):
@@ -85,7 +85,7 @@ def test_rounded_weights_loaded_in_float32_keep_their_room(trained, tmp_path):
     merge(base, [stage], tmp_path / "merged", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert precision(merged) == "float32"
-    assert 1e-6 < verify(merged, stage / FILE)["kl"] < 5e-2
+    assert 1e-6 < verify(merged, stage / PROBE)["kl"] < 5e-2
 
 
 def test_looking_disturbs_neither_mode_nor_random_state(trained):
@@ -116,4 +116,4 @@ def test_nan_logits_fail(trained):
     model = AutoModelForCausalLM.from_pretrained(trained[0])
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(RunFailed, match="KL nan"):
-        verify(model, trained[1] / FILE)
+        verify(model, trained[1] / PROBE)

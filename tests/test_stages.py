@@ -14,7 +14,7 @@ from sft.settings import Source
 from sft.stages.changes import model_fingerprint, source_fingerprint
 from sft.stages.manifest import with_digest
 from sft.stages.stage import Stage
-from sft.storage import atomic, json_files, seals
+from sft.storage import json_files, seals
 from tests.ladders import add_adapter, add_checkpoint, make_settings, train
 
 ROOT = Path(__file__).parents[1]
@@ -464,7 +464,7 @@ def test_after_a_parent_was_retrained_its_children_refuse_and_later_stages_name_
         train(make_settings(tmp_path, number))
     train(make_settings(tmp_path), b"other", fresh=True)
     stage = Stage.inspect(make_settings(tmp_path, 2))
-    assert stage.changed == [f"stage 1's adapter: {ADAPTER_1[:12]} → {atomic.sha256(adapter(tmp_path, 1))[:12]}"]
+    assert stage.changed == [f"stage 1's adapter: {ADAPTER_1[:12]} → {seals.sha256(adapter(tmp_path, 1))[:12]}"]
     assert refusal(make_settings(tmp_path, 3)) == [
         f"{tmp_path}/out_stage2: stage 2 was trained on other earlier stages than those there are now; "
         "train it again with python train.py --stage 2 --fresh"
@@ -507,22 +507,14 @@ def test_after_a_stage_that_trained_all_weights_the_lineage_starts_there(tmp_pat
     assert Stage.inspect(make_settings(tmp_path, 4)).decision == "fresh"
 
 
-def test_the_merged_base_is_current_only_for_this_lineage(tmp_path):
+def test_what_a_merged_base_is_known_by_follows_the_lineage(tmp_path):
+    """The base model's fingerprint, or the result of the last stage that trained all weights."""
     train(make_settings(tmp_path))
-    stage = Stage.inspect(make_settings(tmp_path, 2))
-    assert not stage.merged_base_is_current()
-    record = {"base_model": str(tmp_path / "base"), "adapters": [{"sha256": ADAPTER_1}], "dtype": "float32"}
-    json_files.write_json(stage.merged_base / "merge.json", record)
-    assert stage.merged_base_is_current()
-    for other in ({"base_model": "x"}, {"adapters": []}, {"adapters": [{"sha256": "0"}]}, {"adapters": None}):
-        json_files.write_json(stage.merged_base / "merge.json", record | other)
-        assert not stage.merged_base_is_current()
-    json_files.write_json(stage.merged_base / "merge.json", record)
-    assert not Stage.inspect(make_settings(tmp_path, 2, merge_dtype="bfloat16")).merged_base_is_current()
-    seals.seal(stage.merged_base)
-    assert stage.merged_base_is_current()
-    (stage.merged_base / "merge.json").write_text(json.dumps(record))
-    assert not stage.merged_base_is_current()
+    base = model_fingerprint(str(tmp_path / "base"))
+    assert Stage.inspect(make_settings(tmp_path, 2)).start_fingerprint == base
+    train_whole_model(make_settings(tmp_path, 2, use_lora=0))
+    stage = Stage.inspect(make_settings(tmp_path, 3))
+    assert stage.start_fingerprint == f"model:{stage.parents[-1].adapter_sha256}"
 
 
 # --- the manifest
@@ -547,7 +539,7 @@ def test_the_manifest_has_the_contracts_keys_from_begin_to_end(tmp_path):
     assert (begun["status"], begun["finished"], begun["adapter_sha256"]) == ("running", None, None)
     assert (ended["status"], ended["adapter_sha256"], ended["steps"]) == ("complete", ADAPTER_1, 3)
     assert begun["settings"]["SFT_LORA_R"] == {"value": 16, "origin": "default"}
-    assert ended["sources"] == [sources[0] | {"fingerprint": f"sha256:{atomic.sha256(tmp_path / 'rows.jsonl')}"}]
+    assert ended["sources"] == [sources[0] | {"fingerprint": f"sha256:{seals.sha256(tmp_path / 'rows.jsonl')}"}]
     assert ended["started"] == begun["started"] <= ended["finished"]
     assert set(ended["versions"]) == {
         "python", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes"

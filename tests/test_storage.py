@@ -103,17 +103,26 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_itself(tmp_path,
     assert path.read_text() == '{"step": 1}\n'
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_published_folder_replaces_the_old_one_whole(tmp_path, monkeypatch, can_exchange):
-    """With the system's exchange of names and without it."""
-    if not can_exchange:
-        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+def test_a_published_folder_replaces_the_old_one_whole(tmp_path):
+    """Nothing of the old content and no other name is left."""
     for content in ("first", "second"):
         with atomic.published_folder(tmp_path / "model") as partial:
             (partial / "sub").mkdir()
             (partial / "sub" / content).write_text(content)
     assert names(tmp_path) == ["model"]
     assert names(tmp_path / "model" / "sub") == ["second"]
+
+
+def test_a_folder_replaced_by_a_killed_process_is_back_before_the_next_is_published(tmp_path):
+    """A publication that fails after it leaves the old folder under its own name."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f"model.replaced-{dead.pid}").mkdir()
+    (tmp_path / f"model.replaced-{dead.pid}" / "a").write_text("good")
+    with pytest.raises(RuntimeError, match="broke"), atomic.published_folder(tmp_path / "model"):
+        raise RuntimeError("broke")
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "a").read_text() == "good"
 
 
 def test_a_folder_whose_making_fails_is_not_published(tmp_path):
@@ -142,7 +151,6 @@ import sys, time
 from pathlib import Path
 from sft.storage import atomic
 if sys.argv[2] == "window":  # die between moving the old folder away and naming the finished one
-    atomic._exchange = lambda *_: False
     atomic.shutil.rmtree = lambda *_, **__: None
     atomic.sync = lambda path: None
     real = Path.rename
@@ -162,7 +170,7 @@ with atomic.published_folder(Path(sys.argv[1])) as partial:
 
 @pytest.mark.parametrize("moment", ["filling", "window"])
 def test_a_process_killed_while_publishing_loses_nothing(tmp_path, moment):
-    """Killed while it fills the folder, or in the window of a system without exchange: the old one is (back) there."""
+    """Killed while it fills the folder, or between the two renames: the old one is (back) there."""
     with atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("good")
     arguments = [sys.executable, "-c", PUBLISHER, str(tmp_path / "model"), moment]

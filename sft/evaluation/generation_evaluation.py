@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from sft.evaluation.answers import generate_answers
 from sft.scoring.score import score
+from sft.stages import paths
 from sft.storage import atomic, json_files
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft.settings import Settings
-
-ROWS = "gen_rows.jsonl"
 
 
 def questions(val: datasets.Dataset, settings: Settings) -> list[dict[str, Any]]:
@@ -88,9 +87,9 @@ class GenerationEvaluation:
         answers = self.answer(model, self.rows, accelerator=accelerator, interrupted=interrupted)
         samples, metrics = self.score(self.rows, answers)
         if accelerator.is_main_process:
-            json_files.write_json(self.folder / f"gen_metrics_step{step}.json", metrics | {"gen_global_step": step})
+            json_files.write_json(self.folder / f"{paths.GEN_METRICS}{step}.json", metrics | {"gen_global_step": step})
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-            atomic.write_text(self.folder / f"gen_samples_step{step}.jsonl", lines)
+            atomic.write_text(self.folder / f"{paths.GEN_SAMPLES}{step}.jsonl", lines)
             self.on_samples(samples, step)
         return metrics
 
@@ -112,5 +111,5 @@ def show_samples(samples: Sequence[dict[str, Any]], count: int, title: str) -> N
 def write_questions(folder: Path, rows: list[dict[str, Any]], kind: str) -> None:
     """gen_rows.jsonl: what later stages ask their own models, to see what was forgotten."""
     atomic.write_text(
-        folder / ROWS, "".join(json.dumps(row | {"kind": kind}, ensure_ascii=False) + "\n" for row in rows)
+        folder / paths.QUESTIONS, "".join(json.dumps(row | {"kind": kind}, ensure_ascii=False) + "\n" for row in rows)
     )

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.data.sources.shapes import Dropped, content_hash
-from sft.evaluation.generation_evaluation import ROWS
-from sft.stages.lineage import stage_folder
+from sft.stages.paths import HELD_OUT, QUESTIONS, stage_folder
 from sft.storage import json_files
 
 if TYPE_CHECKING:
     from sft.settings import Settings
-
-HELD_OUT = "held_out.json"
 
 
 def write_held_out(folder: Path, contents: Iterable[int]) -> None:
@@ -34,7 +31,7 @@ def earlier_questions(settings: Settings) -> set[int]:
 
 def _recorded_questions(folder: Path) -> Iterable[int]:
     """Of gen_rows.jsonl: all there is in a stage that was trained before held_out.json was written."""
-    for row in json_files.read_records(folder / ROWS):
+    for row in json_files.read_records(folder / QUESTIONS):
         try:
             yield content_hash([*row["prompt"], {"role": "assistant", "content": row["reference"]}])
         except (Dropped, KeyError, TypeError):

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from sft.distributed import ranks
 from sft.distributed.launch import launched
-from sft.evaluation.generation_evaluation import ROWS, GenerationEvaluation
+from sft.evaluation.generation_evaluation import GenerationEvaluation
 from sft.models.model import load_model
 from sft.scoring.forgetting import MARGIN, drops, stage_number
-from sft.stages.lineage import stage_folder
+from sft.stages import paths
 from sft.stages.manifest import is_intact, read_manifest, with_digest
 from sft.storage import json_files
 
@@ -52,8 +52,8 @@ def earlier_models(stage: Stage) -> dict[str, str]:
     """
     models = {"base": stage.settings.base_model}
     for parent in stage.parents[:-1]:
-        merged = Path(f"{stage_folder(stage.settings.out_lora_dir, parent.stage + 1)}_merged_base")
-        if (merged / "config.json").is_file():
+        merged = paths.merged_base(paths.stage_folder(stage.settings.out_lora_dir, parent.stage + 1))
+        if (merged / paths.MODEL_CONFIG).is_file():
             models[f"stage {parent.stage}"] = str(merged)
     return models if stage.parents else {}
 
@@ -64,7 +64,7 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
     A resumed stage has them in its folder already. Several processes share the rows; each loads the whole model, so
     this is left out where the weights are split because they may not fit (ZeRO-3, FSDP).
     """
-    path = stage.folder / "earlier_scores.json"
+    path = stage.folder / paths.EARLIER_SCORES
     state = PartialState()
     known = ranks.from_main(_known_scores(path) if state.is_main_process else None)
     if known is not None:
@@ -108,7 +108,7 @@ def ladder_scores(
     table.setdefault(before, {})[here] = task_scores(_metrics_at(stage, 0))
     table.setdefault(here, {})[here] = task_scores(_metrics_at(stage, step))
     for parent in stage.parents:
-        rows = json_files.read_records(parent.folder / ROWS)
+        rows = json_files.read_records(parent.folder / paths.QUESTIONS)
         if rows:
             say(f"Scoring stage {stage.number} on the rows of stage {parent.stage} ...")
             answers = evaluation.answer(model, rows, accelerator=accelerator)
@@ -120,7 +120,7 @@ def ladder_scores(
 
 def _metrics_at(stage: Stage, step: int) -> dict[str, float]:
     """The evaluation of a step, from metrics.jsonl: checkpoints vouch for its lines."""
-    records = json_files.read_records(stage.folder / "metrics.jsonl")
+    records = json_files.read_records(stage.folder / paths.METRICS)
     found = [record for record in records if record.get("step") == step and "eval_loss" in record]
     return found[-1] if found else {}
 

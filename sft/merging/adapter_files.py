@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from sft.errors import Problems, RunFailed
-from sft.merging.layout import PlainLayout, UnknownLayout
+from sft.merging.layout import Layout, UnknownLayout
 from sft.merging.weights import StoredTensor, load, read_header
+from sft.stages.paths import ADAPTER as WEIGHTS
+from sft.stages.paths import ADAPTER_CONFIG as CONFIG
+from sft.stages.paths import ADAPTER_PICKLE as PICKLED
 from sft.storage.seals import sha256
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 PARTS = r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 LORA_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{PARTS})(\.default)?(\.weight)?$")
@@ -83,12 +85,6 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, tensors, sha256(folder / WEIGHTS))
 
 
-def modules_of(adapter: Adapter) -> list[str]:
-    """Names of everything the adapter changes, as PEFT has them; tensors saved in full by their own name."""
-    saved = [name for name in adapter.tensors if not LORA_KEY.match(name)]
-    return [*_modules(adapter.tensors), *saved]
-
-
 def is_plain(adapter: Adapter) -> bool:
     """True when the adapter is LoRA or DoRA and changes nothing but weights."""
     config = adapter.config
@@ -96,7 +92,7 @@ def is_plain(adapter: Adapter) -> bool:
     return config.get("peft_type") == "LORA" and initialised and not any(config.get(name) for name in SPECIAL)
 
 
-def updates_of(adapters: Iterable[Adapter], layout: PlainLayout) -> dict[str, list[Update]]:
+def updates_of(adapters: Iterable[Adapter], layout: Layout) -> dict[str, list[Update]]:
     """Parameter (or, for experts stored one by one, checkpoint key) -> its updates in the order of the adapters.
 
     Raises UnknownLayout where PEFT has to do it, RunFailed naming every adapter tensor that has no place in the model.
@@ -114,7 +110,7 @@ def updates_of(adapters: Iterable[Adapter], layout: PlainLayout) -> dict[str, li
     return dict(updates)
 
 
-def _place(number: int, adapter: Adapter, *, layout: PlainLayout, updates: dict[str, list[Update]]) -> list[str]:
+def _place(number: int, adapter: Adapter, *, layout: Layout, updates: dict[str, list[Update]]) -> list[str]:
     """Adds the updates of one adapter; the names of its tensors that have no place."""
     homeless = []
     for module, parts in _modules(adapter.tensors).items():
@@ -146,7 +142,7 @@ def _modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredT
     return dict(modules)
 
 
-def _target(module: str, config: dict[str, Any], layout: PlainLayout) -> str | None:
+def _target(module: str, config: dict[str, Any], layout: Layout) -> str | None:
     """The parameter a pair of factors belongs to, None when there is none."""
     plain = re.sub(r"(\.base_layer)+$", "", module)
     depth = module.count(".base_layer")
@@ -164,8 +160,8 @@ def _target(module: str, config: dict[str, Any], layout: PlainLayout) -> str | N
     raise UnknownLayout(f"{plain} is a {type(owner).__name__}")
 
 
-def _stored_alone(key: str, layout: PlainLayout) -> str | None:
-    """A weight by its name on disk: in plain models, and for experts trained one by one where they were kept so."""
+def _stored_alone(key: str, layout: Layout) -> str | None:
+    """A weight by its name on disk: for experts trained one by one where they were kept so."""
     if key in layout.keys:
         return key
     renamed, conversion = layout.parameter_name(key)
@@ -178,14 +174,14 @@ def _is_targeted(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _full_name(name: str, layout: PlainLayout) -> str | None:
+def _full_name(name: str, layout: Layout) -> str | None:
     """The parameter that a tensor saved in full stands for."""
     plain = name.removeprefix(PREFIX).replace(".modules_to_save.default", "").replace(".base_layer.", ".")
     return plain if plain in layout.parameters else None
 
 
 def _low_rank(
-    number: int, adapter: Adapter, *, parameter: str, parts: dict[str, StoredTensor], layout: PlainLayout
+    number: int, adapter: Adapter, *, parameter: str, parts: dict[str, StoredTensor], layout: Layout
 ) -> LowRank:
     where = f"{adapter.folder}: {parameter}"
     if missing := {"lora_A", "lora_B"} - parts.keys():

@@ -6,12 +6,10 @@ The model is built without memory (meta device) and transformers' own conversion
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,14 +28,6 @@ from transformers.pytorch_utils import Conv1D
 from sft.errors import Problems
 from sft.merging.weights import StoredTensor
 
-# Dense architectures that transformers loads without renaming, transposing or fusing anything in their layers. A test
-# asks transformers whether that is still so.
-PLAIN_MODELS = frozenset({
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite", "cohere"),
-    *("phi3", "starcoder2", "stablelm"),
-})  # fmt: skip
-LAYER_MATRIX = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+")
-
 
 class UnknownLayout(Exception):
     """This adapter cannot be placed on the checkpoint tensor by tensor; PEFT itself has to merge it."""
@@ -52,42 +42,6 @@ class Place:
     first_row: int = 0
 
 
-class PlainLayout:
-    """A checkpoint whose keys name the parameters and whose matrices are (out, in)."""
-
-    def __init__(self, stored: Iterable[StoredTensor]) -> None:
-        self.keys = {tensor.name: tensor for tensor in stored}
-        self.parameters: dict[str, Any] = {}  # those known beyond the checkpoint's keys
-        self.tied: dict[str, str] = {}
-
-    def module(self, name: str) -> nn.Module | None:
-        """The module of the model, None where there is none, or no model."""
-        return None
-
-    def parameter_name(self, key: str) -> tuple[str, str | None]:
-        """The name in memory of a name on disk, and the pattern of the conversion it goes through, if any."""
-        return key, None
-
-    def whereabouts(self, parameter: str) -> list[Place]:
-        """Where a parameter lies on disk; [] when it is not there, UnknownLayout when its conversion is a rare one."""
-        return [Place(parameter)] if parameter in self.keys else []
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """The shape in memory of a parameter, or of a checkpoint key that is none."""
-        return self.keys[parameter].shape
-
-    def is_transposed(self, parameter: str) -> bool:
-        """True when the weight is stored (in, out), so that an adapter's B A has to be turned."""
-        return False
-
-
-def is_plain(config: dict[str, Any], modules: Iterable[str], keys: Iterable[str]) -> bool:
-    """True when the modules that adapters change are matrices in the layers of a model known to be plain."""
-    known = set(keys)
-    ours = config.get("model_type") in PLAIN_MODELS and not config.get("auto_map")
-    return ours and all(LAYER_MATRIX.fullmatch(module) and f"{module}.weight" in known for module in modules)
-
-
 def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a folder without its weights; Problems when transformers cannot build it."""
     try:
@@ -100,11 +54,11 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
         ) from error
 
 
-class Layout(PlainLayout):
+class Layout:
     """Parameter names of `model` to the places that hold them on disk, and which parameters share one."""
 
     def __init__(self, model: PreTrainedModel, stored: Iterable[StoredTensor]) -> None:
-        super().__init__(stored)
+        self.keys = {tensor.name: tensor for tensor in stored}
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
@@ -117,25 +71,30 @@ class Layout(PlainLayout):
         self._find(self.keys)
 
     def module(self, name: str) -> nn.Module | None:
+        """The module of the model, None where there is none."""
         try:
             return self.model.get_submodule(name)
         except AttributeError:
             return None
 
     def parameter_name(self, key: str) -> tuple[str, str | None]:
+        """The name in memory of a name on disk, and the pattern of the conversion it goes through, if any."""
         prefix = self.model.base_model_prefix
         return rename_source_key(key, self._renamings, self._converters, prefix, self._meta)
 
     def whereabouts(self, parameter: str) -> list[Place]:
+        """Where a parameter lies on disk; [] when it is not there, UnknownLayout when its conversion is a rare one."""
         if parameter in self._unknown:
             raise UnknownLayout(f"the checkpoint stores {parameter} in a form that is not plain")
         return self.places.get(parameter, [])
 
     def shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape in memory of a parameter, or of a checkpoint key that is none."""
         found = self.parameters.get(parameter)
         return self.keys[parameter].shape if found is None else tuple(found.shape)
 
     def is_transposed(self, parameter: str) -> bool:
+        """True when the weight is stored (in, out), so that an adapter's B A has to be turned."""
         module, _, leaf = parameter.rpartition(".")
         if parameter not in self.parameters:
             return False

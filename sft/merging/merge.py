@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from sft.errors import Problems, RunFailed
-from sft.merging.adapter_files import Adapter, LowRank, Update, modules_of, read_adapter, updates_of
+from sft.merging.adapter_files import Adapter, LowRank, Update, read_adapter, updates_of
 from sft.merging.fold import Folded, Output, write_all
-from sft.merging.layout import PlainLayout, UnknownLayout, is_plain
+from sft.merging.layout import Layout, UnknownLayout, meta_model
 from sft.merging.placement import Wanted, place
 from sft.merging.weights import (
     DTYPES,
@@ -35,12 +35,13 @@ from sft.merging.weights import (
     shard_paths,
     write_index,
 )
+from sft.stages.paths import ADAPTER_CONFIG, MANIFEST, MODEL_CONFIG, TRAINING_CONFIG
+from sft.stages.paths import MERGE_RECORD as RECORD
 from sft.storage import atomic, json_files, seals
 
-RECORD = "merge.json"
 # What makes a model folder usable beside its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
-NOT_COPIED = {RECORD, INDEX, seals.MARK, "stage.json", "training_config.json", "adapter_config.json", "config.json"}
+NOT_COPIED = {RECORD, INDEX, seals.MARK, MANIFEST, TRAINING_CONFIG, ADAPTER_CONFIG, MODEL_CONFIG}
 LARGE_LOSS = 0.5  # a shorter update than this is mostly noise once rounded
 SPARE_BYTES = 64 * 1024 * 1024  # tokenizer and other side files
 
@@ -57,6 +58,8 @@ class MergeRecord:
     base_revision: str | None
     adapters: list[dict[str, str]]
     dtype: str
+    requested_dtype: str | None = None
+    base_fingerprint: str | None = None
     path: str = "streaming"
     tensors_changed: int = 0
     rounding_loss: float | None = 0.0
@@ -74,12 +77,14 @@ def merge(
     *,
     dtype: str | None = None,
     revision: str | None = None,
+    fingerprint: str | None = None,
     trust_remote_code: bool = False,
     finish: Callable[[Path, MergeRecord], None] | None = None,
 ) -> MergeRecord:
     """Folds the adapters, in order, into the base model and publishes the result at `target`.
 
-    `dtype` is a torch name (bfloat16, ...); None keeps that of each base tensor. `finish` sees the complete folder
+    `dtype` is a torch name (bfloat16, ...); None keeps that of each base tensor. `fingerprint`: what the base's content
+    is known by (`is_current` asks for it). `finish` sees the complete folder
     before it is published; what it raises keeps it from being published. Raises Problems for a base or adapter that
     cannot be used, RunFailed when an adapter tensor has no place, an adapter changes nothing or the disk is full.
     """
@@ -88,11 +93,12 @@ def merge(
     config = read_config(folder)
     loaded = [read_adapter(Path(adapter)) for adapter in adapters]
     identities = [{"path": str(adapter.folder), "sha256": adapter.sha256} for adapter in loaded]
-    record = MergeRecord(str(base), commit, identities, dtype or "")
+    record = MergeRecord(str(base), commit, identities, dtype or "", dtype, fingerprint)
     with _disk_full_explained(target), atomic.published_folder(target) as partial:
         try:
             with _shards(folder, target) as shards:
-                layout = _layout(folder, config, adapters=loaded, shards=shards, trust_remote_code=trust_remote_code)
+                stored = [tensor for tensors in shards.values() for tensor in tensors]
+                layout = Layout(meta_model(folder, trust_remote_code=trust_remote_code), stored)
                 untied = _stream(layout, shards, adapters=loaded, partial=partial, record=record)
         except UnknownLayout as reason:
             from sft.merging.peft_merge import merge_with_peft
@@ -114,13 +120,28 @@ def merge(
     return record
 
 
-def is_current(target: Path, base: str | Path, adapters: Sequence[Path], *, dtype: str | None = None) -> bool:
-    """True when `target` was merged from this base and exactly these adapter files, in this order and number format."""
-    if not (target / RECORD).is_file():
+@dataclass(frozen=True)
+class Ingredients:
+    """What a merged base is made from, by content: the base's fingerprint, each adapter's sha256, the format asked for.
+
+    `dtype` None asks for that of the base, whatever it is.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    dtype: str | None = None
+
+
+def is_current(target: Path, ingredients: Ingredients) -> bool:
+    """Whether a merged folder is whole and was made from exactly these, wherever they lay."""
+    try:
+        record = json_files.read_json(target / RECORD)
+        found = Ingredients(
+            record["base_fingerprint"], tuple(each["sha256"] for each in record["adapters"]), record["requested_dtype"]
+        )
+    except (FileNotFoundError, NotADirectoryError, json_files.DamagedFile, KeyError, TypeError):
         return False
-    record = json_files.read_json(target / RECORD)
-    same = [entry["sha256"] for entry in record["adapters"]] == [read_adapter(Path(a)).sha256 for a in adapters]
-    return same and record["base_model"] == str(base) and dtype in (None, record["dtype"])
+    return found == ingredients and not (seals.is_sealed(target) and seals.damage(target))
 
 
 def record_verification(target: Path, figures: dict[str, float]) -> None:
@@ -162,25 +183,8 @@ def _shards(folder: Path, target: Path) -> Iterator[dict[str, list[StoredTensor]
         yield {path.name.replace("pytorch_model", "model"): read_header(path) for path in paths}
 
 
-def _layout(
-    folder: Path,
-    config: dict[str, Any],
-    *,
-    adapters: list[Adapter],
-    shards: dict[str, list[StoredTensor]],
-    trust_remote_code: bool,
-) -> PlainLayout:
-    """Where parameters lie: known for plain models, else asked of transformers, whose import takes seconds."""
-    stored = [tensor for tensors in shards.values() for tensor in tensors]
-    if is_plain(config, [name for a in adapters for name in modules_of(a)], [tensor.name for tensor in stored]):
-        return PlainLayout(stored)
-    from sft.merging.layout import Layout, meta_model
-
-    return Layout(meta_model(folder, trust_remote_code=trust_remote_code), stored)
-
-
 def _stream(
-    layout: PlainLayout,
+    layout: Layout,
     shards: dict[str, list[StoredTensor]],
     *,
     adapters: list[Adapter],
@@ -270,7 +274,7 @@ def _edited(config: dict[str, Any], dtype: str | None, *, untied: bool) -> dict[
 
 
 def _write_side_files(folder: Path, partial: Path, config: dict[str, Any]) -> None:
-    (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (partial / MODEL_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in sorted({path for pattern in SIDE_FILES for path in folder.glob(pattern)}):
         if path.name not in NOT_COPIED and path.is_file():
             shutil.copyfile(path, partial / path.name)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.errors import RunFailed
-from sft.merging.merge import merge, record_verification
-from sft.merging.probe import FILE as PROBE
+from sft.merging.merge import Ingredients, is_current, merge, record_verification
 from sft.merging.probe import store_probe, verify
 from sft.models.model import compute_dtype, load_model
+from sft.stages.paths import MERGE_RECORD, PROBE
 from sft.storage import json_files
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def merge_parents(stage: Stage) -> str:
     """
     if not stage.adapters:
         return stage.start_model
-    if PartialState().is_main_process and not stage.merged_base_is_current():
+    if PartialState().is_main_process and not is_current(stage.merged_base, ingredients(stage)):
         if stage.merged_base.exists():
             say(f"{stage.merged_base} is damaged or of another lineage, so it is made again")
         say("Merging earlier adapters into the base model (needs memory and disk space for a moment) ...")
@@ -44,6 +46,7 @@ def merge_parents(stage: Stage) -> str:
             stage.merged_base,
             dtype=stage.settings.merge_dtype,
             revision=stage.settings.model_revision,
+            fingerprint=ingredients(stage).base,
             trust_remote_code=stage.settings.trust_remote_code,
         )
         for warning in record.warnings:
@@ -53,6 +56,19 @@ def merge_parents(stage: Stage) -> str:
         stage.update(merge=merge_facts(stage))
     wait_for_merge(stage)
     return str(stage.merged_base)
+
+
+def ingredients(stage: Stage) -> Ingredients:
+    """What the stage's merged base has to be made from."""
+    digests = tuple(parent.adapter_sha256 for parent in stage.adapters)
+    return Ingredients(stage.start_fingerprint, digests, stage.settings.merge_dtype)
+
+
+def with_adapters(model: Any, adapters: Sequence[Path]) -> Any:
+    """The model with the last adapter beside its weights, those before it folded in by PEFT, in order."""
+    for adapter in adapters[:-1]:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return PeftModel.from_pretrained(model, adapters[-1]) if adapters else model
 
 
 def load_verified(stage: Stage, base: str) -> PreTrainedModel:
@@ -105,7 +121,7 @@ def keep_probe(stage: Stage, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def merge_facts(stage: Stage) -> dict[str, Any]:
     """The manifest's `merge` record, from merge.json."""
-    record = json_files.read_json(stage.merged_base / "merge.json")
+    record = json_files.read_json(stage.merged_base / MERGE_RECORD)
     names = ("max_abs_diff", "kl", "seconds", "peak_rss_bytes", "rounding_loss")
     return {name: record.get(name) for name in names}
 
@@ -116,7 +132,7 @@ def wait_for_merge(stage: Stage) -> None:
     Raises:
         RunFailed: the merge did not end in time, or this node does not see the output folder.
     """
-    record = stage.merged_base / "merge.json"
+    record = stage.merged_base / MERGE_RECORD
     main = PartialState().is_main_process
     made = ranks.from_main(record.read_text(encoding="utf-8") if main else None, "the merge of earlier adapters")
     if not ranks.sees(record, made):

@@ -2,8 +2,7 @@
 by the next one after it has loaded its merged base: no second model is ever needed for it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from sft.errors import RunFailed
+from sft.models.model import answering
+from sft.stages.paths import MERGE_RECORD, PROBE
 from sft.storage.atomic import write_bytes
 from sft.storage.json_files import read_json
 
-FILE = "probe.safetensors"
 PROMPTS = (
     "The committee met on Tuesday to discuss the budget, and after two hours it decided to",
     '{"name": "Mira Okafor", "age": 41, "languages": ["en", "ja"], "address": {"city":',
@@ -38,21 +38,11 @@ def probe_ids(tokenizer: Any) -> list[list[int]]:
 def probe_logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
     """(prompts, POSITIONS, vocabulary) logits in float32 on the CPU; draws no random numbers and changes no mode."""
     rows = []
-    with _evaluating(model), torch.no_grad():
+    with answering(model):
         for ids in prompts:
             logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
             rows.append(logits[0, -POSITIONS:].float().cpu())
     return torch.stack(rows)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def store_probe(folder: Path, model: Any, tokenizer: Any) -> Path:
@@ -67,8 +57,8 @@ def store_probe(folder: Path, model: Any, tokenizer: Any) -> Path:
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
         tensors["logits_without_adapter"] = probe_logits(model, prompts)
     metadata = {"format": "pt", "precision": precision(model)}
-    write_bytes(folder / FILE, save(tensors, metadata=metadata))
-    return folder / FILE
+    write_bytes(folder / PROBE, save(tensors, metadata=metadata))
+    return folder / PROBE
 
 
 def precision(model: Any) -> str:
@@ -108,7 +98,7 @@ def verify(merged: Any, probe: Path) -> dict[str, float]:
 
 def _written_as(merged: Any) -> list[str]:
     """The number format a merged folder was rounded to: loading it in a finer one brings nothing back."""
-    record = Path(str(getattr(merged.config, "_name_or_path", ""))) / "merge.json"
+    record = Path(str(getattr(merged.config, "_name_or_path", ""))) / MERGE_RECORD
     written = read_json(record)["dtype"] if record.is_file() else None
     return [written] if written in MAX_KL else []
 

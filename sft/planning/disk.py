@@ -13,6 +13,7 @@ from sft.errors import Problems
 from sft.merging.weights import read_header, shard_paths
 from sft.models.model import load_config
 from sft.planning.memory import optimizer_bytes, parameter_bytes
+from sft.stages import paths
 from sft.storage import atomic
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ def needed_bytes(stage: Stage, config: PretrainedConfig) -> dict[str, int]:
     }
     there = {
         "checkpoints": bytes_in(stage.folder.glob("checkpoint-*")),
-        "best model": bytes_in([stage.folder / "best_model"]),
+        "best model": bytes_in([stage.folder / paths.BEST_MODEL]),
         "result": 0,
     }
-    if stage.adapters and not (stage.merged_base / "merge.json").exists():
+    if stage.adapters and not (stage.merged_base / paths.MERGE_RECORD).exists():
         needed["merged base"] = merged_bytes(Path(stage.start_model), settings)
     return {kind: max(size - there.get(kind, 0), 0) for kind, size in needed.items()}
 

@@ -11,7 +11,7 @@ from sft.distributed.launch import launched
 from sft.errors import Problems
 from sft.planning.document import blank_document
 from sft.settings import Settings
-from sft.stages.lineage import stage_folder
+from sft.stages.paths import stage_folder
 from sft.stages.stage import Stage
 
 if TYPE_CHECKING:

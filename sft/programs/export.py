@@ -9,20 +9,20 @@ import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sft.errors import Problems, RunFailed
-from sft.merging.merge import RECORD, MergeRecord, merge
-from sft.merging.probe import FILE as PROBE
+from sft.merging.merge import Ingredients, MergeRecord, merge
+from sft.merging.parents import with_adapters
 from sft.merging.probe import judge, precision, probe_ids, probe_logits, verify
 from sft.merging.weights import model_folder
 from sft.programs.model_card import model_card
-from sft.stages.lineage import ADAPTER, result_sha256
-from sft.stages.manifest import MANIFEST, read_manifest
+from sft.stages.lineage import result_sha256
+from sft.stages.manifest import read_manifest
+from sft.stages.paths import ADAPTER, ADAPTER_CONFIG, MANIFEST, MERGE_RECORD, MODEL_CONFIG, PROBE, sibling_stage
 from sft.storage.json_files import DamagedFile, read_json
-from sft.storage.seals import damage, is_sealed
+from sft.storage.seals import MARK, damage, is_sealed
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -36,7 +36,10 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weights come from: base model, adapters in order, and the manifests of their stages, oldest first."""
+    """Where the weights come from: base model, adapters in order, and the manifests of their stages, oldest first.
+
+    `earlier`: what the stage's own merged base was made from, where it has one.
+    """
 
     base: str
     adapters: tuple[Path, ...]
@@ -44,6 +47,7 @@ class Origin:
     manifests: tuple[dict[str, Any], ...] = ()
     probe: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    earlier: Ingredients | None = None
 
     @property
     def trust_remote_code(self) -> bool:
@@ -61,15 +65,15 @@ def find_origin(folder: Path) -> Origin:
     if is_sealed(folder) and (faults := damage(folder)):
         raise Problems([f"--checkpoint_dir {folder}: is damaged ({'; '.join(faults)}); name another checkpoint"])
     stage = next((place for place in (folder, folder.parent) if (place / MANIFEST).is_file()), None)
-    if not (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+    if not (folder / ADAPTER).is_file() and not (folder / MODEL_CONFIG).is_file():
         raise Problems([f"--checkpoint_dir {folder}: holds neither {ADAPTER} nor a model; name the folder of a result"])
     return _plain_origin(folder) if stage is None else _stage_origin(folder, stage)
 
 
 def _plain_origin(folder: Path) -> Origin:
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise Problems([f"--checkpoint_dir {folder}: is a whole model already, there is nothing to merge"])
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise Problems([f"--checkpoint_dir {folder}: its adapter_config.json names no base model; add it there"])
     return Origin(base, (folder,), folder)
@@ -84,19 +88,26 @@ def _stage_origin(folder: Path, stage: Path) -> Origin:
         raise Problems([f"--checkpoint_dir {folder}: its weights are not those that stage.json lists; train it again"])
     adapters: list[Path] = []
     base, manifests = manifest["base_model"], []
+    fingerprint = manifest["inputs"].get("SFT_BASE_MODEL", "")
+    digests: tuple[str, ...] = ()
     for parent in sorted(manifest["parents"], key=lambda entry: entry["stage"]):
         place = _sibling(stage, manifest["stage"], parent["stage"])
         kind = _checked_parent(place, parent, manifest["stage"])
-        base, adapters = (str(place), []) if kind == "model" else (base, [*adapters, place])
+        digest = parent["adapter_sha256"]
+        if kind == "model":
+            base, adapters, fingerprint, digests = str(place), [], f"model:{digest}", ()
+        else:
+            adapters, digests = [*adapters, place], (*digests, digest)
         manifests.append(_manifest(place))
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         adapters.append(folder)
     else:
         base, adapters = str(folder), []
     settings = {name: record["value"] for name, record in manifest["settings"].items()}
     probe = stage / PROBE if folder == stage and (stage / PROBE).is_file() else None
     tokenizer = next((place for place in (folder, stage) if (place / "tokenizer_config.json").is_file()), None)
-    return Origin(base, tuple(adapters), tokenizer, (*manifests, manifest), probe, settings)
+    earlier = Ingredients(fingerprint, digests, settings.get("SFT_MERGE_DTYPE")) if digests else None
+    return Origin(base, tuple(adapters), tokenizer, (*manifests, manifest), probe, settings, earlier)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -110,12 +121,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _sibling(stage: Path, number: int, other: int) -> Path:
     """OUT_stageK beside OUT_stageN; only the end of the name is looked at."""
-    stem, found, _ = stage.name.rpartition(f"_stage{number}")
-    if not found:
+    folder = sibling_stage(stage, number, other)
+    if folder is None:
         raise Problems(
             [f"{stage}: was renamed, its earlier stages cannot be found; call it <name>_stage{number} again"]
         )
-    return stage.with_name(f"{stem}_stage{other}")
+    return folder
 
 
 def _checked_parent(folder: Path, parent: dict[str, Any], number: int) -> str:
@@ -131,7 +142,7 @@ def _checked_parent(folder: Path, parent: dict[str, Any], number: int) -> str:
 
 def check_target(target: Path) -> None:
     """Problems when the target holds something that is not an earlier export."""
-    if target.exists() and not (target / RECORD).is_file() and (target.is_file() or any(target.iterdir())):
+    if target.exists() and not (target / MERGE_RECORD).is_file() and (target.is_file() or any(target.iterdir())):
         raise Problems([f"{target}: exists and is no earlier export; name another --output"])
 
 
@@ -164,7 +175,7 @@ def _verified(origin: Origin, folder: Path) -> dict[str, float]:
     if origin.probe:
         return verify(_load(folder, origin), origin.probe)
     prompts = probe_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=origin.trust_remote_code))
-    dtype = read_json(folder / "config.json").get("dtype")
+    dtype = read_json(folder / MODEL_CONFIG).get("dtype")
     with_adapter, without, stored_precision = _reference(origin, prompts, dtype)
     merged = _load(folder, origin)
     precisions = {stored_precision, precision(merged)}
@@ -175,9 +186,7 @@ def _reference(origin: Origin, prompts: list[list[int]], dtype: str | None) -> t
     """Logits with the last adapter on and off, on the base with the earlier ones folded in by PEFT; number format."""
     base, _ = model_folder(origin.base, origin.settings.get("SFT_MODEL_REVISION"))
     model = _load(base, origin, dtype)
-    for adapter in origin.adapters[:-1]:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    model = PeftModel.from_pretrained(model, origin.adapters[-1])
+    model = with_adapters(model, origin.adapters)
     with_adapter = probe_logits(model, prompts)
     with model.disable_adapter():
         return with_adapter, probe_logits(model, prompts), precision(model)
@@ -191,7 +200,7 @@ def _load(folder: Path, origin: Origin, dtype: str | None = None) -> Any:
 
 
 # merge.json names folders of this machine, and the mark of completeness lists it.
-KEPT_HERE = ["merge.json", "COMPLETE.json"]
+KEPT_HERE = [MERGE_RECORD, MARK]
 
 
 def check_repository(name: str, *, offline: bool) -> None:

@@ -20,6 +20,7 @@ from sft.reporting.scores import (
 )
 from sft.reporting.text import printable, redacted
 from sft.scoring import forgetting
+from sft.stages import paths
 from sft.storage.json_files import Facts, is_number, metric_lines, read_object
 
 LONGEST_CURVE = 400  # points, about the pixels of a figure; more are averaged in equal groups
@@ -29,12 +30,12 @@ SECRET_WORDS = {"TOKEN", "KEY", "PASSWORD", "PASSWD", "SECRET", "CREDENTIAL", "C
 def stage_facts(folder: Path) -> Facts:
     """Everything report.json holds about one stage."""
     notices: list[str] = []
-    manifest = read_object(folder / "stage.json", notices)
-    lines = metric_lines(folder / "metrics.jsonl", notices)
+    manifest = read_object(folder / paths.MANIFEST, notices)
+    lines = metric_lines(folder / paths.METRICS, notices)
     evaluations = read_evaluations(folder, lines, notices)
     settings = _settings(manifest)
     facts = _header(folder, manifest, lines) | {
-        "best": read_object(folder / "best_model_info.json", notices) or None,
+        "best": read_object(folder / paths.BEST_MODEL / paths.BEST_RECORD, notices) or None,
         "curves": _curves(lines, evaluations),
         "scores": compared_scores(evaluations),
         "forgetting": matrix_facts(recorded_matrix(manifest)),
@@ -54,7 +55,7 @@ def stage_facts(folder: Path) -> Facts:
 def ladder_facts(folders: Sequence[Path]) -> Facts:
     """What a ladder's report holds: its stages in order, one matrix of all of them, and the settings they differ in."""
     stages = [stage_facts(folder) for folder in folders]
-    matrix = forgetting.joined(recorded_matrix(read_object(folder / "stage.json", [])) for folder in folders)
+    matrix = forgetting.joined(recorded_matrix(read_object(folder / paths.MANIFEST, [])) for folder in folders)
     facts = {
         "base_model": next((stage["base_model"] for stage in stages if stage["base_model"]), None),
         "seconds": sum(stage["seconds"] or 0 for stage in stages),
@@ -161,7 +162,7 @@ def _changed_settings(folder: Path, settings: dict[str, Facts]) -> list[Facts] |
     found = re.fullmatch(r"(.*_stage)(\d+)", folder.name)
     if not found:
         return None
-    before = _settings(read_object(folder.with_name(f"{found.group(1)}{int(found.group(2)) - 1}") / "stage.json", []))
+    before = _settings(read_object(folder.with_name(f"{found.group(1)}{int(found.group(2)) - 1}") / paths.MANIFEST, []))
     return differing({"before": before, "now": settings}) if before else None
 
 

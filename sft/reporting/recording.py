@@ -13,6 +13,7 @@ from sft.distributed.ranks import say
 from sft.distributed.signals import STOP, Stopped
 from sft.evaluation.generation_evaluation import show_samples
 from sft.reporting.tracker import Tracker
+from sft.stages import paths
 from sft.storage import json_files
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class MetricsRecord:
         self.stage, self.tracker = stage, tracker
 
     def take(self, record: dict[str, Any]) -> None:
-        json_files.append_line(self.stage.folder / "metrics.jsonl", json_files.json_text(record, indent=None))
+        json_files.append_line(self.stage.folder / paths.METRICS, json_files.json_text(record, indent=None))
         if self.tracker:
             self.tracker.log_metrics(record)
             if self.tracker.run_id and self.stage.manifest.get("mlflow_run_id") != self.tracker.run_id:

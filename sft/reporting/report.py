@@ -21,6 +21,7 @@ from sft.reporting.facts import ladder_facts, stage_facts
 from sft.reporting.scores import recorded_matrix
 from sft.reporting.text import aligned, duration, figure, language, plain, score, signed
 from sft.scoring import forgetting
+from sft.stages import paths
 from sft.storage.atomic import write_text
 from sft.storage.json_files import Facts, read_object, write_json
 
@@ -37,15 +38,15 @@ def write_report(folder: Path) -> Path:
     """Writes report.html and report.json into a stage's folder and returns the path of the page."""
     facts = stage_facts(folder)
     page = _environment().get_template("report.html.jinja").render(facts, charts=_stage_charts(facts["curves"]))
-    write_json(folder / "report.json", facts)
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    write_json(folder / paths.REPORT_FACTS, facts)
+    write_text(folder / paths.REPORT, page)
+    return folder / paths.REPORT
 
 
 def write_ladder_report(folders: Sequence[Path], target: Path) -> Path:
     """Writes the page that compares a ladder's stages, in order, to `target` and its facts beside it as .json."""
     facts = ladder_facts(folders)
-    links = [quote(os.path.relpath(folder / "report.html", target.parent)) for folder in folders]
+    links = [quote(os.path.relpath(folder / paths.REPORT, target.parent)) for folder in folders]
     template = _environment().get_template("ladder.html.jinja")
     page = template.render(facts, links=links, charts=_ladder_charts(facts))
     write_json(target.with_suffix(".json"), facts)
@@ -55,7 +56,7 @@ def write_ladder_report(folders: Sequence[Path], target: Path) -> Path:
 
 def score_table(folders: Sequence[Path]) -> str:
     """Plain text: base and the model of every stage by overall score and score per format; "" without scores."""
-    matrix = forgetting.joined(recorded_matrix(read_object(folder / "stage.json", [])) for folder in folders)
+    matrix = forgetting.joined(recorded_matrix(read_object(folder / paths.MANIFEST, [])) for folder in folders)
     if not matrix:
         return ""
     columns, scores = forgetting.format_scores(matrix)
@@ -147,7 +148,7 @@ def close_stage(stage: Stage, tracker: Tracker | None) -> None:
     report = write_report(stage.folder)
     manifest = stage.manifest
     if tracker:
-        for path in (stage.folder / "stage.json", report, stage.folder / "report.json"):
+        for path in (stage.folder / paths.MANIFEST, report, stage.folder / paths.REPORT_FACTS):
             tracker.log_artifact(path)
     metrics = manifest["metrics"]
     figures = [f"{manifest['steps']} steps", f"{manifest['metrics'].get('tokens', 0):,} tokens"]
@@ -156,18 +157,18 @@ def close_stage(stage: Stage, tracker: Tracker | None) -> None:
     print(f"\nStage {stage.number} is complete: {', '.join(figures)}")
     if table := forgetting_table(manifest):
         print(f"\nForgetting matrix (gen_score; rows: models, columns: each stage's validation rows)\n{table}")
-    print(f"\n  adapter  {stage.folder}\n  best     {stage.folder / 'best_model'}\n  report   {report}\n")
+    print(f"\n  adapter  {stage.folder}\n  best     {stage.folder / paths.BEST_MODEL}\n  report   {report}\n")
 
 
 def stage_folders(ladder: Sequence[Settings]) -> list[Path]:
-    return [Path(f"{settings.out_lora_dir}_stage{settings.stage}") for settings in ladder]
+    return [paths.stage_folder(settings.out_lora_dir, settings.stage) for settings in ladder]
 
 
 def close_ladder(ladder: Sequence[Settings]) -> None:
     """Writes the report that compares the stages and prints score table, report and how to open MLflow."""
     if launched().rank > 0:
         return
-    folders = [folder for folder in stage_folders(ladder) if (folder / "stage.json").is_file()]
+    folders = [folder for folder in stage_folders(ladder) if (folder / paths.MANIFEST).is_file()]
     report = write_ladder_report(folders, Path(f"{ladder[-1].out_lora_dir}_report.html"))
     if table := score_table(folders):
         print(f"\nScores of base model and stages (gen_score, 0 to 1, on rows never trained on)\n{table}\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 from sft.reporting.text import short
 from sft.scoring import forgetting
+from sft.stages import paths
 from sft.storage.json_files import Facts, is_number, read_lines, read_object
 
 SHOWN_ANSWERS = 5
@@ -27,7 +28,7 @@ def read_evaluations(folder: Path, lines: list[Facts], notices: list[str]) -> di
     for line in lines:
         if metrics := _gen_metrics(line):
             evaluations.setdefault(line["step"], {}).update(metrics)
-    for step, path in _numbered(folder, "gen_metrics_step", "json"):
+    for step, path in _numbered(folder, paths.GEN_METRICS, "json"):
         if metrics := _gen_metrics(read_object(path, notices)):
             evaluations.setdefault(step, {}).update(metrics)
     return dict(sorted(evaluations.items()))
@@ -116,7 +117,7 @@ def _cell(matrix: Facts, model: str, tasks: str, drop: forgetting.Drop | None) -
 
 def read_answers(folder: Path, notices: list[str]) -> Facts | None:
     """The worst and the best answers of the last generation evaluation; unscored ones (mode samples) as they come."""
-    files = _numbered(folder, "gen_samples_step", "jsonl")
+    files = _numbered(folder, paths.GEN_SAMPLES, "jsonl")
     samples = read_lines(files[-1][1], notices) if files else []
     if not samples:
         return None

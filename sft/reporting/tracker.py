@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import hide_secrets
+from sft.stages import paths
 from sft.storage import json_files
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Tracker:
 
     def _send_missing(self, client: MlflowClient) -> None:
         """What is in metrics.jsonl and not on the server: sent by an earlier start in vain, or refused in this one."""
-        for record in json_files.read_records(self.folder / "metrics.jsonl"):
+        for record in json_files.read_records(self.folder / paths.METRICS):
             self._send_metrics(client, record)
 
     def _send_metrics(self, client: MlflowClient, record: dict[str, Any]) -> None:

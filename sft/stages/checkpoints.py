@@ -5,17 +5,13 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sft.stages.paths import RHYTHM, TRAINER_STATE
 from sft.storage.atomic import remove_folder, write_bytes
 from sft.storage.json_files import DamagedFile, json_text, read_json, read_records
 from sft.storage.seals import damage, is_sealed
 
-if TYPE_CHECKING:
-    pass
-
-RHYTHM = "rhythm.json"
-"""What the run's own counters were: best so far, evaluations without improvement, loss since the last log."""
 _NAME = re.compile(r"^checkpoint-(\d{1,18})$")
 
 
@@ -69,13 +65,13 @@ def step_of(folder: Path) -> int:
 def _state_faults(checkpoint: Checkpoint) -> list[str]:
     """A whole folder under another step's name would resume at the wrong row."""
     step = trainer_state(checkpoint.folder).get("global_step", checkpoint.step)
-    return [] if step == checkpoint.step else [f"trainer_state.json: is of step {step}"]
+    return [] if step == checkpoint.step else [f"{TRAINER_STATE}: is of step {step}"]
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer_state.json of a checkpoint; {} when it is absent or no JSON object."""
     try:
-        state = read_json(checkpoint / "trainer_state.json")
+        state = read_json(checkpoint / TRAINER_STATE)
     except (FileNotFoundError, DamagedFile):
         return {}
     return state if isinstance(state, dict) else {}

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from sft.stages import checkpoints
 from sft.stages.changes import changes, gone_inputs
 from sft.stages.lineage import holds_nothing, result_sha256
-from sft.stages.manifest import MANIFEST, read_manifest
+from sft.stages.manifest import read_manifest
+from sft.stages.paths import MANIFEST, METRICS
 from sft.storage.json_files import DamagedFile
 from sft.storage.seals import MARK
 
@@ -102,7 +103,7 @@ def _judge_complete(verdict: Verdict, folder: Path, start: Mapping[str, Any], *,
 def _judge_unfinished(verdict: Verdict, folder: Path, start: Mapping[str, Any], *, remedy: str) -> Verdict:
     if not verdict.changed:
         verdict.decision = "resume"
-        metrics = folder / "metrics.jsonl"
+        metrics = folder / METRICS
         if verdict.checkpoint and checkpoints.metrics_damaged(metrics, verdict.checkpoint):
             what = f"is not what it was at {verdict.checkpoint.name}; figures of the steps before it may be missing"
             verdict.warnings.append(f"[WARNING] {metrics}: {what}")

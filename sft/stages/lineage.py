@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft.errors import Problems
+from sft.stages import paths
 from sft.stages.manifest import read_manifest
 from sft.storage.json_files import DamagedFile
 from sft.storage.lock import current_holder
@@ -14,20 +15,6 @@ from sft.storage.seals import damage, is_sealed, sha256
 
 if TYPE_CHECKING:
     from sft.settings import Settings
-
-ADAPTER = "adapter_model.safetensors"
-RESULTS = (
-    "adapter_",
-    "model",
-    "config.json",
-    "tokenizer",
-    "training_config.json",
-    "best_model/",
-    "gen_",
-    "held_out.",
-    "metrics.",
-)
-"""How the names of a completed stage's files begin that are sealed: what later stages and people rely on."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +36,10 @@ class Lineage:
     problems: list[str] = field(default_factory=list)
 
 
-def stage_folder(out_lora_dir: Path, number: int) -> Path:
-    """OUT_stageN."""
-    return Path(f"{out_lora_dir}_stage{number}")
-
-
-def lock_path(folder: Path) -> Path:
-    """The lock stands beside the output, so that the output can be moved aside while it is held."""
-    return folder.with_name(f"{folder.name}.lock")
-
-
 def holds_nothing(folder: Path) -> bool:
     """Whether a folder is absent, or empty but for the log of a start that failed and hidden files."""
     return not folder.exists() or (
-        folder.is_dir() and all(p.match("error*.log") or p.name.startswith(".") for p in folder.iterdir())
+        folder.is_dir() and all(p.match(paths.ERROR_LOGS) or p.name.startswith(".") for p in folder.iterdir())
     )
 
 
@@ -71,10 +48,10 @@ def result_sha256(folder: Path) -> tuple[Literal["adapter", "model"], str] | Non
 
     An adapter is one file. Of a whole model, whose weights may be split, it is the sha256 of the lines "name sha256".
     """
-    if (folder / "adapter_config.json").is_file():
-        return ("adapter", sha256(folder / ADAPTER)) if (folder / ADAPTER).is_file() else None
+    if (folder / paths.ADAPTER_CONFIG).is_file():
+        return ("adapter", sha256(folder / paths.ADAPTER)) if (folder / paths.ADAPTER).is_file() else None
     weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
+    if not (folder / paths.MODEL_CONFIG).is_file() or not weights:
         return None
     lines = "".join(f"{path.name} {sha256(path)}\n" for path in weights)
     return "model", hashlib.sha256(lines.encode()).hexdigest()
@@ -87,7 +64,7 @@ def find_lineage(settings: "Settings", inputs: Mapping[str, str]) -> Lineage:
     recorded: dict[int, list[Any]] = {}
     absent = []
     for number in range(1, settings.stage):
-        folder = stage_folder(settings.out_lora_dir, number)
+        folder = paths.stage_folder(settings.out_lora_dir, number)
         if holds_nothing(folder):
             absent.append(number)
             continue
@@ -100,7 +77,7 @@ def find_lineage(settings: "Settings", inputs: Mapping[str, str]) -> Lineage:
             continue
         if manifest is None:
             lineage.warnings.append(
-                f"[WARNING] {folder} has no stage.json: nothing says what its adapter was trained on"
+                f"[WARNING] {folder} has no {paths.MANIFEST}: nothing says what its adapter was trained on"
             )
         else:
             lineage.problems += _other_base(folder, manifest, settings=settings, inputs=inputs)
@@ -122,7 +99,7 @@ def _report_absent(lineage: Lineage, absent: list[int], settings: "Settings") ->
     """Stages before a whole model are not missed: it holds what they learnt."""
     whole = max((parent.stage for parent in lineage.parents if parent.kind == "model"), default=0)
     for number in (number for number in absent if number > whole):
-        folder = stage_folder(settings.out_lora_dir, number)
+        folder = paths.stage_folder(settings.out_lora_dir, number)
         text = f"Previous stage adapter not found at {folder}, starting from base model"
         if settings.strict:
             remedy = f"train it with python train.py --stage {number}, or run without strict mode"
@@ -139,7 +116,7 @@ def _finished_manifest(folder: Path, number: int) -> dict[str, Any] | None:
         raise Problems([f"{error}; {again} --fresh"]) from error
     if manifest is None or manifest["status"] == "complete":
         return manifest
-    holder = current_holder(lock_path(folder))
+    holder = current_holder(paths.lock_path(folder))
     if holder:
         raise Problems([f"{folder}: stage {number} is still being trained by {holder}; wait until it ends"])
     state = "failed" if manifest["status"] == "failed" else "was stopped before its end"
@@ -150,11 +127,12 @@ def _verified(folder: Path, number: int, manifest: Mapping[str, Any] | None) -> 
     again = f"train it again with python train.py --stage {number} --fresh"
     result = result_sha256(folder)
     if result is None:
-        pickled = ", only adapter_model.bin, a pickle, and no pickle is ever loaded"
-        there = pickled if (folder / "adapter_model.bin").exists() else ""
-        raise Problems([f"{folder}: holds no adapter_config.json with {ADAPTER}{there}; {again}"])
+        pickled = f", only {paths.ADAPTER_PICKLE}, a pickle, and no pickle is ever loaded"
+        there = pickled if (folder / paths.ADAPTER_PICKLE).exists() else ""
+        raise Problems([f"{folder}: holds no {paths.ADAPTER_CONFIG} with {paths.ADAPTER}{there}; {again}"])
     if manifest is not None and manifest["adapter_sha256"] != result[1]:
-        raise Problems([f"{folder}: its weights are not those that stage.json lists (damaged or replaced); {again}"])
+        what = f"its weights are not those that {paths.MANIFEST} lists (damaged or replaced)"
+        raise Problems([f"{folder}: {what}; {again}"])
     return Parent(number, folder, result[1], result[0])
 
 
@@ -187,5 +165,5 @@ def _outdated(results: list[Parent], recorded: Mapping[int, list[Any]], out_lora
         if then != now:
             what = f"stage {parent.stage} was trained on other earlier stages than those there are now"
             remedy = f"train it again with python train.py --stage {parent.stage} --fresh"
-            problems.append(f"{stage_folder(out_lora_dir, parent.stage)}: {what}; {remedy}")
+            problems.append(f"{paths.stage_folder(out_lora_dir, parent.stage)}: {what}; {remedy}")
     return problems

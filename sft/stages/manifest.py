@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sft.stages.paths import MANIFEST
 from sft.storage.json_files import DamagedFile, json_text, read_json
 
-MANIFEST = "stage.json"
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 
 

@@ -20,15 +20,15 @@ def notices(stage: "Stage") -> list[str]:
     lines = [*stage.warnings, "Checking checkpoint status..."]
     if stage.moved:
         lines.append(f"The earlier output was moved to {stage.moved}")
-    if stage.broken:
+    if stage.verdict.broken:
         lines += ["Invalid checkpoint state found. Please check manually.", f"Checkpoint directory: {stage.folder}"]
-        lines += [f"{place.name} is set aside: {'; '.join(faults[:3])}" for place, faults in stage.broken]
+        lines += [f"{place.name} is set aside: {'; '.join(faults[:3])}" for place, faults in stage.verdict.broken]
     target = float(stage.settings.epochs)
     if stage.decision == "complete":
         return lines + _status_lines(stage, target) + _completed_lines(stage, target)
     if stage.checkpoint:
         return lines + _status_lines(stage, target)
-    if stage.existed:
+    if stage.verdict.existed:
         lines += ["Checkpoint directory exists but no checkpoints found.", "Continuing with training..."]
     return lines
 

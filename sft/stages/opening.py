@@ -14,7 +14,7 @@ from sft.environment import silence_libraries, silence_torch
 from sft.errors import Problems
 from sft.settings import Settings
 from sft.stages.checkpoints import saved_under
-from sft.stages.lineage import lock_path
+from sft.stages.paths import lock_path
 from sft.stages.stage import Stage
 
 

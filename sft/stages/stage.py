@@ -13,30 +13,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from sft.distributed.launch import launched
 from sft.errors import Problems, RunFailed, hide_secrets
-from sft.stages import checkpoints
+from sft.stages import checkpoints, paths
 from sft.stages.changes import source_fingerprint, stage_inputs
 from sft.stages.decision import Decision, Verdict, decide, traces, unwritable
-from sft.stages.lineage import (
-    RESULTS,
-    Lineage,
-    Parent,
-    find_lineage,
-    holds_nothing,
-    lock_path,
-    result_sha256,
-    stage_folder,
-)
-from sft.stages.manifest import MANIFEST, blank_manifest, versions, with_digest
+from sft.stages.lineage import Lineage, Parent, find_lineage, holds_nothing, result_sha256
+from sft.stages.manifest import blank_manifest, versions, with_digest
 from sft.storage.atomic import clear_leftovers, set_aside, sync_tree, write_text
-from sft.storage.json_files import DamagedFile, read_json, write_json
+from sft.storage.json_files import write_json
 from sft.storage.lock import Lock, current_holder
-from sft.storage.seals import damage, is_sealed, seal
+from sft.storage.seals import seal
 
 if TYPE_CHECKING:
     from sft.settings import Settings, Source
-
-METRICS = "metrics.jsonl"
-__all__ = ["Decision", "Parent", "Stage", "source_fingerprint", "stage_folder"]
 
 
 def source_record(source: "Source") -> dict[str, Any]:
@@ -56,16 +44,9 @@ class Stage:
     settings: "Settings"
     processes: int | None = None
     main_process: bool = True
-    decision: Decision = "fresh"
-    parents: tuple[Parent, ...] = ()
-    changed: list[str] = field(default_factory=list)
-    checkpoint: Path | None = None
+    verdict: Verdict = field(default_factory=Verdict)
     manifest: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    broken: list[tuple[Path, list[str]]] = field(default_factory=list)
     moved: Path | None = None
-    existed: bool = False
     _lineage: Lineage = field(default_factory=Lineage, repr=False)
     _seen: set[tuple[str, int]] = field(default_factory=set, repr=False)
     _start: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -79,18 +60,54 @@ class Stage:
     @property
     def folder(self) -> Path:
         """OUT_stageN."""
-        return stage_folder(self.settings.out_lora_dir, self.number)
+        return paths.stage_folder(self.settings.out_lora_dir, self.number)
 
     @property
     def merged_base(self) -> Path:
         """OUT_stageN_merged_base."""
-        return self.folder.with_name(f"{self.folder.name}_merged_base")
+        return paths.merged_base(self.folder)
+
+    @property
+    def parents(self) -> tuple[Parent, ...]:
+        """The results of earlier stages that this one is made from, in order."""
+        return self._lineage.parents
+
+    @property
+    def decision(self) -> Decision:
+        """What is to be done about the stage."""
+        return self.verdict.decision
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return self.verdict.checkpoint
+
+    @property
+    def changed(self) -> list[str]:
+        """What is different from the last time."""
+        return self.verdict.changed
+
+    @property
+    def problems(self) -> list[str]:
+        """What the person must change."""
+        return self.verdict.problems
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the person should know."""
+        return self.verdict.warnings
 
     @property
     def start_model(self) -> str:
         """What adapters are merged into: the base model, or an earlier stage's where all weights were trained."""
         whole = [parent for parent in self.parents if parent.kind == "model"]
         return str(whole[-1].folder) if whole else self.settings.base_model
+
+    @property
+    def start_fingerprint(self) -> str:
+        """What the content of `start_model` is known by."""
+        whole = [parent.adapter_sha256 for parent in self.parents if parent.kind == "model"]
+        return f"model:{whole[-1]}" if whole else str(self._start["inputs"]["SFT_BASE_MODEL"])
 
     @property
     def adapters(self) -> tuple[Parent, ...]:
@@ -102,8 +119,9 @@ class Stage:
         """Decide as `open` would. Writes nothing, holds nothing, raises nothing: see `problems` and `warnings`."""
         stage = cls(settings, processes)
         stage._assess(fresh=fresh)
-        if stage.decision in ("fresh", "resume") and (holder := current_holder(lock_path(stage.folder))):
-            stage._refuse(f"{stage.folder}: stage {stage.number} is in use by {holder}; wait until it ends or stop it")
+        if stage.decision in ("fresh", "resume") and (holder := current_holder(paths.lock_path(stage.folder))):
+            what = f"stage {stage.number} is in use by {holder}; wait until it ends or stop it"
+            stage.verdict.refuse(f"{stage.folder}: {what}")
         return stage
 
     @classmethod
@@ -127,13 +145,12 @@ class Stage:
             self._look_back()
             self._decide(fresh=fresh)
         except (PermissionError, NotADirectoryError) as error:
-            self._refuse(f"{error.filename}: can't be read ({error.strerror}); make it readable for this user")
+            self.verdict.refuse(f"{error.filename}: can't be read ({error.strerror}); make it readable for this user")
 
     def _look_back(self) -> None:
         """Lineage and fingerprints: read once, they don't depend on the stage's own folder."""
         inputs = stage_inputs(self.settings, self.processes)
         self._lineage = find_lineage(self.settings, inputs)
-        self.parents = self._lineage.parents
         self._start = blank_manifest() | {
             "stage": self.number,
             "base_model": self.settings.base_model,
@@ -143,10 +160,6 @@ class Stage:
             "inputs": inputs,
         }
 
-    def _refuse(self, problem: str) -> None:
-        self.decision = "refuse"
-        self.problems.append(problem)
-
     def _raise_problems(self) -> None:
         if self.problems:
             raise Problems(self.problems)
@@ -155,25 +168,24 @@ class Stage:
         """Set the decision from what lies in the folder now."""
         self._seen = traces(self.folder)
         verdict = Verdict() if fresh else decide(self.folder, self._start, verify=self.main_process)
-        self.changed, self.checkpoint, self.manifest = verdict.changed, verdict.checkpoint, verdict.manifest
-        self.broken, self.existed = verdict.broken, verdict.existed
-        self.problems = [*self._lineage.problems, *verdict.problems]
-        self.warnings = [*self._lineage.warnings, *verdict.warnings]
-        self.decision = "refuse" if self.problems else verdict.decision
-        if self.decision in ("fresh", "resume") and (place := unwritable(self.folder)):
+        verdict.warnings[:0] = self._lineage.warnings
+        verdict.problems[:0] = self._lineage.problems
+        verdict.decision = "refuse" if verdict.problems else verdict.decision
+        if verdict.decision in ("fresh", "resume") and (place := unwritable(self.folder)):
             what = f"{place} can't be written by this user; choose another path or change its permissions"
-            self._refuse(f"SFT_OUT_LORA_DIR={self.settings.out_lora_dir}: {what}")
+            verdict.refuse(f"SFT_OUT_LORA_DIR={self.settings.out_lora_dir}: {what}")
+        self.verdict, self.manifest = verdict, verdict.manifest
 
     def _hold(self, *, fresh: bool) -> None:
         """Lock, look again where another process may have worked meanwhile, clear up what killed ones left."""
-        self._lock = Lock(lock_path(self.folder))
+        self._lock = Lock(paths.lock_path(self.folder))
         self._lock.acquire()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
             if traces(self.folder) != self._seen:
                 self._decide(fresh=fresh)
                 self._raise_problems()
-            self.warnings += [f"[WARNING] {self._lock.warning}"] if self._lock.warning else []
+            self.warnings.extend([f"[WARNING] {self._lock.warning}"] if self._lock.warning else [])
             self._clear_up(fresh=fresh)
             if self.decision != "complete":
                 on_error.pop_all()
@@ -182,25 +194,13 @@ class Stage:
         names = frozenset({self.folder.name, self.merged_base.name})
         clear_leftovers(self.folder.parent, names=names, alone=True)
         clear_leftovers(self.folder, alone=True)
-        self.broken = [(set_aside(folder, "broken"), faults) for folder, faults in self.broken]
+        self.verdict.broken = [(set_aside(folder, "broken"), faults) for folder, faults in self.verdict.broken]
         if (fresh and not holds_nothing(self.folder)) or (self.changed and self._has_results()):
-            self.moved, self.existed = set_aside(self.folder, "old"), False
+            self.moved, self.verdict.existed = set_aside(self.folder, "old"), False
 
     def _has_results(self) -> bool:
-        rewritten = {MANIFEST, "error.log", METRICS}
+        rewritten = {paths.MANIFEST, paths.error_log(0), paths.METRICS}
         return any(path.name not in rewritten for path in self.folder.iterdir())
-
-    def merged_base_is_current(self) -> bool:
-        """Whether the merged base is whole and was made from this lineage."""
-        try:
-            record = read_json(self.merged_base / "merge.json")
-            digests = [adapter["sha256"] for adapter in record["adapters"]]
-            same = record["base_model"] == self.start_model
-            same = same and self.settings.merge_dtype in (None, record["dtype"])
-        except (FileNotFoundError, DamagedFile, AttributeError, KeyError, TypeError):
-            return False
-        same = same and digests == [parent.adapter_sha256 for parent in self.adapters]
-        return same and not (is_sealed(self.merged_base) and damage(self.merged_base))
 
     def begin(self) -> None:
         """Write the manifest as running. A resumed stage keeps its start, its MLflow run and metrics up to here."""
@@ -210,11 +210,11 @@ class Stage:
         if self.main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save()
-            checkpoints.rewind_metrics(self.folder / METRICS, self.checkpoint)
+            checkpoints.rewind_metrics(self.folder / paths.METRICS, self.checkpoint)
 
     def _save(self) -> None:
         if self.main_process:
-            write_json(self.folder / MANIFEST, with_digest(self.manifest))
+            write_json(self.folder / paths.MANIFEST, with_digest(self.manifest))
 
     def update(self, **fields: Any) -> None:
         """Set keys of the manifest on disk. Sources keep the fingerprints taken at the start."""
@@ -232,7 +232,7 @@ class Stage:
         if result is None:
             raise RunFailed(f"{self.folder} holds no weights after training; run the same command again to resume")
         sync_tree(self.folder)
-        seal(self.folder, among=RESULTS)
+        seal(self.folder, among=paths.SEALED)
         self.update(**fields, adapter_sha256=result[1], status="complete", finished=_now())
 
     def fail(self, reason: str) -> None:
@@ -242,7 +242,7 @@ class Stage:
 
     def write_error_log(self, text: str) -> Path | None:
         """Keep a traceback in OUT_stageN/error.log (error.rank<k>.log), without credentials; None where it can't be."""
-        path = self.folder / ("error.log" if self.main_process else f"error.rank{launched().rank}.log")
+        path = self.folder / paths.error_log(0 if self.main_process else launched().rank)
         try:
             write_text(path, hide_secrets(text))
         except OSError:

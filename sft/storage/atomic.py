@@ -5,7 +5,6 @@ Two names mark unfinished work: `<target>.partial-<pid>` (being written) and `<t
 """
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import os
@@ -74,21 +73,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step where the system can (Linux, most local file systems); False where it can't."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
-
-
 def _take_place(partial: Path, target: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-    elif not _exchange(partial, target):
-        replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    if target.exists():
         target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
+    partial.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
     sync(target.parent)
 
 
@@ -96,10 +86,12 @@ def _take_place(partial: Path, target: Path) -> None:
 def published_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill; it becomes `target` when the block ends well, and vanishes when it does not.
 
-    What stood at `target` stays readable until the finished folder takes its name.
+    What stood at `target` stays readable until the finished folder takes its name; a kill between the two renames
+    leaves it as `<target>.replaced-<pid>`, which the next publication (or `clear_leftovers`) puts back first.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(target.parent, names=frozenset({target.name}))
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -108,7 +100,6 @@ def published_folder(target: Path) -> Iterator[Path]:
         sync_tree(partial)
         _take_place(partial, target)
     finally:
-        # After a swap this name holds the old folder.
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 from sft.distributed.signals import STOP, Stopped
 from sft.scoring.metrics import metric_direction
-from sft.stages.checkpoints import RHYTHM, metrics_mark
+from sft.stages import paths
+from sft.stages.checkpoints import metrics_mark
 from sft.storage import json_files
 
 if TYPE_CHECKING:
@@ -135,11 +136,11 @@ class StageRhythm(TrainerCallback):
             "tokens_seen": trainer.tokens_seen,
         }
         if trainer.args.should_save:
-            json_files.write_json(folder / RHYTHM, record | metrics_mark(trainer.stage.folder / "metrics.jsonl"))
+            json_files.write_json(folder / paths.RHYTHM, record | metrics_mark(trainer.stage.folder / paths.METRICS))
 
     def restore(self, folder: Path) -> None:
         """Reads rhythm.json before training starts."""
-        self.restored = json_files.read_json(folder / RHYTHM)
+        self.restored = json_files.read_json(folder / paths.RHYTHM)
         self.metric = self.restored["metric"]
         self.best, self.best_step = self.restored["best"], self.restored["best_step"]
         self.without_improvement = self.restored["without_improvement"]

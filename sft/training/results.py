@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.distributed import ranks
+from sft.stages import paths
 from sft.storage import atomic, json_files, seals
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def best_model_record(trainer: StagedTrainer, metrics: dict[str, float]) -> dict
         {
             "best_metric": metrics[trainer.rhythm.metric],
             "best_metric_name": trainer.settings.metric_for_best,
-            "best_model_checkpoint": f"checkpoint-{step}",
+            "best_model_checkpoint": paths.checkpoint_name(step),
             "best_perplexity": metrics.get("eval_perplexity"),
             "step": step,
         }
@@ -111,7 +112,7 @@ def write_result(trainer: StagedTrainer, folder: Path) -> None:
         for path in sorted(result.iterdir(), key=lambda p: p.suffix == ".safetensors"):
             path.replace(folder / path.name)
         result.rmdir()
-        json_files.write_json(folder / "training_config.json", training_config(trainer))
+        json_files.write_json(folder / paths.TRAINING_CONFIG, training_config(trainer))
         atomic.sync(folder)
 
 

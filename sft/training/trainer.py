@@ -16,6 +16,7 @@ from sft.distributed.signals import follow_parent
 from sft.models.attention import confine_rows
 from sft.models.experts import route_experts
 from sft.models.model import adapter_config, answering, casts_left_to_autocast, lora_layers, preserved_random_state
+from sft.stages import paths
 from sft.stages.checkpoints import rotate
 from sft.storage import json_files
 from sft.training.arguments import steps_to_schedule
@@ -254,11 +255,11 @@ class StagedTrainer(SFTTrainer):
     def save_best(self, metrics: dict[str, float]) -> None:
         """best_model/: adapter, model configuration, tokenizer and best_model_info.json."""
         main = self.args.should_save
-        with published_together(self.stage.folder / "best_model", main=main) as folder:
+        with published_together(self.stage.folder / paths.BEST_MODEL, main=main) as folder:
             self.save_model(str(folder), _internal_call=True)
             if main:
                 self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
-                json_files.write_json(folder / "best_model_info.json", best_model_record(self, metrics))
+                json_files.write_json(folder / paths.BEST_RECORD, best_model_record(self, metrics))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer's own code puts `checkpoint-<step>`: aside."""
