@@ -534,7 +534,7 @@ def test_metric_directions():
         "gen_field_exact_match_rate/person_name": True,
     }  # fmt: skip
     for unknown in ("accuracy", "loss/x", "", "eval_"):
-        with pytest.raises(ValueError, match="is not one of"):
+        with pytest.raises(ValueError, match="is not a metric that is logged"):
             metric_direction(unknown)
 
 
