@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from sft.planning.activations import Tally
 from sft.training import loss
-from sft.training.loss import token_cross_entropy
+from sft.training.loss import LossScale, token_cross_entropy
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
@@ -51,3 +51,34 @@ def test_it_keeps_one_tensor_of_the_size_of_the_logits():
         peaks.append(tally.peak / size)
     assert 1.0 <= peaks[0] < 1.8
     assert peaks[1] > 4
+
+
+def test_float16_may_overflow_while_it_looks_for_its_scale():
+    """The scaler skips those steps; twenty in a row, or a scale under 1, mean that something else is wrong."""
+    scale = LossScale()
+    infinite = torch.tensor(float("inf"))
+    assert not scale.may_skip(torch.tensor(3.0), 65536.0)
+    assert all(scale.may_skip(infinite, 65536.0) for _ in range(19))
+    assert not scale.may_skip(infinite, 65536.0)
+    assert not scale.may_skip(1.0, 65536.0)  # a good step begins the count anew
+    assert scale.may_skip(float("nan"), 65536.0)
+    assert not scale.may_skip(infinite, 0.5)
+
+
+def test_float16_finds_its_scale_where_the_first_steps_overflow():
+    """With torch's own scaler at 2 to the 24th: skipped steps change nothing and the weight is trained afterwards."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    allowed, skipped = LossScale(), 0
+    for _ in range(12):
+        optimizer.zero_grad()
+        gradient = (scaler.scale(torch.tensor(1.0)).half() * 4.0).float()  # overflows above 65,504
+        weight.grad = gradient.reshape(1)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([weight], 1e9)
+        skipped += allowed.may_skip(norm, scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+    assert skipped == 11
+    assert weight.item() == pytest.approx(0.6)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -74,12 +75,12 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
     for name, source in earlier_models(stage).items() if not launched().splits_weights else ():
         say(f"Scoring {name} on the rows of stage {stage.number} ...")
         model = load_model(source, stage.settings)
-        model = model.to(state.device) if not getattr(model, "quantization_method", None) else model
         answers = evaluation.answer(model, evaluation.rows, accelerator=state)
         _, metrics = evaluation.score(evaluation.rows, answers)
         earlier.scores[name] = {tasks: task_scores(metrics)}
         del model
         gc.collect()
+        torch.cuda.empty_cache()  # the next model is of another size; without a GPU it does nothing
     if state.is_main_process:
         json_files.write_json(path, with_digest({"scores": earlier.scores}))
     return earlier

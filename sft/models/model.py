@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sft.data.labels.template import chat_template_for
+from sft.distributed.launch import launched
 from sft.errors import Problems
 from sft.settings.rules import NO_FOLDER, is_missing_folder
 
@@ -108,7 +109,8 @@ def quantization(settings: Settings) -> BitsAndBytesConfig | None:
 def load_model(source: str | Path, settings: Settings, *, device: torch.device | None = None) -> PreTrainedModel:
     """The causal language model in `source` (a hub id, or a folder such as a merged base), ready for an adapter.
 
-    `device`: where a quantised model goes; None is this process's own, for which all processes must be there.
+    `device`: where a quantised model, or on a GPU any, goes; None is this process's own, for which all processes must
+    be there.
 
     Raises:
         Problems: it can't be loaded.
@@ -118,9 +120,12 @@ def load_model(source: str | Path, settings: Settings, *, device: torch.device |
         keywords["attn_implementation"] = settings.attn
     if str(source) == settings.base_model:
         keywords["revision"] = settings.model_revision
-    if (quantized := quantization(settings)) is not None:
+    quantized = quantization(settings)
+    if quantized is not None:
         keywords["quantization_config"] = quantized
-        # A quantised model is placed while it is loaded: each process onto its own device.
+    # Placed while it is loaded, tensor by tensor, each process onto its own device: else the main memory would hold a
+    # whole copy for every process of the machine.
+    if quantized is not None or (torch.cuda.is_available() and not launched().splits_weights):
         keywords["device_map"] = {"": device or PartialState().device}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **keywords)

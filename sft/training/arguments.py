@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl import SFTConfig
 
+from sft.distributed.launch import launched
+from sft.distributed.ranks import say
 from sft.models.model import compute_dtype
 from sft.settings.rules import FLOORS
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import TrainingArguments
 
     from sft.settings import Settings
@@ -40,32 +45,16 @@ def steps_to_schedule(args: TrainingArguments, steps: int) -> dict[str, Any]:
 def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool, validated: bool) -> SFTConfig:
     """The stage's settings as TRL's arguments. Saving, evaluating and tracking happen in `StagedTrainer` and the
     callbacks, so their own rhythms are off here where ours replace them."""
-    on_gpu = torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.per_device_train_bs,
         per_device_eval_batch_size=settings.per_device_eval_bs,
         gradient_accumulation_steps=settings.grad_accum,
-        learning_rate=settings.lr,
-        **scheduler(settings),
-        warmup_steps=settings.warmup_steps or settings.warmup_ratio,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_epsilon=settings.adam_epsilon,
-        max_grad_norm=settings.max_grad_norm,
-        optim=settings.optim,
-        bf16=compute_dtype(settings) == torch.bfloat16,
-        fp16=compute_dtype(settings) == torch.float16,
-        use_cpu=not on_gpu,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        **optimisation(settings),
+        **machine(settings, checkpointing=checkpointing),
         neftune_noise_alpha=settings.neftune_noise_alpha or None,
-        torch_compile=settings.torch_compile,
-        dataloader_num_workers=settings.dataloader_workers,
-        dataloader_pin_memory=on_gpu,
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=settings.logging_steps,
@@ -88,3 +77,66 @@ def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool,
         # nobody, and best_model/config.json asks for it.
         router_aux_loss_coef=0.0,
     )
+    if launched().processes == 1 and torch.cuda.is_available():
+        use_one_gpu(arguments)
+    return arguments
+
+
+def optimisation(settings: Settings) -> dict[str, Any]:
+    """Optimizer, rate and schedule."""
+    return {
+        "optim": settings.optim,
+        "learning_rate": settings.lr,
+        **scheduler(settings),
+        "warmup_steps": settings.warmup_steps or settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_epsilon": settings.adam_epsilon,
+        "max_grad_norm": settings.max_grad_norm,
+    }
+
+
+def machine(settings: Settings, *, checkpointing: bool) -> dict[str, Any]:
+    """Device, number format, memory and workers."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "bf16": compute_dtype(settings) == torch.bfloat16,
+        "fp16": compute_dtype(settings) == torch.float16,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "torch_compile": settings.torch_compile,
+        "dataloader_num_workers": settings.dataloader_workers,
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """One process trains on one GPU, the first it sees: for several the Trainer would take DataParallel, which TRL
+    refuses."""
+    _ = arguments.device  # counts the GPUs; what it counted is replaced
+    arguments._n_gpu = 1
+    if (gpus := torch.cuda.device_count()) > 1:
+        say_unused(gpus)
+
+
+@cache
+def say_unused(gpus: int) -> None:
+    """Once, however many stages there are."""
+    say(
+        f"{gpus} GPUs are visible, this run uses 1; all of them: accelerate launch --config_file "
+        f"configs/accelerate/ddp.yaml --num_processes {gpus} train.py ..."
+    )
+
+
+def reduce_in_float32(accelerator: Accelerator) -> None:
+    """FSDP2 adds up gradients in float32 and leaves outputs as the model made them.
+
+    accelerate's own policy has both in the compute type: gradients rounded to 8 bits at every sum, and
+    log-probabilities, which the fused head makes in float32, with them.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if plugin is not None and plugin.fsdp_version == 2 and dtype is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

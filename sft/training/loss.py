@@ -53,6 +53,23 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 
 ROWS_NAMED = 16
+OVERFLOWS_IN_A_ROW = 20
+
+
+class LossScale:
+    """Overflows under float16's loss scaler. They are how it finds its scale: it skips the step and halves it, and
+    doubles it again after 2,000 good ones. Only a row of them means that something else is wrong."""
+
+    def __init__(self) -> None:
+        self.overflows = 0
+
+    def may_skip(self, norm: torch.Tensor | float | None, scale: float) -> bool:
+        """Whether a step with this gradient norm is the scaler's to skip, `scale` being what it works with."""
+        if norm is None or math.isfinite(norm):
+            self.overflows = 0
+            return False
+        self.overflows += 1
+        return self.overflows < OVERFLOWS_IN_A_ROW and scale >= 1.0
 
 
 def finite_norm(norm: torch.Tensor | float | None, *, step: int, rows: Iterable[object]) -> float | None:

@@ -19,10 +19,10 @@ from sft.models.model import adapter_config, answering, casts_left_to_autocast, 
 from sft.stages import paths
 from sft.stages.checkpoints import rotate
 from sft.storage import json_files
-from sft.training.arguments import steps_to_schedule
+from sft.training.arguments import reduce_in_float32, steps_to_schedule
 from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, pack
 from sft.training.callbacks import StageRhythm
-from sft.training.loss import finite_norm, require_finite, token_cross_entropy
+from sft.training.loss import LossScale, finite_norm, require_finite, token_cross_entropy
 from sft.training.progress import Metrics, Readable
 from sft.training.results import STAGING, best_model_record, published_together
 
@@ -77,6 +77,8 @@ class StagedTrainer(SFTTrainer):
             processing_class=tokenizer,
             peft_config=adapter_config(model, stage.settings),
         )
+        reduce_in_float32(self.accelerator)
+        self.loss_scale = LossScale()
         self.unrouted = route_experts(self.model)
         self.lora_layers = lora_layers(self.model)
         packs = pack(train["length"], self.settings.max_seq_len) if self.settings.packing else None
@@ -168,15 +170,19 @@ class StagedTrainer(SFTTrainer):
         """Sum of token losses over the trained tokens of the global batch (torchtitan's normalisation)."""
         inputs = {name: value for name, value in inputs.items() if name not in ("rows", "num_items")}
         weights, labels = inputs.pop("loss_weights", None), inputs.pop("labels")
-        losses = self.token_losses(model, inputs, labels)
+        losses = self.token_losses(model, inputs, labels).float()
         if weights is not None:
             losses = losses * weights[labels != -100]
         loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1e-6)
         return loss * self.accelerator.num_processes
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
-        """The gradient's norm; a non-finite one ends the run before the optimizer step, naming the rows."""
+        """The gradient's norm; a non-finite one ends the run before the optimizer step, naming the rows, unless
+        float16's loss scaler skips the step: then there is none."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaler = self.accelerator.scaler
+        if scaler is not None and self.loss_scale.may_skip(norm, scaler.get_scale()):
+            return None
         return finite_norm(norm, step=self.state.global_step + 1, rows=self.named_rows())
 
     def named_rows(self) -> Iterator[str]:

@@ -1,0 +1,93 @@
+"""What a stage's settings become for the Trainer, on machines with several GPUs and under FSDP2."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.training_args import ParallelMode
+
+from sft.environment import silence_libraries
+from sft.models import model as models
+from sft.training import arguments as made
+from sft.training.arguments import reduce_in_float32, training_arguments
+from tests.ladders import make_settings
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """So many GPUs, as far as counting them goes; the device itself is the CPU."""
+
+    def see(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        monkeypatch.setattr("accelerate.state.is_cuda_available", lambda: count > 0, raising=False)
+
+    made.say_unused.cache_clear()
+    return see
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_one_process_trains_on_one_of_several_gpus(tmp_path, gpus, capsys, count):
+    """TRL refuses DataParallel, which the Trainer takes for every GPU it can see; the others are named once."""
+    gpus(count)
+    settings = make_settings(tmp_path, report_to="none", per_device_train_bs=3)
+    for _ in range(2):
+        arguments = training_arguments(settings, tmp_path, checkpointing=False, validated=False)
+    assert (arguments.n_gpu, arguments.parallel_mode) == (1, ParallelMode.NOT_PARALLEL)
+    assert (arguments.train_batch_size, arguments.device.type) == (3, "cuda")
+    said = capsys.readouterr().out
+    assert said.count(f"{count} GPUs are visible, this run uses 1") == (count > 1)
+    assert (f"--num_processes {count} train.py" in said) == (count > 1)
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_fsdp_adds_gradients_up_in_float32(format, dtype):
+    """accelerate's policy would reduce in the compute type and round log-probabilities to it."""
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
+    reduce_in_float32(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=format))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, None)
+
+
+def test_without_fsdp_or_in_float32_no_policy_is_set():
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
+    reduce_in_float32(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no"))
+    reduce_in_float32(SimpleNamespace(state=SimpleNamespace(), mixed_precision="bf16"))
+    assert plugin.mixed_precision_policy is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "sharding", "bits", "placed"),
+    [(True, "none", None, True), (True, "zero2", None, True), (True, "zero3", None, False), (True, "fsdp", None, False),
+     (False, "none", None, False), (False, "none", 4, True)],
+)  # fmt: skip
+def test_models_are_loaded_onto_their_device(tmp_path, monkeypatch, gpu, sharding, bits, placed):
+    """Eight ranks of one machine would hold eight copies in main memory otherwise; split weights stay there."""
+    asked = {}
+    device = torch.device("cuda:1" if gpu else "cpu")
+    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: gpu)
+    launch = SimpleNamespace(splits_weights=sharding in ("zero3", "fsdp"), processes=2)
+    monkeypatch.setattr(models, "launched", lambda: launch)
+    monkeypatch.setattr(models, "PartialState", lambda: SimpleNamespace(device=device))
+    monkeypatch.setattr(
+        models.AutoModelForCausalLM, "from_pretrained", lambda source, **how: asked.update(how) or torch.nn.Linear(1, 1)
+    )
+    settings = make_settings(tmp_path, dtype="bfloat16", **({"load_in_4bit": 1} if bits else {}))
+    models.load_model("somewhere", settings)
+    assert asked.get("device_map") == ({"": device} if placed else None)
+
+
+def test_memory_grows_in_blocks_unless_the_person_says_otherwise(monkeypatch):
+    """Set before torch is imported, by either of the names torch reads."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    silence_libraries()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    silence_libraries()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
