@@ -207,7 +207,8 @@ def labelled_rows(count: int, number: int) -> Any:
     tokens = pa.ListArray.from_arrays(np.arange(0, 4 * count + 1, 4, dtype=np.int32), np.zeros(4 * count, np.int32))
     keys = np.array(["text_to_toml", "csv_to_json", "toml_to_yaml", "text_to_xml"])[np.arange(count) % 4]
     columns = {
-        "messages": pa.nulls(count), "task_key": pa.array(keys), "pack": pa.array([""] * count),
+        "messages": pa.nulls(count), "extras": pa.nulls(count), "number": pa.nulls(count),
+        "task_key": pa.array(keys), "pack": pa.array([""] * count),
         "content_hash": pa.array(chance.integers(0, 2**63, count, dtype=np.uint64)), "input_ids": tokens,
         "labels": tokens, "length": np.full(count, 4, np.int32), "trained": np.full(count, 2, np.int32),
     }  # fmt: skip

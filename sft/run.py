@@ -86,7 +86,7 @@ def answered_rows(settings: Settings, mix: Mix) -> datasets.Dataset:
     Raises:
         Problems: a data set of SFT_GEN_EVAL_DATASET can't be loaded.
     """
-    loaded = [dataset.select_columns(["messages", "task_key"]) for dataset in load_questions(settings)]
+    loaded = [dataset.select_columns(["messages", "extras", "task_key"]) for dataset in load_questions(settings)]
     return datasets.concatenate_datasets(loaded) if loaded else mix.val
 
 

@@ -38,6 +38,8 @@ def labelled(
         "task_key": task_keys or [""] * count,
         "pack": packs or [""] * count,
         "content_hash": [content_hash(chat) for chat in chats],
+        "extras": [None] * count,
+        "number": range(1, count + 1),
         "input_ids": [[1, 2]] * count,
         "labels": [[-100, 2]] * count,
         "length": [2] * count,
@@ -323,7 +325,7 @@ def test_columns_and_token_counts(make_settings: Any):
     mixed = mix([labelled(texts(10))], make_settings(val_ratio=0.2))
     assert mixed.train.column_names == ["input_ids", "labels", "length", "source", "row"]
     assert mixed.val.column_names == [
-        "messages", "task_key", "pack", "input_ids", "labels", "length", "source", "row",
+        "messages", "task_key", "pack", "extras", "input_ids", "labels", "length", "source", "row",
     ]  # fmt: skip
     assert mixed.tokens == {"total": 16, "trained": 8, "longest_row": 2}
     assert mixed.sources == [
@@ -351,7 +353,7 @@ def test_a_million_rows_mix_in_seconds(make_settings: Any):
             for name in ("task_key", "pack", "length", "trained")
         }
         columns["content_hash"] = pa.array(draws.scrambled(numbers + np.uint64(start), 0))
-        columns["messages"] = pa.nulls(count, one["messages"].type)
+        columns |= {name: pa.nulls(count, one[name].type) for name in ("messages", "extras", "number")}
         sources.append(Rows(Source(id="big"), datasets.Dataset(pa.table(columns)), Counter(), "f"))
     settings = make_settings(
         use_upsampling=True, upsample_rules={"toml": 1.5}, dataset_mix_total_size=1_000_000, deduplicate=True

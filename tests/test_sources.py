@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
-from sft.data.sources.shapes import Dropped, content_hash, read_messages, shape_of, task_key
+from sft.data.sources.shapes import content_hash, read_messages, shape_of, task_key
+from sft.data.sources.turns import Dropped
 from sft.settings import Source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

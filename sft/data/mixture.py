@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MOST_DROPPED = 0.1
 
 # Columns a validation row has and a training row needs not: reading them would slow down every step.
-VAL_COLUMNS = ("messages", "task_key", "pack")
+VAL_COLUMNS = ("messages", "extras", "task_key", "pack")
 
 
 @dataclass
@@ -190,8 +190,8 @@ def mix(
     held = [base.numbers(i) for i in range(len(sources), len(base.sizes))]
     held_rows = first_of_equal(base.hashes, np.concatenate(held or [split.val for split in found]))
     report.held = np.unique(np.concatenate([base.hashes[held_rows], questions.get(GENERATION, base.hashes[:0])]))
-    report.train = base.view(rows).remove_columns([*VAL_COLUMNS, "content_hash", "trained"])
-    report.val = base.view(held_rows).remove_columns(["content_hash", "trained"])
+    report.train = base.view(rows).remove_columns([*VAL_COLUMNS, "number", "content_hash", "trained"])
+    report.val = base.view(held_rows).remove_columns(["number", "content_hash", "trained"])
     report.sources = [
         _record(source, split, len(part)) for source, split, part in zip(sources, found, drawn, strict=True)
     ]

@@ -13,7 +13,8 @@ import datasets
 
 from sft.data.sources.load import open_source, shaped_rows
 from sft.data.sources.readers import ROWS_AT_ONCE, SourceError
-from sft.data.sources.shapes import Dropped, Message, content_hash, read_messages
+from sft.data.sources.shapes import content_hash, read_messages, tools_of
+from sft.data.sources.turns import Dropped, Message, packed
 from sft.errors import Problems
 from sft.programs.command_line import progress, reworded
 from sft.settings import Source
@@ -135,6 +136,8 @@ def _distinct(source: Source, text_format: str, dropped: Counter[str]) -> Iterat
     for row, shape in shaped_rows(raw_rows(), source):
         try:
             messages = read_messages(row, shape)
+            if packed(messages, tools_of(row, shape)):
+                raise Dropped("tools, tool calls, reasoning or flags of turns, which these formats cannot hold")
             digest = content_hash(messages)
         except Dropped as reason:
             dropped[str(reason)] += 1

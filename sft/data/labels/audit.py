@@ -12,7 +12,7 @@ from sft.data.labels.rendering import is_plain
 from sft.data.labels.template import PROBE, TEMPLATE_ERRORS, ChatTemplate, template_of
 from sft.data.labels.tokens import encoder
 from sft.data.sources.load import Rows
-from sft.data.sources.shapes import Message
+from sft.data.sources.turns import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

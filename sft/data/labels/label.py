@@ -23,8 +23,8 @@ from sft.data.labels.rendering import Rendered, render
 from sft.data.labels.template import ChatTemplate, chat_template_for, template_of
 from sft.data.labels.tokens import Encoded, encoder
 from sft.data.sources.load import SCHEMA, Rows
-from sft.data.sources.shapes import Dropped
 from sft.data.sources.store import Write, key_of, stored
+from sft.data.sources.turns import Dropped, Message, Tools, packed, unpacked
 from sft.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["MASKED", "chat_template_for", "label", "preview"]
 
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
-VERSION = 2
+VERSION = 3
 _ROWS_AT_ONCE = 512
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000
@@ -101,10 +101,7 @@ def _label_all(
 
     def label_from(start: int) -> tuple[pa.Table, dict[str, Counter[str]]]:
         table = tables[start : start + _ROWS_AT_ONCE]
-        chats = table["messages"].to_pylist()
-        if template is not None and not template.takes_system:
-            chats = [template.fitted(chat) for chat in chats]
-            table = table.set_column(0, SCHEMA.field("messages"), pa.array(chats, SCHEMA.field("messages").type))
+        table, chats = _chats(table, template)
         rendered = render(template, chats, eos=tokenizer.eos_token or "")
         encodings = encode([row.text if row else "" for row in rendered])
         return _label_batch(table, rendered, encodings, settings)
@@ -119,6 +116,21 @@ def _label_all(
         for name, count in counts.items():
             counted[name] += count
     return counted
+
+
+def _chats(table: pa.Table, template: ChatTemplate | None) -> tuple[pa.Table, list[list[Message]]]:
+    """The conversations of the table as the template takes them, and the table with them."""
+    chats, extras = table["messages"].to_pylist(), table["extras"]
+    tools: list[Tools] = [[]] * len(chats)
+    if extras.null_count < len(chats):
+        chats, tools = map(list, zip(*map(unpacked, chats, extras.to_pylist()), strict=True))
+    if template is not None and not template.takes_system:
+        chats = [template.fitted(chat) for chat in chats]
+        columns = {"messages": chats, "extras": map(packed, chats, tools)}
+        for name, values in columns.items():
+            place = SCHEMA.get_field_index(name)
+            table = table.set_column(place, SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
+    return table, chats
 
 
 def _label_batch(

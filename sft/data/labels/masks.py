@@ -19,7 +19,7 @@ from sft.data.labels.tokens import Encoded
 from sft.data.masked_loss import edge_mask
 from sft.data.masked_loss.units import answer_units
 from sft.data.sources.load import SCHEMA
-from sft.data.sources.shapes import Dropped
+from sft.data.sources.turns import Dropped
 
 if TYPE_CHECKING:
     from sft.settings import Settings

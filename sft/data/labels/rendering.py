@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft.data.labels.template import NO_TEMPLATE, TEMPLATE_ERRORS, ChatTemplate, Span, shared
-from sft.data.sources.shapes import TEXT_ROLE, Message
+from sft.data.sources.turns import TEXT_ROLE, Message
 from sft.errors import Problems
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.data.sources.shapes import Message
+from sft.data.sources.turns import Message
 from sft.errors import Problems
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ import pyarrow as pa
 from sft.data.sources.readers import FILE_TYPES, ROWS_AT_ONCE, SourceError, read_file, tables_to_rows
 from sft.data.sources.shapes import (
     SHAPES,
-    Dropped,
     Shape,
     content_hash,
     known_columns,
@@ -24,14 +23,18 @@ from sft.data.sources.shapes import (
     read_messages,
     shape_of,
     task_key,
+    tools_of,
 )
 from sft.data.sources.store import Write, file_digest, key_of, stored
+from sft.data.sources.turns import Dropped, packed
 
 if TYPE_CHECKING:
     from sft.settings import Settings, Source
 
-# Part of every key: raise it when rows come out differently, and old caches are left alone.
+# Part of every fingerprint, by which stages know their data again: raise it only when rows mean something else.
 VERSION = 2
+# Part of a cache's name besides: raise it when rows are kept in another form, and old caches are left alone.
+_FORM = 3
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -39,6 +42,8 @@ SCHEMA = pa.schema(
         "pack": pa.string(),
         "content_hash": pa.uint64(),
         "paths": pa.list_(pa.list_(pa.string())),
+        "extras": pa.string(),  # `turns.packed`: JSON text, so that rows without any cost nothing
+        "number": pa.uint32(),  # place in the source, from 1
     }
 )
 
@@ -70,7 +75,7 @@ def load_source(source: Source, settings: Settings) -> Rows:
     def fill(write: Write) -> dict[str, Counter[str]]:
         return {"dropped": _write_rows(islice(raw_rows(), source.limit), source, write)}
 
-    found = stored(f"rows-{fingerprint}", SCHEMA, fill)
+    found = stored(f"rows-{fingerprint}-{_FORM}", SCHEMA, fill)
     return Rows(source, found.dataset, found.counted["dropped"], fingerprint)
 
 
@@ -153,9 +158,9 @@ def _write_rows(raw_rows: Iterable[dict[str, Any]], source: Source, write: Write
     """Normalise and write in batches, so that memory does not grow with the rows. Returns dropped rows by reason."""
     dropped: Counter[str] = Counter()
     batch: list[dict[str, Any]] = []
-    for row, shape in shaped_rows(raw_rows, source):
+    for number, (row, shape) in enumerate(shaped_rows(raw_rows, source), start=1):
         try:
-            batch.append(_normalised(row, shape))
+            batch.append(_normalised(row, shape) | {"number": number})
         except Dropped as reason:
             dropped[str(reason)] += 1
         if len(batch) == ROWS_AT_ONCE:
@@ -198,11 +203,13 @@ def _shape(columns: tuple[str, ...], raw: dict[str, Any], source: Source) -> Sha
 
 def _normalised(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
     messages = read_messages(row, shape)
+    extras = packed(messages, tools_of(row, shape))
     pack = row.get("pack")
     return {
         "messages": messages,
         "task_key": task_key(row, messages),
         "pack": "" if pack is None else str(pack),
-        "content_hash": content_hash(messages),
+        "content_hash": content_hash(messages, extras),
         "paths": paths_of(row, shape),
+        "extras": extras,
     }

@@ -8,25 +8,22 @@ from typing import Any, NamedTuple
 import xxhash
 
 from sft.data.masked_loss.units import render_paths
+from sft.data.sources.turns import (
+    TEXT_ROLE,
+    Dropped,
+    Message,
+    Tools,
+    answer_of,
+    list_of,
+    read_tools,
+    read_turns,
+    text_of,
+    turn_of,
+)
 
 Row = Mapping[str, Any]
-Message = dict[str, str]
-
-# A row that is trained whole, without a chat template, is one message with this role.
-TEXT_ROLE = "text"
-
-_ROLES = {
-    "assistant": "assistant", "model": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "user": "user", "human": "user", "prompter": "user",
-    "system": "system", "developer": "system",
-    "tool": "tool", "observation": "tool", "function": "tool",
-}  # fmt: skip
 
 _FORMAT_NAME = re.compile(r"\b(json|yaml|toml|xml|csv)\b", re.IGNORECASE)
-
-
-class Dropped(Exception):
-    """This row cannot be trained on; the message is the reason it is counted under."""
 
 
 class Shape(NamedTuple):
@@ -57,9 +54,16 @@ def read_messages(row: Row, shape: Shape) -> list[Message]:
     last = messages[-1] if messages else None
     if last is None or last["role"] not in ("assistant", TEXT_ROLE):
         raise Dropped("no answer")
-    if not last["content"].strip():
+    if not last["content"].strip() and "tool_calls" not in last:
         raise Dropped("empty answer")
+    if not any(message.get("trained", message["role"] in ("assistant", TEXT_ROLE)) for message in messages):
+        raise Dropped("no answer that is to be trained")
     return messages
+
+
+def tools_of(row: Row, shape: Shape) -> Tools:
+    """The tools the row's conversation may call. Raises Dropped when they cannot be read."""
+    return read_tools(row.get("tools")) if "tools" in shape.optional else []
 
 
 def paths_of(row: Row, shape: Shape) -> list[list[str]] | None:
@@ -67,10 +71,11 @@ def paths_of(row: Row, shape: Shape) -> list[list[str]] | None:
     return _paths(row) if shape.read is _from_paths else None
 
 
-def content_hash(messages: list[Message]) -> int:
-    """64 bits that are equal for equal messages. Raises Dropped for text that is not valid Unicode."""
+def content_hash(messages: list[Message], extras: str | None = None) -> int:
+    """64 bits that are equal for equal messages and `packed` extras. Raises Dropped for text that is no Unicode."""
+    texts = [f"{message['role']}\x1f{message['content']}" for message in messages]
     try:
-        return xxhash.xxh3_64_intdigest("\x1e".join(f"{m['role']}\x1f{m['content']}" for m in messages).encode())
+        return xxhash.xxh3_64_intdigest("\x1e".join([*texts, extras] if extras else texts).encode())
     except UnicodeEncodeError as error:  # half of a surrogate pair, as "\ud83d" alone in a JSON file
         raise Dropped("unreadable") from error
 
@@ -104,101 +109,55 @@ def _first_line_of_prompt(messages: list[Message]) -> str:
     return prompts[-1].lstrip().partition("\n")[0] if prompts else ""
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-        return "".join(part["text"] for part in value)
-    raise Dropped("unreadable")
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
 def _optional_text(value: Any) -> str:
-    return "" if value is None else _text(value)
-
-
-def _answer(value: Any) -> str:
-    if value is None:
-        raise Dropped("empty answer")
-    return _text(value)
-
-
-def _list(value: Any) -> list[Any]:
-    """A list, also when a table without nesting (CSV) holds it as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise Dropped("unreadable") from error
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise Dropped("unreadable")
-    return value
-
-
-def _turn(role: Any, content: Any) -> Message:
-    if not isinstance(role, str):
-        raise Dropped("unreadable")
-    role = _ROLES.get(role.lower(), role)
-    return {"role": role, "content": _answer(content) if role == "assistant" else _text(content)}
-
-
-def _turns(value: Any) -> list[Message]:
-    turns = _list(value)
-    if not all(isinstance(turn, Mapping) for turn in turns):
-        raise Dropped("unreadable")
-    return [_turn(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
+    return "" if value is None else text_of(value)
 
 
 def _system(row: Row) -> list[Message]:
     system = _optional_text(row.get("system"))
-    return [_turn("system", system)] if system.strip() else []
+    return [turn_of("system", system)] if system.strip() else []
 
 
 def _from_messages(row: Row) -> list[Message]:
-    return _turns(row["messages"])
+    return read_turns(row["messages"])
 
 
 def _from_conversations(row: Row) -> list[Message]:
-    return _system(row) + _turns(row["conversations"])
+    return _system(row) + read_turns(row["conversations"])
 
 
 def _from_instruction(row: Row) -> list[Message]:
     history = []
-    for pair in _list(row.get("history")):
+    for pair in list_of(row.get("history")):
         if not isinstance(pair, list) or len(pair) != 2:
             raise Dropped("unreadable")
-        history += [_turn("user", pair[0]), _turn("assistant", pair[1])]
-    parts = (_text(row["instruction"]), _optional_text(row.get("input")))
+        history += [turn_of("user", pair[0]), turn_of("assistant", pair[1])]
+    parts = (text_of(row["instruction"]), _optional_text(row.get("input")))
     prompt = "\n\n".join(part for part in parts if part.strip())
     answer = row["output"] if "output" in row else row["response"]
-    return [*_system(row), *history, _turn("user", prompt), _turn("assistant", answer)]
+    return [*_system(row), *history, turn_of("user", prompt), turn_of("assistant", answer)]
 
 
 def _from_prompt(row: Row) -> list[Message]:
     turns = []
     for role, column in (("user", "prompt"), ("assistant", "completion")):
         value = row[column]
-        turns += _turns(value) if isinstance(value, list) else [_turn(role, value)]
+        turns += read_turns(value) if isinstance(value, list) else [turn_of(role, value)]
     return turns
 
 
 def _from_paths(row: Row) -> list[Message]:
     """Document 003: title and abstract ask, the answer is one `A -> B -> C` line per path, each ended by a newline."""
-    prompt = f"Title: {_text(row['title'])}\n{_optional_text(row['abstract'])}"
-    return [_turn("user", prompt), _turn("assistant", render_paths(_paths(row)))]
+    prompt = f"Title: {text_of(row['title'])}\n{_optional_text(row['abstract'])}"
+    return [turn_of("user", prompt), turn_of("assistant", render_paths(_paths(row)))]
 
 
 def _paths(row: Row) -> list[list[str]]:
-    return [[_text(name) for name in _list(path)] for path in _list(row["paths"])]
+    return [[text_of(name) for name in list_of(path)] for path in list_of(row["paths"])]
 
 
 def _from_text(row: Row) -> list[Message]:
-    return [{"role": TEXT_ROLE, "content": _answer(row["text"])}]
+    return [{"role": TEXT_ROLE, "content": answer_of(row["text"])}]
 
 
 def _shape(name: str, read: Callable[[Row], list[Message]], required: str, optional: str = "") -> Shape:
@@ -207,11 +166,11 @@ def _shape(name: str, read: Callable[[Row], list[Message]], required: str, optio
 
 # In order of preference where a row has the columns of several.
 SHAPES = (
-    _shape("messages", _from_messages, "messages"),
-    _shape("conversations", _from_conversations, "conversations", "system"),
+    _shape("messages", _from_messages, "messages", "tools"),
+    _shape("conversations", _from_conversations, "conversations", "system tools"),
     _shape("instruction/input/output", _from_instruction, "instruction output", "input history system"),
     _shape("instruction/input/response", _from_instruction, "instruction response", "input history system"),
-    _shape("prompt/completion", _from_prompt, "prompt completion"),
+    _shape("prompt/completion", _from_prompt, "prompt completion", "tools"),
     _shape("title/abstract/paths", _from_paths, "title abstract paths"),
     _shape("text", _from_text, "text"),
 )

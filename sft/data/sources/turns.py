@@ -1,0 +1,216 @@
+"""One turn of a row, as people write it: role, text, tool calls, reasoning, whether it is trained. Pure Python."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# {"role", "content"} and, where the row has them, "tool_calls" and "tool_call_id" (OpenAI's form, arguments parsed),
+# "name", "reasoning" (text) and "trained" (False: an assistant turn that is context).
+Message = dict[str, Any]
+Tools = list[dict[str, Any]]
+
+# A row that is trained whole, without a chat template, is one message with this role.
+TEXT_ROLE = "text"
+
+_ROLES = {
+    "assistant": "assistant", "model": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "user": "user", "human": "user", "prompter": "user",
+    "system": "system", "developer": "system",
+    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
+}  # fmt: skip
+# Roles of a turn that is nothing but a call: its text is the call, or a list of calls, as JSON.
+_CALL_ROLES = ("function_call", "tool_call")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_FLAGS = ("train", "weight", "loss")
+# Every key of a turn that is read here.
+TURN_KEYS = frozenset(
+    {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *_REASONING, *_FLAGS}
+)
+
+
+class Dropped(Exception):
+    """This row cannot be trained on; the message is the reason it is counted under."""
+
+
+def read_turns(value: Any) -> list[Message]:
+    """A list of turns, OpenAI's or ShareGPT's, as messages. Raises Dropped with the reason when one cannot be read."""
+    turns = list_of(value)
+    if not all(isinstance(turn, Mapping) for turn in turns):
+        raise Dropped("unreadable")
+    messages: list[Message] = []
+    calling = False
+    for turn in turns:
+        message, called = _read(turn), calling
+        calling = _role(turn) in _CALL_ROLES
+        if calling and called:  # calls made at once stand in a turn each
+            messages[-1]["tool_calls"] += message["tool_calls"]
+        else:
+            messages.append(message)
+    return messages
+
+
+def turn_of(role: Any, content: Any) -> Message:
+    """A message with this text. Raises Dropped when role or text is none."""
+    if not isinstance(role, str):
+        raise Dropped("unreadable")
+    role = _ROLES.get(role.lower(), role)
+    return {"role": role, "content": answer_of(content) if role == "assistant" else text_of(content)}
+
+
+def read_tools(value: Any) -> Tools:
+    """A `tools` column, a list or its JSON text, in OpenAI's form. Raises Dropped when it is neither."""
+    tools = _json(value, "tools that are no JSON")
+    if not isinstance(tools or [], list):
+        raise Dropped("tools that are no list")
+    return [_tool(tool) for tool in tools or []]
+
+
+def packed(messages: Sequence[Message], tools: Tools) -> str | None:
+    """What a row has beside roles and texts, as JSON text; None for nearly all rows, which have nothing."""
+    turns = {
+        str(k): {name: value for name, value in message.items() if name not in ("role", "content")}
+        for k, message in enumerate(messages)
+        if len(message) > 2
+    }
+    if not turns and not tools:
+        return None
+    try:
+        return json.dumps({"turns": turns, "tools": tools}, ensure_ascii=False)
+    except (RecursionError, TypeError, ValueError) as error:  # nested too deeply, or dates and bytes of a Parquet file
+        raise Dropped("tools or tool calls that JSON cannot hold") from error
+
+
+def unpacked(messages: Sequence[Message], extras: str | None) -> tuple[list[Message], Tools]:
+    """The messages as `read_turns` gave them, and the row's tools."""
+    if extras is None:
+        return list(messages), []
+    found = json.loads(extras)
+    turns = found["turns"]
+    return [message | turns.get(str(k), {}) for k, message in enumerate(messages)], found["tools"]
+
+
+def text_of(value: Any) -> str:
+    """Text, or a list of text parts. Raises Dropped for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
+        return "".join(part["text"] for part in value)
+    raise Dropped("unreadable")
+
+
+def answer_of(value: Any) -> str:
+    """The text of an answer, which must be there."""
+    if value is None:
+        raise Dropped("empty answer")
+    return text_of(value)
+
+
+def list_of(value: Any) -> list[Any]:
+    """A list, also when a table without nesting (CSV) holds it as JSON text."""
+    value = _json(value, "unreadable")
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise Dropped("unreadable")
+    return value
+
+
+def _json(value: Any, reason: str) -> Any:
+    """What a value is or, as text of a table without nesting, says; None where it is blank."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:  # ValueError: also whole numbers of more than 4,300 digits
+        raise Dropped(reason) from error
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _role(turn: Mapping[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
+
+
+def _read(turn: Mapping[str, Any]) -> Message:
+    role, content = _role(turn), turn.get("content", turn.get("value"))
+    if role in _CALL_ROLES:
+        return _call_alone(content) | _flagged(turn)
+    calls = _calls(turn.get("tool_calls") or turn.get("function_call"))
+    if content is None and calls:
+        content = ""
+    elif isinstance(content, Mapping) and _ROLES.get(str(role).lower()) == "tool":
+        content = json.dumps(content, ensure_ascii=False)  # a tool's answer that was not written down as text
+    message = turn_of(role, content)
+    if len(turn) == 2:
+        return message
+    if message["role"] == "assistant":
+        message |= ({"tool_calls": calls} if calls else {}) | _reasoning(turn) | _flagged(turn)
+    return message | {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+
+
+def _call_alone(content: Any) -> Message:
+    """A turn whose text is a call, after the thoughts some sets write before it."""
+    text = answer_of(content)
+    thoughts = ""
+    if text.lstrip().startswith("<think>") and "</think>" in text:
+        thoughts, end, text = text.partition("</think>")
+        thoughts += end
+    calls = _calls(_json(text, "tool calls that are no JSON"))
+    if not calls:
+        raise Dropped("empty answer")
+    return {"role": "assistant", "content": thoughts, "tool_calls": calls}
+
+
+def _calls(value: Any) -> Tools:
+    """Tool calls in OpenAI's form, from that form, bare {"name", "arguments"}, or the JSON text of either."""
+    value = _json(value, "tool calls that are no JSON")
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value or [], list):
+        raise Dropped("tool calls that are no list")
+    return [_call(call) for call in value or []]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    call = _json(call, "tool calls that are no JSON")
+    function = call.get("function") or call if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise Dropped("a tool call without a name")
+    given = function.get("arguments") or function.get("parameters")
+    arguments = _json(given, "a tool call whose arguments are no JSON") or {}
+    if not isinstance(arguments, Mapping):
+        raise Dropped("a tool call whose arguments are no JSON object")
+    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", **named, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    tool = _json(tool, "tools that are no JSON")
+    if not isinstance(tool, Mapping):
+        raise Dropped("tools that are no list of objects")
+    return dict(tool) if "function" in tool or "name" not in tool else {"type": "function", "function": dict(tool)}
+
+
+def _reasoning(turn: Mapping[str, Any]) -> Message:
+    """What the assistant thought before it answered, under whichever key the row has it."""
+    for key in _REASONING:
+        if turn.get(key) is not None and not isinstance(turn[key], str):
+            raise Dropped(f'"{key}" of a turn is no text')
+        if (turn.get(key) or "").strip():
+            return {"reasoning": turn[key]}
+    return {}
+
+
+def _flagged(turn: Mapping[str, Any]) -> Message:
+    """{"trained": False} for a turn that its own flag makes context."""
+    for key in _FLAGS:
+        value = turn.get(key)
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        if not isinstance(value, bool | int | float | None):
+            raise Dropped(f'"{key}" of a turn is neither true nor false')
+        if value is not None and not value:
+            return {"trained": False}
+    return {}
