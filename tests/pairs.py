@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests import faults, launching
+from tests.campaigns import Campaign
 from tests.tiny import WORDS, tokenizer, write_stage
 
 FACTORS: dict[str, tuple[str, ...]] = {
@@ -337,23 +338,21 @@ def vacuous_verification(folder: Path, stage: int) -> list[str]:
     return [f"the base without its adapter passes as merged: {figures}"]
 
 
-def campaign(numbers: Sequence[int], root: Path, seed: int) -> list[Outcome]:
-    """The draws with these numbers; a draw that held is removed from the disk."""
-    array, outcomes = draws(seed), []
+def campaign(numbers: Sequence[int], root: Path, seed: int) -> Campaign:
+    """The draws with these numbers; one that held is removed from the disk."""
+    array, found = draws(seed), Campaign("pairs of features")
     for number in numbers:
         folder = root / f"draw{number}"
         started = time.monotonic()
         outcome = try_draw(array[number], folder)
-        outcomes.append(outcome)
-        print(
-            f"{number} {', '.join(outcome.draw.values())}: {outcome.code}, {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
-        for fault in outcome.faults:
-            print(f"LOST pairs: {fault}", flush=True)
-        if not outcome.faults:
+        found.tried["refused alike by --check and run" if outcome.code == 2 else "trained"] += 1
+        seconds = time.monotonic() - started
+        print(f"{number} {', '.join(outcome.draw.values())}: {outcome.code}, {seconds:.0f} s", flush=True)
+        if outcome.faults:
+            found.fail(f"{number} {outcome.draw}: {'; '.join(outcome.faults)}")
+        else:
             shutil.rmtree(folder)
-    return outcomes
+    return found
 
 
 def chosen(seed: int, share: int) -> list[int]:
@@ -370,13 +369,9 @@ def main() -> int:
     options = parser.parse_args()
     root = options.keep or Path(mkdtemp(prefix="pairs"))
     only = [int(number) for number in options.only.split(",") if number]
-    outcomes = campaign(only or chosen(options.seed, options.share), root, options.seed)
-    lost = sum(bool(outcome.faults) for outcome in outcomes)
-    refused = sum(outcome.code == 2 for outcome in outcomes)
-    print(json.dumps({"pairs": {"tried": len(outcomes), "refused alike by --check and run": refused, "lost": lost}}))
-    if not options.keep and not lost:
-        shutil.rmtree(root)
-    return 1 if lost else 0
+    found = campaign(only or chosen(options.seed, options.share), root, options.seed)
+    print(found.table())
+    return 1 if found.lost else 0
 
 
 if __name__ == "__main__":

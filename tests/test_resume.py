@@ -72,7 +72,7 @@ def kill() -> None:
 
 def test_the_campaigns_of_make_torture_in_short():
     """Kills, damaged files and double starts of the three-stage ladder: nothing lost."""
-    budget = ["--kills", "5", "--damages", "6", "--pairs", "2", "--only", "kills,damages,pairs"]
+    budget = ["--kills", "5", "--damages", "6", "--starts", "2", "--only", "kills,damages,starts"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.torture", *budget], cwd=ROOT, capture_output=True, text=True, timeout=540,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,6 +1,7 @@
 """`make torture`: the fault campaigns of the README's reliability section, with a long budget.
 
-    python -m tests.torture [--kills 200] [--damages 1000] [--disks 60] [--pairs 50] [--seed 1] [--only kills,disks]
+    python -m tests.torture [--kills 200] [--damages 1000] [--disks 60] [--starts 50] [--data 200]
+                            [--endings 50] [--seed 1] [--only kills,disks]
 
 Prints a table for each campaign and, last, one line of JSON. Exit code 1 if anything was lost.
 """
@@ -14,6 +15,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -21,7 +23,7 @@ from sft.environment import silence_libraries
 
 silence_libraries()
 
-from tests import faults  # noqa: E402
+from tests import faults, pairs  # noqa: E402
 from tests.campaigns import (  # noqa: E402
     GIVE_UP,
     RUN_LIMIT,
@@ -31,7 +33,9 @@ from tests.campaigns import (  # noqa: E402
     disk_campaign,
     starts_campaign,
 )
+from tests.data_campaign import data_campaign, ending_campaign  # noqa: E402
 
+CAMPAIGNS = ("kills", "damages", "disks", "starts", "data", "endings", "pairs")
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 KILLS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOST_KILLS = 8
@@ -142,23 +146,34 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damages", type=int, default=1000, help="at most so many cut or flipped files")
     parser.add_argument("--disks", type=int, default=60, help="sizes of a disk that fills up (needs root)")
-    parser.add_argument("--pairs", type=int, default=50, help="times two starts at once")
+    parser.add_argument("--starts", type=int, default=50, help="times two starts at once")
+    parser.add_argument("--data", type=int, default=200, help="times data changes between a kill and the restart")
+    parser.add_argument("--endings", type=int, default=50, help="kills between the last step and the report")
+    parser.add_argument("--share", type=int, default=1, help="of the draws in which every two features meet, each n-th")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="kills,damages,disks,pairs", help="comma list of campaigns")
+    parser.add_argument("--only", default=",".join(CAMPAIGNS), help="comma list of campaigns")
     parser.add_argument("--report-to", default="none", help="SFT_REPORT_TO of the ladder")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
     options = parser.parse_args()
     shared_memory = Path("/dev/shm")
     root = options.keep or Path(mkdtemp(prefix="torture", dir=shared_memory if shared_memory.is_dir() else None))
     root.mkdir(parents=True, exist_ok=True)
-    ladder = Ladder.prepare(root, report_to=options.report_to)
-    print(f"One ladder takes {ladder.cpu_seconds:.1f} s of processor time", flush=True)
     dice = random.Random(options.seed)
+
+    @cache
+    def ladder() -> Ladder:
+        made = Ladder.prepare(root, report_to=options.report_to)
+        print(f"One ladder takes {made.cpu_seconds:.1f} s of processor time", flush=True)
+        return made
+
     campaigns: dict[str, Callable[[], Campaign]] = {
-        "kills": lambda: kill_campaign(ladder, options.kills, dice),
-        "damages": lambda: damage_campaign(ladder, options.damages, dice),
-        "disks": lambda: disk_campaign(ladder, options.disks),
-        "pairs": lambda: starts_campaign(ladder, options.pairs, dice),
+        "kills": lambda: kill_campaign(ladder(), options.kills, dice),
+        "damages": lambda: damage_campaign(ladder(), options.damages, dice),
+        "disks": lambda: disk_campaign(ladder(), options.disks),
+        "starts": lambda: starts_campaign(ladder(), options.starts, dice),
+        "data": lambda: data_campaign(root / "data", options.data, dice),
+        "endings": lambda: ending_campaign(root / "endings", options.endings, dice),
+        "pairs": lambda: pairs.campaign(pairs.chosen(options.seed, options.share), root / "pairs", options.seed),
     }
     done = [campaigns[name]() for name in options.only.split(",")]
     for campaign in done:
