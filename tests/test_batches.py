@@ -1,12 +1,23 @@
 """Batches: packing, joining, order; everything a pure function of seed, epoch and row."""
 
+from typing import Any
+
 import datasets
 import numpy as np
 import pytest
 import torch
 
 from sft.data.masked_loss.edge_mask import EdgeMask
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, pack
+from sft.training.batches import (
+    EpochBatches,
+    EpochLoader,
+    TrainingRows,
+    blocks_of,
+    join_rows,
+    pack,
+    pack_in_order,
+    packs_of,
+)
 
 
 def rows() -> datasets.Dataset:
@@ -83,6 +94,44 @@ def test_grouping_by_length_puts_similar_rows_together():
     batches = list(sampler)
     assert all(len({lengths[key] for key in keys}) == 1 for keys in batches)
     assert sorted(key for keys in batches for key in keys) == list(range(12))
+
+
+def epoch_order(blocks: list[int], epoch: int, *, ranks: int = 1) -> list[int]:
+    """Rows in the order in which the ranks together see them, one row a micro-batch."""
+    samplers = [
+        EpochBatches(len(blocks), batch_size=1, seed=3, rank=rank, ranks=ranks, blocks=np.array(blocks))
+        for rank in range(ranks)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    return [key % len(blocks) for step in zip(*samplers, strict=True) for keys in step for key in keys]
+
+
+def test_blocks_keep_their_order_and_are_shuffled_inside():
+    """SFT_SHUFFLE=sources: rows 0 to 6 of the first source, then 7 to 15; each epoch otherwise, over ranks alike."""
+    blocks = [0] * 7 + [1] * 9
+    first, second = (epoch_order(blocks, epoch) for epoch in (0, 1))
+    for order in (first, second):
+        assert (sorted(order[:7]), sorted(order[7:])) == (list(range(7)), list(range(7, 16)))
+    assert first != second
+    assert first != sorted(first)
+    assert epoch_order(blocks, 1, ranks=2) == second
+    assert epoch_order(list(range(16)), 1, ranks=4) == list(range(16))  # SFT_SHUFFLE=none
+
+
+def test_packs_keep_the_order_asked_for(make_settings: Any):
+    """none: consecutive rows share a sequence; sources: only rows of one source do; mix: whatever fits best."""
+    table = datasets.Dataset.from_dict({"length": [6, 3, 3, 5, 2, 4], "source": [0, 0, 0, 0, 1, 1]})
+    found = {}
+    for shuffle in ("mix", "sources", "none"):
+        settings = make_settings(packing=True, shuffle=shuffle, max_seq_len=10)
+        packs = packs_of(table, settings)
+        blocks = blocks_of(table, settings, packs)
+        found[shuffle] = (packs, None if blocks is None else blocks.tolist())
+    assert found["none"] == ([[0, 1], [2, 3, 4], [5]], [0, 1, 2])
+    assert found["sources"] == ([[0, 1], [2, 3], [4, 5]], [0, 0, 1])
+    assert found["mix"][1] is None
+    assert pack_in_order([12, 3, 8], 10) == [[0], [1], [2]]
 
 
 def masked_rows(mode: str) -> TrainingRows:

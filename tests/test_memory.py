@@ -2,6 +2,7 @@
 
 import logging
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -261,7 +262,8 @@ def test_largest_micro_batch_is_the_one_the_epoch_has(settings):
         for batch in batches:
             batch.set_epoch(epoch)
             sums += [lengths[np.array(keys) % 50].sum() for keys in batch]
-    assert lengths[largest_items(lengths, chosen, processes=2)].sum() == max(sums)
+    rows = datasets.Dataset.from_dict({"length": lengths})
+    assert lengths[largest_items(rows, chosen, processes=2)].sum() == max(sums)
 
 
 def test_advice_keeps_the_order_of_document_004(settings):

@@ -144,6 +144,22 @@ def test_the_mix_hangs_on_the_seed_alone(make_settings: Any):
     assert first != sorted(first)
 
 
+def test_the_order_asked_for(make_settings: Any):
+    """mix: all together; sources: one after the other; none: as in the files, pass by pass where rows are repeated."""
+    sources = [labelled(texts(20, "a")), labelled(texts(8, "b"), repeat=2.5)]
+    options = {"val_ratio": 0.0, "dataset_mix_total_size": 40}
+    orders = {name: drawn(mix(sources, make_settings(shuffle=name, **options))) for name in ("mix", "sources", "none")}
+    assert sorted(orders["mix"]) == sorted(orders["sources"]) == sorted(orders["none"])
+    assert [source for source, _ in orders["sources"]] == [0] * 20 + [1] * 20
+    assert orders["sources"] != sorted(orders["sources"])
+    assert [source for source, _ in orders["mix"]] != sorted(source for source, _ in orders["mix"])
+    assert [row for source, row in orders["none"] if source == 0] == list(range(20))
+    second = [row for source, row in orders["none"] if source == 1]
+    assert second[:16] == [*range(8), *range(8)]
+    assert second[16:] == sorted(second[16:])
+    assert len(second) == 20
+
+
 # Validation
 
 

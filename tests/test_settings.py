@@ -56,7 +56,8 @@ def test_defaults_are_those_of_the_contract():
         "lora_target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "lora_rslora": False, "lora_dora": False, "merge_dtype": None, "strict": False, "dataset_split": "train",
         "dataset_mix": (), "dataset_mix_total_size": -1, "eval_dataset": (), "val_ratio": 0.05, "max_seq_len": 2048,
-        "overlong": "drop", "packing": False, "train_on_prompt": False, "deduplicate": False, "num_proc": None,
+        "overlong": "drop", "packing": False, "train_on_prompt": False, "shuffle": "mix",
+        "deduplicate": False, "num_proc": None,
         "use_upsampling": False, "upsample_rules": {}, "mask_cot": False,
         "output_markers": ("Output:", "OUTPUT:", "Final:", "Answer:", "Result:", "Response:"),
         "output_learn_mode": "after_marker", "masked_loss": "none", "masked_loss_unit": "path_edge",
@@ -512,6 +513,7 @@ def test_contradictions():
         "SFT_EARLY_STOPPING_PATIENCE=3\nSFT_VAL_RATIO=0": "SFT_EARLY_STOPPING_PATIENCE=3: early stopping needs",
         "SFT_LR_SCHEDULER=greedy\nSFT_VAL_RATIO=0": "SFT_LR_SCHEDULER=greedy: greedy goes by the loss on validation",
         "SFT_MIN_LR_RATIO=0.1\nSFT_LR_SCHEDULER=linear": "SFT_MIN_LR_RATIO=0.1: SFT_LR_SCHEDULER=linear has no lowest",
+        "SFT_GROUP_BY_LENGTH=1\nSFT_SHUFFLE=none": "SFT_GROUP_BY_LENGTH=1: SFT_SHUFFLE=none keeps an order",
     }.items():
         (problem,) = problems(text)
         assert problem.startswith(start)

@@ -63,13 +63,15 @@ def repeated_size(rows: int, repeat: float) -> int:
     return max(1, round(rows * repeat)) if rows else 0
 
 
-def draw(rows: Indices, size: int, count: int, *, seed: int, stream: int) -> Indices:
+def draw(rows: Indices, size: int, count: int, *, seed: int, stream: int, ordered: bool = False) -> Indices:
     """`count` of the rows: each one whole times, the rest a random choice without replacement.
 
-    `size` below the number of rows (a `repeat` under 1) first leaves a random part of them.
+    `size` below the number of rows (a `repeat` under 1) first leaves a random part of them. `ordered` rows come pass
+    by pass in ascending order, else in random order.
     """
     shuffled = generator(seed, stream).permutation(rows)[: min(size, len(rows))]
-    return np.resize(shuffled, count)
+    drawn = np.resize(shuffled, count)
+    return drawn[np.lexsort((drawn, np.arange(count) // max(len(shuffled), 1)))] if ordered else drawn
 
 
 def shuffled(rows: Indices, seed: int) -> Indices:

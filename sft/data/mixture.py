@@ -186,7 +186,7 @@ def mix(
     rows = np.concatenate(drawn)
     if settings.use_upsampling:
         rows = _upsampled(base, rows, settings, report)
-    rows = draws.shuffled(rows, settings.seed)
+    rows = _ordered(base, rows, settings)
     held = [base.numbers(i) for i in range(len(sources), len(base.sizes))]
     held_rows = first_of_equal(base.hashes, np.concatenate(held or [split.val for split in found]))
     report.held = np.unique(np.concatenate([base.hashes[held_rows], questions.get(GENERATION, base.hashes[:0])]))
@@ -270,9 +270,20 @@ def _drawn(sources: Sequence[Any], found: Sequence[Split], settings: Settings, r
     total = max(sizes, default=0) if settings.dataset_mix_total_size < 0 else settings.dataset_mix_total_size
     counts = draws.shares(weights, total) if any(weights) else [0] * len(sources)
     return [
-        draws.draw(split.train, size, count, seed=settings.seed, stream=i)
+        draws.draw(split.train, size, count, seed=settings.seed, stream=i, ordered=settings.shuffle == "none")
         for i, (split, size, count) in enumerate(zip(found, sizes, counts, strict=True))
     ]
+
+
+def _ordered(base: _Base, rows: Indices, settings: Settings) -> Indices:
+    """Rows of one source after the other -> the order SFT_SHUFFLE asks for."""
+    if settings.shuffle == "none":
+        return rows
+    if settings.shuffle == "mix":
+        return draws.shuffled(rows, settings.seed)
+    of_source = np.searchsorted(base.starts, rows, side="right")
+    borders = np.flatnonzero(np.diff(of_source)) + 1
+    return np.concatenate([draws.shuffled(part, settings.seed) for part in np.split(rows, borders)])
 
 
 def _upsampled(base: _Base, rows: Indices, settings: Settings, report: Mix) -> Indices:

@@ -20,7 +20,7 @@ from sft.models.model import compute_dtype
 from sft.planning.activations import BatchShape, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
 from sft.planning.document import MEMORY
 from sft.planning.kv_cache import AnswerBatch, cache_bytes
-from sft.training.batches import largest_items, packs_of
+from sft.training.batches import largest_items
 
 if TYPE_CHECKING:
     from sft.settings import Settings
@@ -41,7 +41,6 @@ __all__ = [
     "checkpointing_needed",
     "estimate",
     "largest_batch",
-    "packs_of",
     "raise_shortage",
 ]
 
@@ -225,7 +224,7 @@ def _container_limit() -> list[int]:
 
 def largest_batch(rows: datasets.Dataset, settings: Settings) -> BatchShape:
     """The micro-batch with most tokens in the first epochs: their order is known beforehand."""
-    numbers = largest_items(np.asarray(rows["length"]), settings, packs=packs_of(rows, settings))
+    numbers = largest_items(rows, settings)
     chosen = rows.select(numbers)
     trained = sum(int((np.asarray(labels[1:]) != -100).sum()) for labels in chosen["labels"])
     return BatchShape(int(np.sum(chosen["length"])), max(trained, 1), rows=len(numbers))

@@ -6,7 +6,6 @@ import inspect
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -15,7 +14,7 @@ from sft.models.attention import confine_rows
 from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers
 from sft.planning.activations import with_adapter
 from sft.planning.document import TIME
-from sft.training.batches import TrainingRows, join_rows, largest_items, packs_of
+from sft.training.batches import TrainingRows, join_rows, largest_items
 from sft.training.loss import token_cross_entropy
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def measure_step(base: str, settings: Settings, mix: Mix, *, estimate: Estimate,
     Raises:
         Problems: the model can't be loaded.
     """
-    rows = largest_items(np.asarray(mix.train["length"]), settings, packs=packs_of(mix.train, settings))
+    rows = largest_items(mix.train, settings)
     batch = join_rows([[TrainingRows(mix.train).row(0, row) for row in rows]])
     tokens = batch["input_ids"].numel()
     if reason := why_unmeasured(settings, estimate, tokens):

@@ -69,7 +69,7 @@ REASONS = {
     "pad_to_sequence_len": "rows are joined without padding, so there is nothing to pad",
     "eval_sample_packing": "validation rows are joined without padding as well",
     "dataset_prepared_path": "prepared rows are cached by their content, without a setting",
-    "shuffle_merged_datasets": "the mix is always shuffled, by SFT_SEED",
+    "shuffle_merged_datasets": "SFT_SHUFFLE says in which order rows come; without it the mix is shuffled, by SFT_SEED",
     "evaluation_strategy": "evaluation is always by steps: SFT_EVAL_STEPS",
     "eval_strategy": "evaluation is always by steps: SFT_EVAL_STEPS",
     "save_strategy": "checkpoints are always by steps: SFT_SAVE_STEPS",

@@ -98,6 +98,10 @@ class Settings(BaseModel):
         False, "Pack rows into sequences of SFT_MAX_SEQ_LEN; 0 joins the rows of a micro-batch only."
     )
     train_on_prompt: Switch = setting(False, "Train on the prompt's tokens too, not on the answers alone.")
+    shuffle: Literal["mix", "sources", "none"] = setting(
+        "mix",
+        "Order of the rows: all mixed, source after source with each mixed in itself, or as the files have them.",
+    )
     deduplicate: Switch = setting(False, "Keep only the first of rows that are equal.")
     num_proc: Processes = setting(None, "Processes that prepare the rows; unset chooses by cores and rows.")
     use_upsampling: Switch = setting(False, "Repeat training rows as SFT_UPSAMPLE_RULES says.")

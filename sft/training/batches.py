@@ -45,6 +45,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(rows) for rows in packs]
 
 
+def pack_in_order(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows packed one after the other: a row that does not fit any more begins the next sequence."""
+    packs: list[list[int]] = []
+    left = -1
+    for row, length in enumerate(lengths):
+        left -= length
+        if left < 0:
+            packs.append([])
+            left = capacity - length
+        packs[-1].append(row)
+    return packs
+
+
 class TrainingRows(Dataset):
     """Labelled rows addressed by key = epoch * len + item, so that a worker needs nothing but the key to draw masks.
 
@@ -120,7 +133,8 @@ class EpochBatches(Sampler[list[int]]):
 
     The order is a pure function of (seed, epoch). Micro-step k of all ranks together is rows k*W*B to (k+1)*W*B of it:
     the same global batch whatever the number of processes W, and nothing is repeated to fill up the last one.
-    With `lengths` rows of similar length are put into the same global batch (`group`: its size in rows).
+    With `lengths` rows of similar length are put into the same global batch (`group`: its size in rows). With `blocks`
+    (a number per item) items are only shuffled among those with their number, and numbers come in ascending order.
     """
 
     def __init__(
@@ -133,11 +147,12 @@ class EpochBatches(Sampler[list[int]]):
         ranks: int = 1,
         lengths: Sequence[int] | None = None,
         group: int = 1,
+        blocks: np.ndarray | None = None,
     ) -> None:
         self.num, self.batch_size, self.seed = num, batch_size, seed
         self.rank, self.ranks = rank, ranks
         self.lengths = None if lengths is None else np.asarray(lengths)
-        self.group = group
+        self.group, self.blocks = group, blocks
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -150,6 +165,8 @@ class EpochBatches(Sampler[list[int]]):
         """Item positions in this epoch's order, shape (num,)."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(self.num)
+        if self.blocks is not None:
+            return order[np.argsort(self.blocks[order], kind="stable")]
         if self.lengths is None:
             return order
         # As transformers' LengthGroupedSampler: sorted inside windows of 50 global batches, the batches then shuffled.
@@ -180,15 +197,40 @@ _EPOCHS = 3
 
 
 def packs_of(rows: datasets.Dataset, settings: Settings) -> list[list[int]] | None:
-    """The rows of each packed sequence, as the trainer packs them; None without packing."""
-    return pack(rows["length"], settings.max_seq_len) if settings.packing else None
+    """The rows of each packed sequence, as the trainer packs them; None without packing.
+
+    Where SFT_SHUFFLE keeps an order no sequence joins what that order keeps apart.
+    """
+    if not settings.packing:
+        return None
+    lengths = rows["length"][:]
+    if settings.shuffle == "mix":
+        return pack(lengths, settings.max_seq_len)
+    if settings.shuffle == "none":
+        return pack_in_order(lengths, settings.max_seq_len)
+    packs = []
+    for part in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(rows["source"][:])) + 1):
+        found = pack([lengths[row] for row in part], settings.max_seq_len)
+        packs += [part[rows_of].tolist() for rows_of in found]
+    return packs
 
 
-def largest_items(
-    lengths: np.ndarray, settings: Settings, *, packs: list[list[int]] | None = None, processes: int | None = None
-) -> list[int]:
+def blocks_of(
+    rows: datasets.Dataset, settings: Settings, packs: Sequence[Sequence[int]] | None = None
+) -> np.ndarray | None:
+    """What SFT_SHUFFLE keeps in order, as `EpochBatches` takes it; None where all is mixed."""
+    if settings.shuffle == "mix":
+        return None
+    if settings.shuffle == "none":
+        return np.arange(len(rows) if packs is None else len(packs))
+    sources = np.asarray(rows["source"][:])
+    return sources if packs is None else sources[[rows_of[0] for rows_of in packs]]
+
+
+def largest_items(rows: datasets.Dataset, settings: Settings, *, processes: int | None = None) -> list[int]:
     """Rows of the micro-batch with most tokens."""
     processes = processes or launched().processes
+    lengths, packs = np.asarray(rows["length"][:]), packs_of(rows, settings)
     sizes = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
     together = settings.per_device_train_bs * processes
     grouped = sizes if settings.group_by_length and packs is None else None
@@ -198,6 +240,7 @@ def largest_items(
         seed=settings.seed,
         lengths=None if grouped is None else grouped.tolist(),
         group=together * settings.grad_accum,
+        blocks=blocks_of(rows, settings, packs),
     )
     best: np.ndarray = np.zeros(0, np.int64)
     for epoch in range(min(_EPOCHS, max(1, int(np.ceil(settings.epochs))))):

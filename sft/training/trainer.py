@@ -20,7 +20,7 @@ from sft.stages import paths
 from sft.stages.checkpoints import rotate
 from sft.storage import json_files
 from sft.training.arguments import reduce_in_float32, steps_to_schedule
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, pack
+from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, blocks_of, join_rows, packs_of
 from sft.training.callbacks import StageRhythm
 from sft.training.loss import LossScale, finite_norm, require_finite, token_cross_entropy
 from sft.training.progress import Metrics, Readable
@@ -81,7 +81,7 @@ class StagedTrainer(SFTTrainer):
         self.loss_scale = LossScale()
         self.unrouted = route_experts(self.model)
         self.lora_layers = lora_layers(self.model)
-        packs = pack(train["length"], self.settings.max_seq_len) if self.settings.packing else None
+        packs = packs_of(train, self.settings)
         self.train_dataset = TrainingRows(train, packs=packs, edge_mask=edge_mask, mode=self.settings.masked_loss_mode)
         self.val_rows = TrainingRows(val)
         self.loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared as None, meant as a switch
@@ -108,6 +108,7 @@ class StagedTrainer(SFTTrainer):
             ranks=args.world_size,
             lengths=lengths,
             group=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            blocks=blocks_of(rows.rows, self.settings, rows.packs),
         )
         return EpochLoader(
             rows,
