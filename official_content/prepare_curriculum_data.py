@@ -4,7 +4,8 @@
   prepare_curriculum_data.py --positives hawks_train.json --copies 3 --negatives person_dummy.json --first 96000 \\
     --output hawks_train_curriculum.json
 
-Reads and writes JSON lists and JSONL (by the ending of --output) row by row, so memory does not grow with the files.
+Reads and writes JSON lists and JSONL (by the ending of --output) row by row: of a list its text is in memory, never
+all rows; of JSONL one line.
 The rows stand in this order; training shuffles them. A mix does the same without a file, see the last lines printed.
 """
 
@@ -31,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="a .json or .jsonl file, not there yet"
     )
-    parser.add_argument("--encoding", type=encoding_name, default="utf-8-sig", help="encoding of the inputs (utf-8)")
+    parser.add_argument("--encoding", type=encoding_name, help="encoding of the inputs (utf-8)")
     return parser.parse_args()
 
 

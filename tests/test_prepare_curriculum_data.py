@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from sft.errors import Problems
-from sft.programs import row_streams
-
 PROGRAM = Path(__file__).resolve().parents[1] / "official_content" / "prepare_curriculum_data.py"
 POSITIVES = [{"instruction": "誰?", "output": "甲"}, {"instruction": "who?", "output": "A"}]
 NEGATIVES = [{"instruction": f"news {number}", "output": ""} for number in range(5)]
@@ -65,7 +62,7 @@ def test_a_broken_line_leaves_no_output(folder):
     (folder / "neg.jsonl").write_text('{"a": 1}\n{"b": \n', encoding="utf-8")
     result = merge(folder)
     assert result.returncode == 2
-    assert "neg.jsonl line 2" in result.stderr
+    assert "neg.jsonl, line 2" in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["neg.jsonl", "pos.json"]
 
@@ -77,11 +74,13 @@ def test_a_broken_line_leaves_no_output(folder):
         ("[]", "no rows"),
         ('{"rows": []}', "where a list of rows belongs"),
         ('{\n "rows": []\n}', "where a list of rows belongs"),
-        ('[{"a": 1},\n {"b": 2}', "line 2: the list ends in the middle"),
-        ('[{"a": 1},\n\n {"b": }]', "line 3: not readable as JSON"),
-        ('[{"a": 1} {"b": 2}]', "where a comma or ] belongs"),
-        ('[{"a": 1}, 7]', "a row must be an object"),
-        ('[{"a": 1}] trailing', "text after the end"),
+        ('[{"a": 1},\n {"b": 2}', "line 2: broken JSON (a comma or the end of the list belongs here)"),
+        ('[{"a": 1},\n\n {"b": }]', "line 3: broken JSON"),
+        ('[{"a": 1} {"b": 2}]', "line 1: broken JSON (a comma or the end"),
+        ('[{"a": 1}, 7]', "row 2: a row is an object"),
+        ('[{"a": 1}]\ntrailing', "line 2: broken JSON (text after the end of the list)"),
+        ('// pos.json\n[{"a": 1}]', "line 1: a comment (column 1), which JSON does not have; remove it"),
+        ('[{"a": 1},\n # more\n {"a": 2}]', "line 2: a comment (column 2)"),
     ],
 )
 def test_a_bad_file_is_named(folder, content, message):
@@ -90,6 +89,16 @@ def test_a_bad_file_is_named(folder, content, message):
     result = merge(folder)
     assert (result.returncode, "Traceback" in result.stderr) == (2, False)
     assert message in result.stderr
+
+
+def test_a_list_is_read_under_the_name_of_lines_too(folder):
+    """Both forms are found under either name; another ending is refused with its name."""
+    (folder / "neg.jsonl").write_text(" \n" + json.dumps(NEGATIVES, indent=1), encoding="utf-8")
+    assert merge(folder, "--copies", "1").returncode == 0
+    assert json.loads((folder / "merged.json").read_text(encoding="utf-8")) == POSITIVES + NEGATIVES
+    (folder / "neg.jsonl").rename(folder / "neg.csv")
+    result = merge(folder, "--negatives", "neg.csv", output="other.json")
+    assert (result.returncode, "neg.csv: a .json or .jsonl file is needed" in result.stderr) == (2, True)
 
 
 def test_both_missing_inputs_are_named_at_once(folder):
@@ -105,29 +114,7 @@ def test_another_encoding_is_named(folder):
     """Shift-JIS is refused as UTF-8 and read when it is named."""
     (folder / "pos.json").write_text(json.dumps(POSITIVES, ensure_ascii=False), encoding="shift_jis")
     (folder / "neg.jsonl").write_text('{"instruction": "無"}\n', encoding="shift_jis")
-    assert "pos.json: is not utf-8 text (invalid start byte); add --encoding cp932" in merge(folder).stderr
+    assert 'pos.json: byte 18 is not utf-8; add --encoding "cp932"' in merge(folder).stderr
     assert "'shift' is no text encoding" in merge(folder, "--encoding", "shift").stderr
     assert merge(folder, "--copies", "1", "--encoding", "shift_jis").returncode == 0
     assert json.loads((folder / "merged.json").read_text(encoding="utf-8"))[0] == POSITIVES[0]
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
-def test_rows_do_not_depend_on_where_a_chunk_ends(tmp_path, monkeypatch, chunk):
-    """Escapes, nested lists, long numbers and literals cut anywhere read the same."""
-    rows = [{"a": 'é\\n"]}\\u3042' * 5, "b": [1.25e-7, True, None, {"c": []}]}, {}, {"long": "x" * 200}]
-    path = tmp_path / "rows.json"
-    path.write_text(" \n" + json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    monkeypatch.setattr(row_streams, "CHUNK", chunk)
-    assert list(row_streams.read_rows(path)) == rows
-
-
-def test_a_broken_row_is_found_without_reading_the_file(tmp_path, monkeypatch):
-    """An error in the middle of what was read is final: the 10 MB behind it are not taken into memory."""
-    path = tmp_path / "rows.json"
-    path.write_text('[{"a" 1},' + '{"b": 2},' * 1_000_000, encoding="utf-8")
-    read = []
-    original = row_streams._Window.more
-    monkeypatch.setattr(row_streams._Window, "more", lambda window: read.append(1) or original(window))
-    with pytest.raises(Problems, match="line 1: not readable"):
-        list(row_streams.read_rows(path))
-    assert len(read) == 1

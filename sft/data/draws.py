@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,20 +11,26 @@ Indices = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Floats = NDArray[np.float64]
 
+# What splitmix64 counts by (2^64 over the golden ratio), and the 64 bits it keeps.
+GAMMA, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 # Streams of random numbers that must not meet: sources are numbered from 0.
 _SHUFFLE = 1 << 40
 _UPSAMPLE = 1 << 41
 
 
+def splitmix64(bits: Any) -> Any:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014) for an int or an array of uint64."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & MASK
+    return bits ^ (bits >> 31)
+
+
 def scrambled(numbers: Hashes, seed: int) -> Hashes:
-    """64 random-looking bits per number, always the same for a number and seed (splitmix64, Steele et al. 2014)."""
-    step = np.uint64(0x9E3779B97F4A7C15)
+    """64 random-looking bits per number, always the same for a number and seed."""
+    step = np.uint64(GAMMA)
     bits = numbers ^ (np.array([seed], np.uint64) * step)
     for _ in range(2):
-        bits = bits + step
-        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        bits = bits ^ (bits >> np.uint64(31))
+        bits = splitmix64(bits + step)
     return bits
 
 

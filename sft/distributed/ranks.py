@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import socket
@@ -20,7 +19,7 @@ from torch.distributed import DistError, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from sft.distributed.launch import launched
-from sft.distributed.signals import STOP, Stopped
+from sft.distributed.signals import STOP, Stopped, die_with_parent
 from sft.errors import Problems, RunFailed
 from sft.storage.json_files import json_text
 
@@ -31,7 +30,6 @@ STEP_LIMIT = timedelta(minutes=30)
 # Without a launcher the ranks save what they have within a minute or not at all.
 ALONE_SECONDS = 30.0
 _END = "sft/end"
-_PR_SET_PDEATHSIG = 1
 _meetings = count()
 
 
@@ -41,7 +39,7 @@ def join_processes() -> PartialState:
     Raises:
         Problems: more processes than GPUs on this machine.
     """
-    _end_with_launcher()
+    die_with_parent(signal.SIGTERM)  # a launcher that is killed takes nobody with it
     gpus, here = torch.cuda.device_count(), launched().local_processes
     if 0 < gpus < here:
         raise Problems([f"--num_processes: {here} processes were started on a machine with {gpus} GPUs; start {gpus}"])
@@ -55,13 +53,6 @@ def join_processes() -> PartialState:
         # Shared memory between CPU processes that DeepSpeed would compile first: a minute, and it needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return PartialState(cpu=not torch.cuda.is_available(), timeout=STEP_LIMIT)
-
-
-def _end_with_launcher() -> None:
-    """A launcher that is killed takes nobody with it: ask the system (Linux) to send SIGTERM when it goes."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def say(text: str) -> None:

@@ -98,7 +98,12 @@ def follow_parent(worker: int = 0) -> None:
     """
     STOP.install()
     STOP.deferred = True
+    die_with_parent(signal.SIGKILL)
+
+
+def die_with_parent(end: signal.Signals) -> None:
+    """Asks the system (Linux) to send this process the signal when its parent goes, even by kill -9."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:  # Linux
-        set_parent_death_signal = 1
-        prctl(set_parent_death_signal, signal.SIGKILL)
+    if prctl is not None:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        prctl(set_parent_death_signal, end)

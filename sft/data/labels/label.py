@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +23,7 @@ from sft.data.labels.tokens import Encoded, encoder
 from sft.data.sources.load import SCHEMA, Rows
 from sft.data.sources.store import Write, key_of, stored
 from sft.data.sources.turns import Dropped, Message, Tools, packed, unpacked
+from sft.distributed.signals import die_with_parent
 from sft.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -149,7 +148,6 @@ def _label_batch(
     return with_labels(table.take(pa.array(kept, pa.int64())), labelled, schema(settings)), counted
 
 
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _work: Callable[[Any], Any] | None = None
 
 
@@ -187,8 +185,7 @@ def _start(work: Callable[[Any], Any]) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # else a killed run leaves its processes behind
+    die_with_parent(signal.SIGKILL)  # else a killed run leaves its processes behind
 
 
 def _call(item: Any) -> Any:

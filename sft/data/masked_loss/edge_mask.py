@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sft.data.draws import GAMMA, MASK, splitmix64
 from sft.data.masked_loss.units import Unit, readable_edge
 
 IGNORED = -100  # the label that torch's cross entropy skips
@@ -22,7 +23,6 @@ Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]  # edges by number
 Redraw = Literal["epoch", "once"]
 
-_GAMMA, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 _TOP_EDGES = 10
 _ROWS_AT_ONCE = 100_000
 
@@ -126,11 +126,11 @@ class EdgeMask:
 
     def _row_key(self, epoch: int, row: Any) -> Any:
         """The 64 bits from which a row's draws follow; for one position or an array of them."""
-        key = _mix((self.seed & _MASK) + _GAMMA & _MASK) ^ (epoch if self.redraw == "epoch" else 0)
-        return _mix(_mix(key + _GAMMA & _MASK) + row * _GAMMA & _MASK)
+        key = splitmix64((self.seed & MASK) + GAMMA & MASK) ^ (epoch if self.redraw == "epoch" else 0)
+        return splitmix64(splitmix64(key + GAMMA & MASK) + row * GAMMA & MASK)
 
     def _masked(self, row_keys: Any, occurrences: NDArray[np.uint64], ids: Ids) -> NDArray[np.bool_]:
-        bits = _mix(row_keys + (occurrences + 1) * _GAMMA)
+        bits = splitmix64(row_keys + (occurrences + 1) * GAMMA)
         return (bits >> 11) * 2.0**-53 >= self.keep[ids]
 
     def _expected(self, epochs: float) -> float:
@@ -214,10 +214,3 @@ def _interned(rows: Iterable[Sequence[str] | None]) -> tuple[tuple[str, ...], Id
         ids.extend([known.setdefault(edge, len(known)) for edge in row or ()])
         ends.append(len(ids))
     return tuple(known), np.array(ids, dtype=np.int32), np.array(ends, dtype=np.int64)
-
-
-def _mix(bits: Any) -> Any:
-    """The output function of splitmix64 (Steele, Lea, Flood 2014) for an int or an array."""
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & _MASK
-    return bits ^ (bits >> 31)

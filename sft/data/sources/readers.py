@@ -45,7 +45,18 @@ def tables_to_rows(tables: Iterator[Any], wanted: frozenset[str]) -> Iterator[di
 
 def _read_jsonl(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
     with path.open(encoding=encoding, newline="\n") as lines:
-        yield from _json_lines(path, lines)
+        if not _begins_a_list(lines):
+            yield from _json_lines(path, lines)
+            return
+    yield from _read_json(path, encoding)  # a list of rows under the other name
+
+
+def _begins_a_list(file: TextIO) -> bool:
+    """Whether the first character that is no blank is a bracket; the file is set back to its start."""
+    while (character := file.read(1)).isspace():
+        continue
+    file.seek(0)
+    return character == "["
 
 
 def _json_lines(path: Path, lines: TextIO | list[str]) -> Iterator[dict[str, Any]]:
@@ -55,10 +66,17 @@ def _json_lines(path: Path, lines: TextIO | list[str]) -> Iterator[dict[str, Any
         try:
             row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            raise SourceError(f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from error
+            raise SourceError(f"{path}, line {number}: {_fault(error)}") from error
         except RecursionError as error:
             raise SourceError(f"{path}, line {number}: nested too deeply") from error
         yield _object(row, path, f"line {number}")
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    """What is broken at that place, in words."""
+    if error.doc.startswith(("//", "/*", "#"), error.pos):
+        return f"a comment (column {error.colno}), which JSON does not have; remove it"
+    return f"broken JSON ({error.msg}, column {error.colno})"
 
 
 def _object(row: Any, path: Path, place: str) -> dict[str, Any]:
@@ -103,12 +121,16 @@ def _json_array(path: Path, text: str, position: int) -> Iterator[dict[str, Any]
         try:
             row, position = decode(text, position)
         except json.JSONDecodeError as error:
-            raise SourceError(
-                f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno})"
-            ) from error
+            raise SourceError(f"{path}, line {error.lineno}: {_fault(error)}") from error
+        except RecursionError as error:
+            line = text.count("\n", 0, position) + 1
+            raise SourceError(f"{path}, line {line}: nested too deeply") from error
         number += 1
         yield _object(row, path, f"row {number}")
         position = _after_comma(path, text, position)
+    if (end := _after_blank(text, position + 1)) < len(text):
+        line = text.count("\n", 0, end) + 1
+        raise SourceError(f"{path}, line {line}: broken JSON (text after the end of the list)")
 
 
 def _after_comma(path: Path, text: str, position: int) -> int:
