@@ -324,10 +324,11 @@ def records_differ(folder: Path, stage: int) -> list[str]:
 def vacuous_verification(folder: Path, stage: int) -> list[str]:
     """The merged base answers its probe; the base without the last adapter must not."""
     from sft.errors import RunFailed
-    from sft.merging.probe import FILE, verify
+    from sft.merging.probe import verify
+    from sft.stages.paths import PROBE
 
     out = folder / "simple"
-    probe = out / f"out_stage{stage - 1}" / FILE
+    probe = out / f"out_stage{stage - 1}" / PROBE
     if not probe.exists() or not (out / f"out_stage{stage}_merged_base").exists():
         return []
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
