@@ -21,19 +21,23 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
             return
         silence_torch()
         from sft import run
+        from sft.merging.parents import load_verified, merge_parents
+        from sft.models.model import load_tokenizer
+        from sft.planning.disk import require_space
+        from sft.reporting.recording import tracked
 
-        tokenizer = run.load_tokenizer(settings)
+        tokenizer = load_tokenizer(settings)
         mix = run.prepare_rows(settings, tokenizer)  # labelled, audited, split, mixed, upsampled
-        run.require_space(stage)
+        require_space(stage)
         stage.begin()
         evaluation = run.evaluation(stage, tokenizer, mix)
-        base = run.merge_parents(stage)  # published and verified, or the base model itself
+        base = merge_parents(stage)  # published and verified, or the base model itself
         earlier = run.score_earlier_models(stage, evaluation)
-        model = run.load_verified(stage, base)
-        with run.tracked(stage, mix) as tracker:
+        model = load_verified(stage, base)
+        with tracked(stage, mix) as tracker:
             trainer = run.build_trainer(stage, model, tokenizer, mix, evaluation, tracker)
             run.train(stage, trainer)
-            run.finish(stage, trainer, mix, earlier, tracker)
+            run.finish(stage, trainer, mix, evaluation, earlier, tracker)
 
 
 def main(options: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +20,16 @@ from sft.distributed.signals import STOP, Stopped
 from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
 from sft.evaluation.ladder_scores import Earlier, ladder_scores, score_earlier
-from sft.merging.parents import keep_probe, load_verified, merge_parents, verify_merged
-from sft.models.model import load_tokenizer, trained_modules
-from sft.planning.disk import require_space
+from sft.merging.parents import keep_probe, verify_merged
+from sft.models.model import trained_modules
 from sft.planning.memory import checkpointing_needed, largest_batch, raise_shortage
-from sft.reporting.recording import MetricsRecord, SampleRecord, tracked
+from sft.reporting.recording import RunRecord
 from sft.stages import paths
 from sft.storage import json_files
 from sft.training.arguments import training_arguments
-from sft.training.callbacks import stop_agreed
-from sft.training.progress import AtStart
-from sft.training.results import parameter_counts, write_result
+from sft.training.batches import TrainingRows, packs_of
+from sft.training.progress import AtStart, Metrics, Readable
+from sft.training.results import parameter_counts, training_config, write_result
 from sft.training.trainer import StagedTrainer
 
 if TYPE_CHECKING:
@@ -38,22 +39,9 @@ if TYPE_CHECKING:
     from sft.reporting.tracker import Tracker
     from sft.settings import Settings
     from sft.stages.stage import Stage
+    from sft.training.trainer import Measure
 
 transformers.utils.logging.disable_progress_bar()
-
-__all__ = [
-    "build_trainer",
-    "evaluation",
-    "finish",
-    "load_tokenizer",
-    "load_verified",
-    "merge_parents",
-    "prepare_rows",
-    "require_space",
-    "score_earlier_models",
-    "tracked",
-    "train",
-]
 
 
 def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
@@ -112,6 +100,17 @@ def checkpoints_gradients(settings: Settings, model: PreTrainedModel, mix: Mix) 
     return ranks.from_main(needed)
 
 
+def measure_answers(evaluation: GenerationEvaluation, record: RunRecord) -> Measure:
+    """The generation evaluation as the trainer calls it."""
+
+    def measure(model: Any, accelerator: Any, state: Any, interrupted: Callable[[], None]) -> dict[str, float]:
+        step = state.global_step
+        keep = partial(record.samples, step=step, steps=state.max_steps)
+        return evaluation.run(model, accelerator, step=step, interrupted=interrupted, record=keep)
+
+    return measure
+
+
 def build_trainer(
     stage: Stage,
     model: PreTrainedModel,
@@ -121,69 +120,85 @@ def build_trainer(
     tracker: Tracker | None,
 ) -> StagedTrainer:
     """The trainer with its data, adapter and records; says what will be trained."""
-    settings = stage.settings
+    settings, record = stage.settings, RunRecord(stage, tracker)
     edge_mask = build_edge_mask(mix, settings)
     if edge_mask is not None:
         stage.update(masked_loss=edge_mask.report(settings.epochs))
-    arguments = training_arguments(
-        settings, stage.folder, checkpointing=checkpoints_gradients(settings, model, mix), validated=len(mix.val) > 0
-    )
-
     trainer = StagedTrainer(
         model,
-        stage=stage,
-        args=arguments,
+        args=training_arguments(
+            settings,
+            stage.folder,
+            checkpointing=checkpoints_gradients(settings, model, mix),
+            evaluated=len(mix.val) > 0,
+            resumed=stage.checkpoint is not None,
+        ),
+        settings=settings,
         tokenizer=tokenizer,
-        mix=mix,
-        edge_mask=edge_mask,
-        generation=evaluation,
+        rows=TrainingRows(
+            mix.train, packs=packs_of(mix.train, settings), edge_mask=edge_mask, mode=settings.masked_loss_mode
+        ),
+        val_rows=TrainingRows(mix.val),
+        measure=measure_answers(evaluation, record) if evaluation else None,
     )
-    trainer.on_metrics = MetricsRecord(stage, tracker).take
+    trainer.add_callback(Metrics(record.metrics))
+    trainer.add_callback(Readable())
     if launched().splits_weights and stage.checkpoint is None:
         trainer.add_callback(AtStart(lambda model: verify_merged(stage, model)))  # its adapter does nothing yet
-    if evaluation:
-        evaluation.on_samples = SampleRecord(stage, trainer, tracker).take
-    trained, total = parameter_counts(trainer.model)
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in trained_modules(trainer.model).items())
+    announce(trainer)
+    return trainer
+
+
+def announce(trainer: StagedTrainer) -> None:
+    """What will be trained, and how slowly where experts are a kind we don't know."""
     for reason in trainer.unrouted:
         say(f"[WARNING] adapters on experts take PEFT's slower way, through all experts for every batch: {reason}")
+    trained, total = parameter_counts(trainer.model)
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in trained_modules(trainer.model).items())
     say(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %): {kinds}")
-    return trainer
 
 
 def train(stage: Stage, trainer: StagedTrainer) -> None:
     """Trains, from the checkpoint where there is one; a stop signal ends it after the step it arrived in."""
-    checkpoint = stage.checkpoint
-    if checkpoint:
-        trainer.rhythm.restore(checkpoint)
     STOP.deferred = True
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(stage.checkpoint) if stage.checkpoint else None)
     except Stopped:
         trainer.save_after_stop()
     except (RuntimeError, MemoryError) as error:
-        raise_shortage(error, trainer)
+        config = trainer.accelerator.unwrap_model(trainer.model).config
+        checkpointing = bool(trainer.args.gradient_checkpointing)
+        raise_shortage(error, config, stage.settings, trainer.train_dataset.rows, checkpointing=checkpointing)
         raise
     finally:
         STOP.deferred = False
     # A signal after the last step had nothing to cut short in there.
-    if trainer.rhythm.stopped or stop_agreed(trainer):
+    if trainer.rhythm.stopped or ranks.stop_agreed():
         raise Stopped(STOP.number or 15)
 
 
-def finish(stage: Stage, trainer: StagedTrainer, mix: Mix, earlier: Earlier | None, tracker: Tracker | None) -> None:
+def finish(
+    stage: Stage,
+    trainer: StagedTrainer,
+    mix: Mix,
+    evaluation: GenerationEvaluation | None,
+    earlier: Earlier | None,
+    tracker: Tracker | None,
+) -> None:
     """Writes the result, scores it on all stages' rows, completes the manifest and writes the report."""
     from sft.reporting.report import close_stage
 
-    write_result(trainer, stage.folder)
-    model, accelerator = trainer.model, trainer.accelerator
-    keep_probe(stage, accelerator.unwrap_model(model), trainer.processing_class)
+    model, accelerator, state = trainer.model, trainer.accelerator, trainer.state
+    bare = accelerator.unwrap_model(model)
+    config = training_config(stage.settings, trainer.args, bare)
+    write_result(stage.folder, trainer.save_model, config, main=accelerator.is_main_process)
+    keep_probe(stage, bare, trainer.processing_class)
     forgetting = None
-    if earlier and trainer.generation:
-        step = trainer.state.global_step
-        forgetting = ladder_scores(stage, trainer.generation, earlier, model=model, accelerator=accelerator, step=step)
-    trainer.accelerator.wait_for_everyone()
-    if not trainer.accelerator.is_main_process:
+    if earlier and evaluation:
+        step = state.global_step
+        forgetting = ladder_scores(stage, evaluation, earlier, model=model, accelerator=accelerator, step=step)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
         return
     write_held_out(stage.folder, mix.held.tolist())
     last: dict[str, Any] = {}
@@ -196,8 +211,8 @@ def finish(stage: Stage, trainer: StagedTrainer, mix: Mix, earlier: Earlier | No
         dropped=dict(mix.dropped),
         upsampling=mix.upsampling,
         tokens=mix.tokens,
-        steps=trainer.state.global_step,
-        metrics=last | {"epoch": trainer.state.epoch},
+        steps=state.global_step,
+        metrics=last | {"epoch": state.epoch},
         forgetting=forgetting,
         mlflow_run_id=tracker.wait_for_run(5.0) if tracker else None,
     )

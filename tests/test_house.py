@@ -148,10 +148,10 @@ def test_wings_import_downwards_only():
 
 
 def test_imports_run_in_no_circle():
-    """graphlib raises CycleError otherwise. Imports inside functions wait on purpose."""
+    """Types included; graphlib raises CycleError otherwise. Imports inside functions wait on purpose."""
     graph = {}
     for module, path in MODULES.items():
-        names = {name for statement in at_import(tree_of(path)) for name in names_of(statement)}
+        names = {name for statement in at_import(tree_of(path), types=True) for name in names_of(statement)}
         graph[module] = (names & MODULES.keys()) - {module}
     TopologicalSorter(graph).prepare()
 

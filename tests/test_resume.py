@@ -104,16 +104,17 @@ def test_an_evaluation_cut_off_twice_is_made_up_once(inputs, tmp_path, monkeypat
 
 @pytest.mark.parametrize("where", ["before the result", "in the evaluation that ends it"])
 def test_early_stopping_stays_stopped(inputs, tmp_path, monkeypatch, where):
-    """gen_score is 0 throughout: the second evaluation, at step 4, is the last. A resumed run trains no step more."""
+    """gen_score is 0 throughout, so the evaluation at step 2 is no better than that at step 0, which counts, and is the
+    last. A resumed run trains no step more."""
     assert train(inputs, tmp_path / "whole", *EARLY) == 0
     with monkeypatch.context() as patched:
         if where == "before the result":
             before(patched, "sft.run.write_result", tell)
         else:
-            before(patched, "sft.training.trainer.StagedTrainer.validation_loss", tell, at_step(4))
+            before(patched, "sft.training.trainer.StagedTrainer.validation_loss", tell, at_step(2))
         assert train(inputs, tmp_path, *EARLY) == 143
     assert train(inputs, tmp_path, *EARLY) == 0
-    assert json.loads((tmp_path / "out_stage1" / "stage.json").read_text())["steps"] == 4
+    assert json.loads((tmp_path / "out_stage1" / "stage.json").read_text())["steps"] == 2
     assert_same_end(tmp_path, tmp_path / "whole")
 
 

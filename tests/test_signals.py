@@ -163,7 +163,10 @@ PHASES = {
         "sft.training.trainer.StagedTrainer.validation_loss",
         lambda self, *a, **k: self.state.global_step == 4,
     ),
-    "writing the result": ("sft.training.results.training_config", lambda *a, **k: True),
+    "writing the result": (
+        "sft.storage.json_files.write_json",
+        lambda path, *a, **k: path.name == "training_config.json",
+    ),
     "final scoring": ("sft.evaluation.ladder_scores._previous_table", lambda *a, **k: True),
     "report": ("sft.reporting.report.write_report", lambda *a, **k: True),
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from torch.distributed import DistError, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -128,6 +129,17 @@ def _missing(store: Store, meeting: str, state: PartialState, *, what: str, hour
         f"Rank {state.process_index} waited {hours:g} h for {what}; missing: rank {', '.join(absent)}. Look at what "
         "it printed last; stop the run and start the same command again, it goes on from the last checkpoint."
     )
+
+
+def stop_agreed() -> bool:
+    """Whether any rank was told to stop; all ranks ask at the same point and learn it together."""
+    told, state = STOP.number is not None, PartialState()
+    if state.num_processes == 1:
+        return told
+    votes = reduce(torch.tensor([float(told)], device=state.device), "sum")
+    if votes.item() > 0:
+        STOP.agree()
+    return votes.item() > 0
 
 
 def leave() -> None:

@@ -46,7 +46,6 @@ class GenerationEvaluation:
     ) -> None:
         self.settings, self.folder, self.tokenizer, self.rows = settings, folder, tokenizer, rows
         self.kind = settings.gen_eval
-        self.on_samples: Callable[[list[dict[str, Any]], int], None] = lambda rows, step: None
 
     def answer(
         self,
@@ -81,16 +80,23 @@ class GenerationEvaluation:
         return [row | found for row, found in zip(answered, scores, strict=True)], metrics
 
     def run(
-        self, model: Any, accelerator: Accelerator, *, step: int, interrupted: Callable[[], None]
+        self,
+        model: Any,
+        accelerator: Accelerator,
+        *,
+        step: int,
+        interrupted: Callable[[], None],
+        record: Callable[[list[dict[str, Any]]], None] = lambda samples: None,
     ) -> dict[str, float]:
-        """One evaluation: metrics, with gen_metrics_step<step>.json and gen_samples_step<step>.jsonl written."""
+        """One evaluation: metrics, with gen_metrics_step<step>.json and gen_samples_step<step>.jsonl written; the
+        main process hands the samples to `record`."""
         answers = self.answer(model, self.rows, accelerator=accelerator, interrupted=interrupted)
         samples, metrics = self.score(self.rows, answers)
         if accelerator.is_main_process:
             json_files.write_json(self.folder / f"{paths.GEN_METRICS}{step}.json", metrics | {"gen_global_step": step})
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             atomic.write_text(self.folder / f"{paths.GEN_SAMPLES}{step}.jsonl", lines)
-            self.on_samples(samples, step)
+            record(samples)
         return metrics
 
 

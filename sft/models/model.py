@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from random import getstate, setstate
 from typing import TYPE_CHECKING, Any
@@ -217,20 +218,37 @@ def trained_modules(model: torch.nn.Module) -> dict[str, int]:
     return counts
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """Python's, numpy's and torch's random states, those of all GPUs included."""
+
+    python: Any
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return cls(getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Whatever runs inside, Python's, numpy's and torch's random states are afterwards as they were before: resume
-    stays exact with evaluation on or off."""
-    states = getstate(), np.random.get_state(), torch.get_rng_state()
-    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    """Whatever runs inside, random states are afterwards as they were before: resume stays exact with evaluation on
+    or off."""
+    state = RandomState.now()
     try:
         yield
     finally:
-        setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if device_states is not None:
-            torch.cuda.set_rng_state_all(device_states)
+        state.restore()
 
 
 @contextmanager

@@ -23,15 +23,10 @@ from sft.planning.kv_cache import AnswerBatch, cache_bytes
 from sft.training.batches import largest_items
 
 if TYPE_CHECKING:
-    from sft.settings import Settings
-
-
-if TYPE_CHECKING:
     import datasets
     from transformers import PretrainedConfig, PreTrainedModel
 
     from sft.settings import Settings
-    from sft.training.trainer import StagedTrainer
 
 __all__ = [
     "BatchShape",
@@ -237,12 +232,11 @@ def shortage(need: Estimate, settings: Settings) -> str:
     return f"Out of memory: {need.total / gib:.1f} GiB were estimated{peak}. Change {advice(settings)}."
 
 
-def raise_shortage(error: Exception, trainer: StagedTrainer) -> None:
+def raise_shortage(
+    error: Exception, config: PretrainedConfig, settings: Settings, rows: datasets.Dataset, *, checkpointing: bool
+) -> None:
     """RunFailed with estimate, peak and remedies, if the error says that memory ran out."""
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        settings, rows = trainer.settings, trainer.train_dataset.rows
-        checkpointing = bool(trainer.args.gradient_checkpointing)
-        config = trainer.accelerator.unwrap_model(trainer.model).config
         need = estimate(config, settings, largest_batch(rows, settings), checkpointing=checkpointing)
         raise RunFailed(shortage(need, settings)) from error
 

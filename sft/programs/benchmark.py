@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -14,22 +13,18 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
 
-from sft.models.model import lora_layers
 from sft.programs.benchmark_shapes import flops_per_token, matmul_parameters, model_config
-from sft.training.batches import EpochBatches, EpochLoader, join_rows
+from sft.settings import Settings
+from sft.training.arguments import training_arguments
+from sft.training.batches import TrainingRows
 from sft.training.trainer import StagedTrainer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -82,24 +77,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class RandomRows(torch.utils.data.Dataset):
-    """Rows of random tokens, all of one length, every token but the first trained."""
-
-    def __init__(self, number: int, *, seq_len: int, vocabulary: int) -> None:
-        self.number, self.seq_len, self.vocabulary = number, seq_len, vocabulary
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, key: int) -> list[dict[str, Any]]:
-        ids = np.random.default_rng(key).integers(0, self.vocabulary, self.seq_len)
-        labels = ids.copy()
-        labels[0] = -100
-        return [{"position": key % self.number, "input_ids": ids, "labels": labels}]
+def random_rows(count: int, *, seq_len: int, vocabulary: int) -> TrainingRows:
+    """Rows of random tokens, all of one length, every token trained."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (count, seq_len), dtype=np.int32)
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids, "length": [seq_len] * count})
+    return TrainingRows(rows)
 
 
 class StepClock(TrainerCallback):
-    """Seconds of every step; memory is counted from the end of the warm-up."""
+    """Seconds of every step; memory is counted from the end of the warm-up. The last step makes no checkpoint."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup, self.start = warmup, 0.0
@@ -114,87 +100,56 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize()
         self.seconds.append(time.perf_counter() - self.start)
+        control.should_save = False
 
 
-class BenchmarkTrainer(StagedTrainer):
-    """StagedTrainer's step alone: no stage, no evaluation, nothing saved."""
-
-    def __init__(
-        self, model: PreTrainedModel, *, args: SFTConfig, rows: RandomRows, adapter: LoraConfig | None
-    ) -> None:
-        self.rows = rows
-        self.step_rows: list[int] = []
-        self.tokens_seen = 0
-        SFTTrainer.__init__(
-            self,
-            model=model,
-            args=args,
-            data_collator=join_rows,
-            # TRL wants a data set of its own kind at first; StagedTrainer's rows are exchanged afterwards as well.
-            train_dataset=datasets.Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]}),
-            processing_class=_no_tokenizer(),
-            peft_config=adapter,
-        )
-        self.lora_layers = lora_layers(self.model)
-        self.train_dataset = rows  # type: ignore[assignment]  # rows made up on the fly, addressed in the same way
-        self.loss_is_scaled_for_ga = True  # type: ignore[assignment]
-        self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.args.output_dir)
-
-    def get_train_dataloader(self) -> EpochLoader:
-        args = self.args
-        ranks = {"rank": args.process_index, "ranks": args.world_size}
-        batches = EpochBatches(len(self.rows), batch_size=args.per_device_train_batch_size, seed=0, **ranks)
-        return EpochLoader(self.rows, batch_sampler=batches, collate_fn=join_rows)
+def settings_of(name: str, load: Load, folder: Path) -> Settings:
+    """A stage that does this work, with everything else at its default and no rhythm but that of the steps."""
+    return Settings.model_validate(
+        {
+            "stage": 1,
+            "env_dir": folder,
+            "base_model": name,
+            "out_lora_dir": folder / "out",
+            "dtype": load.dtype,
+            "use_lora": load.lora_r > 0,
+            "lora_r": max(load.lora_r, 1),
+            "per_device_train_bs": load.micro_batch,
+            "per_device_eval_bs": load.micro_batch,
+            "grad_accum": load.accumulation,
+            "gradient_checkpointing": str(int(load.checkpointing)),
+            "max_steps": load.warmup + load.steps,
+            "logging_steps": 10**9,
+            "save_steps": 10**9,
+            "report_to": ("none",),
+        }
+    )
 
 
-def _no_tokenizer() -> PreTrainedTokenizerFast:
+def nameless_tokenizer() -> PreTrainedTokenizerFast:
+    """TRL wants one; random rows have no words."""
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
 
 
-def training_arguments(load: Load, folder: Path) -> SFTConfig:
-    """The step's own arguments; no rhythm of evaluating, saving or tracking."""
-    return SFTConfig(
-        output_dir=str(folder),
-        max_steps=load.warmup + load.steps,
-        per_device_train_batch_size=load.micro_batch,
-        gradient_accumulation_steps=load.accumulation,
-        gradient_checkpointing=load.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if load.checkpointing else None,
-        bf16=load.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        optim="adamw_torch_fused",
-        save_strategy="no",
-        logging_steps=10**9,
-        report_to=[],
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
 def measure(name: str, load: Load, folder: Path) -> dict[str, Any]:
     """Train on random rows and return the figures, the same on every rank. `folder` takes a checkpoint and is spent."""
-    config = model_config(name)
+    config, settings = model_config(name), settings_of(name, load, folder)
     config.eos_token_id = config.pad_token_id = 0  # as the stand-in tokenizer has them
     # Before the arguments: from then on ZeRO-3 would share out every model that is made, counted ones too.
     total, active = matmul_parameters(config)
-    args = training_arguments(load, folder)
-    state, dtype = PartialState(), getattr(torch, load.dtype)
-    rate = matrix_rate(state.device, dtype)
+    args = training_arguments(settings, folder, checkpointing=load.checkpointing, evaluated=False, resumed=False)
+    dtype = getattr(torch, load.dtype)
+    rate = matrix_rate(PartialState().device, dtype)
     rows_per_step = load.micro_batch * load.accumulation * args.world_size
-    rows = RandomRows(rows_per_step * args.max_steps, seq_len=load.seq_len, vocabulary=config.vocab_size)
-    adapter = LoraConfig(r=load.lora_r, task_type="CAUSAL_LM", target_modules=TARGETS) if load.lora_r else None
     model = random_model(config, dtype)
-    trainer = BenchmarkTrainer(model, args=args, rows=rows, adapter=adapter)
+    trainer = StagedTrainer(
+        model,
+        args=args,
+        settings=settings,
+        tokenizer=nameless_tokenizer(),
+        rows=random_rows(rows_per_step * args.max_steps, seq_len=load.seq_len, vocabulary=config.vocab_size),
+    )
     clock = StepClock(load.warmup)
     trainer.add_callback(clock)
     trainer.train()
@@ -207,7 +162,7 @@ def measure(name: str, load: Load, folder: Path) -> dict[str, Any]:
     }
     flops = flops_per_token(config, active, trained, seq_len=load.seq_len, full=not load.lora_r)
     figures |= speed(figures, tokens=rows_per_step * load.seq_len, devices=args.world_size, flops=flops)
-    figures |= costs(trainer, load, folder)
+    figures |= costs(trainer, load, folder, vocabulary=config.vocab_size)
     parameters = {"total": total, "active": active, "trained": trained}
     return {"load": asdict(load), "parameters": parameters, "flops_per_token": flops} | figures | conditions(trainer)
 
@@ -223,14 +178,11 @@ def speed(figures: dict[str, Any], *, tokens: int, devices: int, flops: float) -
     }
 
 
-def costs(trainer: BenchmarkTrainer, load: Load, folder: Path) -> dict[str, float]:
+def costs(trainer: StagedTrainer, load: Load, folder: Path, *, vocabulary: int) -> dict[str, float]:
     """Seconds to evaluate a thousand tokens on one device and to save the trained weights, and their size."""
-    batch = trainer._prepare_inputs(join_rows([trainer.rows[row] for row in range(load.micro_batch)]))
-    labels = batch.pop("labels")
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
-    trainer.model_wrapped.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        seconds = list(timed(lambda: trainer.token_losses(trainer.model_wrapped, inputs, labels), times=3))
+    count = load.micro_batch * trainer.args.world_size
+    rows = random_rows(count, seq_len=load.seq_len, vocabulary=vocabulary)
+    seconds = list(timed(lambda: trainer.validation_loss(rows), times=3))
     (saving,) = timed(lambda: trainer.save_model(str(folder / "checkpoint")), times=1)
     trainer.accelerator.wait_for_everyone()
     weights = (folder / "checkpoint").rglob("*.safetensors")
@@ -251,7 +203,7 @@ def timed(call: Any, *, times: int) -> Iterator[float]:
         yield time.perf_counter() - start
 
 
-def conditions(trainer: BenchmarkTrainer) -> dict[str, Any]:
+def conditions(trainer: StagedTrainer) -> dict[str, Any]:
     """Where and with what it was measured."""
     import platform
     from importlib.metadata import version

@@ -19,7 +19,6 @@ from sft.storage import json_files
 if TYPE_CHECKING:
     from sft.data.mixture import Mix
     from sft.stages.stage import Stage
-    from sft.training.trainer import StagedTrainer
 
 
 @contextmanager
@@ -59,29 +58,23 @@ def start_tracking(stage: Stage, mix: Mix) -> Tracker:
     return tracker
 
 
-class MetricsRecord:
-    """Every logged metric: one line in metrics.jsonl, and the same to MLflow."""
+class RunRecord:
+    """What training hands out: every logged metric (a line in metrics.jsonl, and the same to MLflow) and the answers of
+    every evaluation (the first ones shown before and after training, all of them in MLflow's table)."""
 
     def __init__(self, stage: Stage, tracker: Tracker | None) -> None:
         self.stage, self.tracker = stage, tracker
 
-    def take(self, record: dict[str, Any]) -> None:
+    def metrics(self, record: dict[str, Any]) -> None:
         json_files.append_line(self.stage.folder / paths.METRICS, json_files.json_text(record, indent=None))
         if self.tracker:
             self.tracker.log_metrics(record)
             if self.tracker.run_id and self.stage.manifest.get("mlflow_run_id") != self.tracker.run_id:
                 self.stage.update(mlflow_run_id=self.tracker.run_id)  # a killed run goes on in the same one
 
-
-class SampleRecord:
-    """Shows the first answers before training and after it, and keeps all of them in MLflow's table."""
-
-    def __init__(self, stage: Stage, trainer: StagedTrainer, tracker: Tracker | None) -> None:
-        self.stage, self.trainer, self.tracker = stage, trainer, tracker
-
-    def take(self, samples: list[dict[str, Any]], step: int) -> None:
-        state = self.trainer.state
-        if step == 0 or step >= state.max_steps:
+    def samples(self, samples: list[dict[str, Any]], *, step: int, steps: int) -> None:
+        """`step` of `steps`."""
+        if step == 0 or step >= steps:
             when = "before training" if step == 0 else "after training"
             count = self.stage.settings.num_generate_samples
             show_samples(samples, count, f"Sample answers of stage {self.stage.number} {when}")

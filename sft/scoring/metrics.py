@@ -31,3 +31,9 @@ def metric_direction(name: str) -> bool:
     if plain not in NAMES or (plain != name.removeprefix("eval_") and not plain.startswith("gen_")):
         raise ValueError(f"{name} is not a metric that is logged")
     return plain not in _LOWER_IS_BETTER
+
+
+def logged_name(name: str) -> str:
+    """The name under which an evaluation logs a metric that was named with or without "eval_"."""
+    plain = name.removeprefix("eval_")
+    return f"eval_{plain}" if plain in LOSS_METRICS else plain

@@ -42,9 +42,11 @@ def steps_to_schedule(args: TrainingArguments, steps: int) -> dict[str, Any]:
     return {"num_decay_steps": math.ceil(_DECAY_SHARE * steps)} if stable else {}
 
 
-def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool, validated: bool) -> SFTConfig:
-    """The stage's settings as TRL's arguments. Saving, evaluating and tracking happen in `StagedTrainer` and the
-    callbacks, so their own rhythms are off here where ours replace them."""
+def training_arguments(
+    settings: Settings, folder: Path, *, checkpointing: bool, evaluated: bool, resumed: bool
+) -> SFTConfig:
+    """The stage's settings as TRL's arguments. Saving and tracking happen in `StagedTrainer` and the callbacks, so the
+    library's own are off here. `evaluated`: there is something to evaluate on."""
     arguments = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
@@ -59,9 +61,9 @@ def training_arguments(settings: Settings, folder: Path, *, checkpointing: bool,
         data_seed=settings.seed,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if validated else "no",
+        eval_strategy="steps" if evaluated else "no",
         eval_steps=settings.eval_steps,
-        eval_on_start=validated,
+        eval_on_start=evaluated and not resumed,  # a resumed run's step 0 was evaluated by the run before
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=None,

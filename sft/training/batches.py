@@ -16,13 +16,8 @@ from sft.distributed.launch import launched
 if TYPE_CHECKING:
     import datasets
 
-    from sft.settings import Settings
-
-
-if TYPE_CHECKING:
-    import datasets
-
     from sft.data.masked_loss.edge_mask import EdgeMask
+    from sft.settings import Settings
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -186,7 +181,11 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader whose batches follow the epoch: the Trainer calls `set_epoch`."""
+    """A DataLoader whose batches follow the epoch: the Trainer calls `set_epoch`. It seeds its workers, which draw
+    nothing, from a generator of its own: the random state at the end of a step is that at the start of the next."""
+
+    def __init__(self, rows: TrainingRows, **keywords: Any) -> None:
+        super().__init__(rows, generator=torch.Generator(), **keywords)
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from sft.training.trainer import StagedTrainer
-if TYPE_CHECKING:
-    from sft.training.trainer import StagedTrainer
 
 
 class AtStart(TrainerCallback):
@@ -26,34 +21,33 @@ class AtStart(TrainerCallback):
 
 
 class Metrics(TrainerCallback):
-    """Hands every metric that is logged to `on_metrics`: metrics.jsonl, the source of tracking and report alike."""
+    """Hands every metric that is logged to `record`, on the main process alone: the one door from training to
+    metrics.jsonl, the tracker and the report. Adds the tokens trained on and the speed."""
 
-    def __init__(self, trainer: StagedTrainer) -> None:
-        self.trainer = trainer
-        self.last: tuple[float, int] | None = None
+    def __init__(self, record: Callable[[dict[str, Any]], None]) -> None:
+        self.record = record
+        self.last = (time.monotonic(), 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.last = (time.monotonic(), self.trainer.tokens_seen)
+        self.last = (time.monotonic(), state.num_input_tokens_seen)
 
-    def throughput(self) -> float:
-        """Tokens per second of all ranks since the last training log, evaluations in between included."""
-        now, tokens = time.monotonic(), self.trainer.tokens_seen
-        then, before = self.last or (now, tokens)
+    def throughput(self, tokens: int) -> float:
+        """Tokens per second of all ranks since the last training log, evaluations in between left out."""
+        now, (then, before) = time.monotonic(), self.last
         self.last = (now, tokens)
         return (tokens - before) / max(now - then, 1e-9)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation's time is not training time."""
-        self.last = (time.monotonic(), self.trainer.tokens_seen)
+        self.last = (time.monotonic(), state.num_input_tokens_seen)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
         if "loss" in logs:
-            logs["tokens"] = self.trainer.tokens_seen
-            logs["tokens_per_second"] = round(self.throughput(), 1)
-        record = {"step": state.global_step, "time": round(time.time(), 3)} | logs
-        self.trainer.on_metrics(record)
+            logs["tokens"] = state.num_input_tokens_seen
+            logs["tokens_per_second"] = round(self.throughput(logs["tokens"]), 1)
+        self.record({"step": state.global_step, "time": round(time.time(), 3)} | logs)
 
 
 def metric_line(step: int, logs: dict[str, float], total: int) -> str:
@@ -71,8 +65,7 @@ def metric_line(step: int, logs: dict[str, float], total: int) -> str:
 class Readable(TrainerCallback):
     """A progress bar and one line per log, on the main process."""
 
-    def __init__(self, trainer: StagedTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self) -> None:
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from sft.stages import paths
 from sft.storage import atomic, json_files, seals
 
 if TYPE_CHECKING:
-    from sft.training.trainer import StagedTrainer
+    from transformers import TrainingArguments
+
+    from sft.settings import Settings
 
 # Where the ranks write before a folder gets its name.
 STAGING = ".saving"
@@ -67,11 +69,10 @@ def serializable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def training_config(trainer: StagedTrainer) -> dict[str, Any]:
-    """training_config.json: model_name, training_args, lora_config, bnb_config; tokens left out."""
-    settings = trainer.settings
-    adapter = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
-    arguments = {name: value for name, value in trainer.args.to_dict().items() if "token" not in name or "num" in name}
+def training_config(settings: Settings, args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]:
+    """training_config.json: model_name, training_args, lora_config, bnb_config; tokens left out. `model`: unwrapped."""
+    adapter = getattr(model, "peft_config", {}).get("default")
+    arguments = {name: value for name, value in args.to_dict().items() if "token" not in name or "num" in name}
     return serializable(
         {
             "model_name": settings.base_model,
@@ -82,37 +83,35 @@ def training_config(trainer: StagedTrainer) -> dict[str, Any]:
                 "load_in_8bit": settings.load_in_8bit,
                 "bnb_4bit_use_double_quant": settings.bnb_4bit_use_double_quant,
                 "bnb_4bit_quant_type": settings.bnb_4bit_quant_type,
-                "bnb_4bit_compute_dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+                "bnb_4bit_compute_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             },
         }
     )
 
 
-def best_model_record(trainer: StagedTrainer, metrics: dict[str, float]) -> dict[str, Any]:
+def best_model_record(metrics: dict[str, float], name: str, value: float, step: int) -> dict[str, Any]:
     """best_model_info.json."""
-    step = trainer.state.global_step
-    return serializable(
-        {
-            "best_metric": metrics[trainer.rhythm.metric],
-            "best_metric_name": trainer.settings.metric_for_best,
-            "best_model_checkpoint": paths.checkpoint_name(step),
-            "best_perplexity": metrics.get("eval_perplexity"),
-            "step": step,
-        }
-    )
+    return {
+        "best_metric": value,
+        "best_metric_name": name,
+        "best_model_checkpoint": paths.checkpoint_name(step),
+        "best_perplexity": metrics.get("eval_perplexity"),
+        "step": step,
+    }
 
 
-def write_result(trainer: StagedTrainer, folder: Path) -> None:
-    """Puts the final adapter (or model) and tokenizer into `folder`, each file whole; all ranks call it together."""
+def write_result(folder: Path, save_model: Callable[..., None], config: dict[str, Any], *, main: bool) -> None:
+    """Puts the final adapter (or model), tokenizer and `config` into `folder`, each file whole; all ranks call it
+    together. `save_model`: the trainer's."""
     result = folder / ".result"
-    with published_together(result, main=trainer.args.should_save) as aside:
-        trainer.save_model(str(aside), _internal_call=True)
-    if trainer.args.should_save:
+    with published_together(result, main=main) as aside:
+        save_model(str(aside), _internal_call=True)
+    if main:
         # The weights come last: whoever finds them finds the rest as well.
         for path in sorted(result.iterdir(), key=lambda p: p.suffix == ".safetensors"):
             path.replace(folder / path.name)
         result.rmdir()
-        json_files.write_json(folder / paths.TRAINING_CONFIG, training_config(trainer))
+        json_files.write_json(folder / paths.TRAINING_CONFIG, config)
         atomic.sync(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +16,41 @@ from trl import SFTTrainer
 from sft.distributed.signals import follow_parent
 from sft.models.attention import confine_rows
 from sft.models.experts import route_experts
-from sft.models.model import adapter_config, answering, casts_left_to_autocast, lora_layers, preserved_random_state
+from sft.models.model import (
+    RandomState,
+    adapter_config,
+    answering,
+    casts_left_to_autocast,
+    lora_layers,
+    preserved_random_state,
+)
 from sft.stages import paths
-from sft.stages.checkpoints import rotate
+from sft.stages.checkpoints import metrics_mark, rotate
 from sft.storage import json_files
 from sft.training.arguments import reduce_in_float32, steps_to_schedule
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, blocks_of, join_rows, packs_of
+from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, blocks_of, join_rows
 from sft.training.callbacks import StageRhythm
 from sft.training.loss import LossScale, finite_norm, require_finite, token_cross_entropy
-from sft.training.progress import Metrics, Readable
+from sft.training.progress import AtStart
 from sft.training.results import STAGING, best_model_record, published_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTConfig
 
-    from sft.data.masked_loss.edge_mask import EdgeMask
-    from sft.data.mixture import Mix
-    from sft.evaluation.generation_evaluation import GenerationEvaluation
-    from sft.stages.stage import Stage
+    from sft.settings import Settings
+
+# (model, accelerator, the trainer's state, what to call between batches) -> metrics beside the loss
+Measure = Callable[[Any, Any, Any, Callable[[], None]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """What the micro-batches of a step change before its optimizer step: random states, loss and tokens counted."""
+
+    random: RandomState
+    loss: torch.Tensor
+    tokens: int
 
 
 class StagedTrainer(SFTTrainer):
@@ -43,6 +60,10 @@ class StagedTrainer(SFTTrainer):
     sum over trained tokens (times their weight) divided by the trained tokens of the whole global batch; only the
     positions that predict a trained token go through the output head; checkpoints appear complete or not at all;
     evaluation is exact over tokens and ranks; a non-finite gradient stops the run before the optimizer step.
+
+    Args:
+        rows, val_rows: what is trained on and what the loss is measured on, if anything.
+        measure: what an evaluation measures beside the loss.
     """
 
     model: torch.nn.Module
@@ -53,45 +74,39 @@ class StagedTrainer(SFTTrainer):
         self,
         model: PreTrainedModel,
         *,
-        stage: Stage,
         args: SFTConfig,
+        settings: Settings,
         tokenizer: PreTrainedTokenizerBase,
-        mix: Mix,
-        edge_mask: EdgeMask | None = None,
-        generation: GenerationEvaluation | None = None,
+        rows: TrainingRows,
+        val_rows: TrainingRows | None = None,
+        measure: Measure | None = None,
     ) -> None:
-        self.stage, self.settings = stage, stage.settings
-        self.generation = generation
-        self.on_metrics: Callable[[dict[str, Any]], None] = lambda record: None
+        self.settings, self.folder = settings, Path(str(args.output_dir))
+        self.measure = measure
         self.step_rows: list[int] = []
-        self.tokens_seen = self.tokens_before_step = 0  # by all ranks
         self.step_rate: float | None = None
-        confine_rows(model, stage.settings)
-        train, val = mix.train, mix.val
+        self.step_start: StepStart | None = None
+        confine_rows(model, settings)
         super().__init__(
             model=model,
             args=args,
             data_collator=join_rows,
-            train_dataset=train,
-            eval_dataset=val if len(val) else None,
+            train_dataset=rows.rows,
+            eval_dataset=val_rows.rows if val_rows else None,
             processing_class=tokenizer,
-            peft_config=adapter_config(model, stage.settings),
+            peft_config=adapter_config(model, settings),
         )
         reduce_in_float32(self.accelerator)
         self.loss_scale = LossScale()
         self.unrouted = route_experts(self.model)
         self.lora_layers = lora_layers(self.model)
-        packs = packs_of(train, self.settings)
-        self.train_dataset = TrainingRows(train, packs=packs, edge_mask=edge_mask, mode=self.settings.masked_loss_mode)
-        self.val_rows = TrainingRows(val)
+        self.train_dataset, self.val_rows = rows, val_rows
         self.loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared as None, meant as a switch
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self.rhythm = StageRhythm(self)
+        self.rhythm = StageRhythm(settings.metric_for_best, settings.early_stopping_patience)
         self.add_callback(self.rhythm)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(Metrics(self))
-        self.add_callback(Readable(self))
 
     # Batches
 
@@ -121,14 +136,14 @@ class StagedTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Trained tokens of the whole global batch (under a masked loss: their expected number)."""
+        self.step_start = StepStart(RandomState.now(), self._tr_loss.clone(), self.state.num_input_tokens_seen)
         self.step_rows = [row for batch in batch_samples for row in batch["rows"] if row >= 0]
         self.step_rate = super()._get_learning_rate() if self.is_deepspeed_enabled else None
         tokens = sum(batch["input_ids"].shape[1] for batch in batch_samples if batch["rows"][0] >= 0)
         totals = torch.tensor([float(sum(batch["num_items"] for batch in batch_samples)), tokens], device=device)
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
-        self.tokens_before_step = self.tokens_seen
-        self.tokens_seen += int(totals[1].item())
+        self.state.num_input_tokens_seen += int(totals[1].item())
         return totals[0]
 
     def _get_learning_rate(self) -> float:
@@ -197,16 +212,16 @@ class StagedTrainer(SFTTrainer):
 
     # Evaluation
 
-    def validation_loss(self) -> float:
-        """Mean loss per trained token over all validation rows, the same whatever the number of ranks."""
+    def validation_loss(self, rows: TrainingRows) -> float:
+        """Mean loss per trained token over all the rows, the same whatever the number of ranks."""
         size, ranks, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         model = self.model_wrapped
         sums = torch.zeros(2, dtype=torch.float64)
         with answering(model):
-            for start in range(0, len(self.val_rows), size * ranks):
+            for start in range(0, len(rows), size * ranks):
                 self.rhythm.raise_if_stopped()
-                mine = range(start + rank * size, min(start + (rank + 1) * size, len(self.val_rows)))
-                batch = self._prepare_inputs(join_rows([self.val_rows[row] for row in mine]))
+                mine = range(start + rank * size, min(start + (rank + 1) * size, len(rows)))
+                batch = self._prepare_inputs(join_rows([rows[row] for row in mine]))
                 labels = batch.pop("labels")
                 batch = {name: batch[name] for name in ("input_ids", "position_ids")}
                 with self.compute_loss_context_manager():
@@ -217,23 +232,20 @@ class StagedTrainer(SFTTrainer):
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Loss and perplexity on the validation rows, then the generation evaluation; never shifts random state."""
+        """Loss and perplexity on the validation rows, then what `measure` finds; never shifts random state. Keeps the
+        best model whenever an evaluation improves on it, whatever the rhythm of saving."""
+        metrics: dict[str, float] = {}
         with preserved_random_state():
-            loss = self.validation_loss()
-            metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-            if self.generation is not None:
-                step, check = self.state.global_step, self.rhythm.raise_if_stopped
-                metrics |= self.generation.run(self.model, self.accelerator, step=step, interrupted=check)
+            if self.val_rows:
+                loss = self.validation_loss(self.val_rows)
+                metrics |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+            if self.measure:
+                metrics |= self.measure(self.model, self.accelerator, self.state, self.rhythm.raise_if_stopped)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Keeps the best model whenever an evaluation improves on it, whatever the rhythm of saving."""
-        improved = self.rhythm.improved(metrics)
-        if improved:
+        if self.rhythm.improved:
             self.save_best(metrics)
-        return improved
+        return metrics
 
     # Saving and stopping
 
@@ -247,6 +259,23 @@ class StagedTrainer(SFTTrainer):
             backend.no_truncation()
         super().save_model(output_dir, _internal_call=_internal_call)
 
+    def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:  # type: ignore[override]
+        """As the Trainer does; a resumed run takes up what the checkpoint knows and the Trainer does not."""
+        if resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            self.rhythm.restore(checkpoint)
+            self.add_callback(AtStart(lambda model: self.take_up(checkpoint)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """The loss since the last log, and an evaluation that was cut off."""
+        record = json_files.read_json(checkpoint / paths.RHYTHM)
+        losses, here = record["loss_since_logged"], self.args.process_index
+        self._tr_loss.fill_(losses[here] if len(losses) == self.args.world_size else sum(losses) / len(losses))
+        self._globalstep_last_logged = record["last_logged_step"]
+        if self.rhythm.evaluation_due:
+            self.evaluate()
+
     def _run_epoch(self, **keywords: Any) -> None:  # type: ignore[override]  # by keyword alone
         """A run resumed after its last step has nothing left to train; the Trainer would take one step more."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
@@ -255,32 +284,44 @@ class StagedTrainer(SFTTrainer):
         super()._run_epoch(**keywords)
 
     def save_after_stop(self) -> None:
-        """A checkpoint of the last finished step when a stop signal cut off the evaluation that follows it."""
-        if self.state.global_step > 0 and not (self.stage.folder / f"checkpoint-{self.state.global_step}").exists():
+        """A checkpoint of the last finished step when a stop signal cut off the evaluation that follows it, or the
+        step after it: of that one nothing stays but its gradients, which nobody saves."""
+        if self.rhythm.step_given_up and self.step_start:
+            self.step_start.random.restore()
+            self._tr_loss.copy_(self.step_start.loss)
+            self.state.num_input_tokens_seen = self.step_start.tokens
+        if self.state.global_step > 0 and not (self.folder / paths.checkpoint_name(self.state.global_step)).exists():
             self._save_checkpoint(self.model_wrapped, None)
 
     def save_best(self, metrics: dict[str, float]) -> None:
         """best_model/: adapter, model configuration, tokenizer and best_model_info.json."""
         main = self.args.should_save
-        with published_together(self.stage.folder / paths.BEST_MODEL, main=main) as folder:
+        with published_together(self.folder / paths.BEST_MODEL, main=main) as folder:
             self.save_model(str(folder), _internal_call=True)
             if main:
                 self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
-                json_files.write_json(folder / paths.BEST_RECORD, best_model_record(self, metrics))
+                record = best_model_record(
+                    metrics, self.settings.metric_for_best, metrics[self.rhythm.metric], self.state.global_step
+                )
+                json_files.write_json(folder / paths.BEST_RECORD, record)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer's own code puts `checkpoint-<step>`: aside."""
-        return str(self.stage.folder / STAGING)
+        return str(self.folder / STAGING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, written aside, sealed with checksums and renamed; old ones removed afterwards."""
-        name = f"checkpoint-{self.state.global_step}"
+        name = paths.checkpoint_name(self.state.global_step)
         main = self.args.should_save
-        with published_together(self.stage.folder / name, main=main, sealed=True) as folder:
+        with published_together(self.folder / name, main=main, sealed=True) as folder:
             super()._save_checkpoint(model, trial)
-            self.rhythm.save(folder)
+            losses = self.accelerator.gather(self._tr_loss.detach().reshape(1).to(self.args.device)).tolist()
+            logged = {"loss_since_logged": losses, "last_logged_step": self._globalstep_last_logged}
+            if main:
+                mark = metrics_mark(self.folder / paths.METRICS)
+                json_files.write_json(folder / paths.RHYTHM, self.rhythm.record() | logged | mark)
         if main:
-            rotate(self.stage.folder, keep=self.settings.save_total_limit)
+            rotate(self.folder, keep=self.settings.save_total_limit)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the report of the stage says more."""
