@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sft.scoring.extraction import DEFAULT_FIELDS, flatten_persons, parse_object, score_rows
+from sft.scoring.extraction import flatten_persons, parse_object, score_rows
+from sft.scoring.metrics import EXTRACTION_FIELDS
 from sft.scoring.score import score
 
 
@@ -134,7 +135,7 @@ def test_some_of_document_001_s_fields():
     """A shorter list of its fields compares those, with the same reading of persons; all of them is the default."""
     pairs = [(answer(offender("山田", age=1)), answer(offender("山田", age=2)))]
     assert score_rows(pairs, fields=["person_name"])[0][0]["score"] == 1.0
-    assert score_rows(pairs, fields=DEFAULT_FIELDS) == score_rows(pairs)
+    assert score_rows(pairs, fields=EXTRACTION_FIELDS) == score_rows(pairs)
 
 
 def test_through_the_common_entry():

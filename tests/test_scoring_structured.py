@@ -7,7 +7,8 @@ import pytest
 
 from sft.scoring.formats import read
 from sft.scoring.score import score
-from sft.scoring.structured import aggregate, path_exists, score_answer, target_format
+from sft.scoring.structeval import path_exists
+from sft.scoring.structured import aggregate, score_answer, target_format
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -69,7 +70,6 @@ def test_formats_are_read_by_their_own_rules(payload, output_format, value):
         ("<r>&nbsp;</r>", "xml", "not XML: <unknown>:1:3: undefined entity"),
         ('<!DOCTYPE r SYSTEM "file:///etc/passwd"><r/>', "xml", "not XML: DTDForbidden"),
         ("a\n1\n2", "csv", "CSV of a single column"),
-        ("a,b", "csv", "CSV without a row below its header"),
         ("a,b\n1,2,3", "csv", "CSV rows of unequal width"),
         ('a,b\n"1,2', "csv", "CSV rows of unequal width"),
         ('a,b\n1,"2', "csv", "not CSV: unexpected end of data"),
@@ -139,7 +139,7 @@ def test_csv_and_xml_paths():
 def test_scores_with_key_paths():
     """0.2 for parsing and 0.8 for the share of paths, rounded to two places for each answer: 1 of 3 paths is 0.47."""
     result = score_answer('```json\n{"a": {"b": 1}}\n```', "json", paths=["a.b", "a.c", "d"])
-    assert result == (True, False, 1 / 3, None, None, 0.47, 0.47, "")
+    assert result == (True, False, 1 / 3, None, None, 0.47, 0.47, "", True, ("fence", "wrong key"))
     assert score_answer('{"a": {"b": 1}}', "json", paths=["a.b"])[:6] == (True, True, 1.0, None, None, 1.0)
     assert score_answer("{'a': 1}", "json", paths=["a"])[:7] == (False, False, 0.0, None, None, 0.0, 0.0)
 

@@ -15,7 +15,8 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.evaluation.generation_evaluation import GenerationEvaluation
 from sft.models.model import load_model
-from sft.scoring.forgetting import MARGIN, drops, stage_number
+from sft.scoring.forgetting import drops, stage_number
+from sft.scoring.metrics import FORGETTING_MARGIN
 from sft.stages import paths
 from sft.stages.manifest import is_intact, read_manifest, with_digest
 from sft.storage import json_files
@@ -142,7 +143,7 @@ def _previous_table(stage: Stage) -> dict[str, dict[str, TaskScores]]:
     return {}
 
 
-def _record(table: dict[str, dict[str, TaskScores]], margin: float = MARGIN) -> dict[str, Any]:
+def _record(table: dict[str, dict[str, TaskScores]], margin: float = FORGETTING_MARGIN) -> dict[str, Any]:
     models = sorted(table, key=stage_number)
     tasks = sorted({name for scores in table.values() for name in scores}, key=stage_number)
     matrix = {

@@ -21,6 +21,7 @@ from sft.reporting.facts import ladder_facts, stage_facts
 from sft.reporting.scores import recorded_matrix
 from sft.reporting.text import aligned, duration, figure, language, plain, score, signed
 from sft.scoring import forgetting
+from sft.scoring.metrics import FORGETTING_MARGIN
 from sft.stages import paths
 from sft.storage.atomic import write_text
 from sft.storage.json_files import Facts, read_object, write_json
@@ -69,7 +70,7 @@ def forgetting_table(manifest: Mapping[str, Any]) -> str:
     matrix = recorded_matrix(dict(manifest))
     if not matrix:
         return ""
-    found = forgetting.drops(matrix, matrix.get("margin", forgetting.MARGIN))
+    found = forgetting.drops(matrix, matrix.get("margin", FORGETTING_MARGIN))
     lost = {(drop.model, drop.tasks) for drop in found}
     rows = [["model", *(f"{tasks} tasks" for tasks in matrix["tasks"])]]
     for model in matrix["models"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sft.reporting.text import short
 from sft.scoring import forgetting
+from sft.scoring.metrics import FORGETTING_MARGIN
 from sft.stages import paths
 from sft.storage.json_files import Facts, is_number, read_lines, read_object
 
@@ -98,7 +99,7 @@ def matrix_facts(matrix: Facts | None) -> Facts | None:
     """The forgetting matrix as rows of cells, with the drops beyond the margin and their sentences."""
     if not matrix:
         return None
-    margin = matrix.get("margin", forgetting.MARGIN)
+    margin = matrix.get("margin", FORGETTING_MARGIN)
     found = forgetting.drops(matrix, margin)
     lost = {(drop.model, drop.tasks): drop for drop in found}
     rows = [

@@ -14,8 +14,7 @@ from sft.scoring.payload import DEFAULT_MARKERS, MAX_ANSWER, extract_payload
 
 Edge = tuple[str, str]
 
-# The arrow that sft.data.masked_loss.units counts edges by: white space or a line end on both sides.
-_ARROW = re.compile(r"(?<!\S)->(?!\S)")
+ARROW = re.compile(r"(?<!\S)->(?!\S)")  # white space or a line end on both sides
 
 
 def looks_like_paths(reference: str) -> bool:
@@ -29,7 +28,7 @@ def read_paths(answer: str, markers: Sequence[str] = DEFAULT_MARKERS) -> list[li
     if len(answer) > MAX_ANSWER:
         return []
     lines = extract_payload(answer, markers).split("\n")
-    return [[name.strip() for name in _ARROW.split(line)] for line in lines if line.strip()]
+    return [[name.strip() for name in ARROW.split(line)] for line in lines if line.strip()]
 
 
 def path_edges(paths: Sequence[Sequence[str]]) -> set[Edge]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sft.scoring.formats import check_size
+from sft.scoring.metrics import EXTRACTION_FIELDS
 from sft.scoring.payload import MAX_ANSWER, without_thinking
 
 # Flat field -> key of a person. "occured" is spelt as in document 001.
@@ -22,7 +23,6 @@ _PERSON_KEYS = {
     "person_violated_law": "act",
 }
 _LIST_KEYS = ("occured_locations", "police_departments")
-DEFAULT_FIELDS = (*_PERSON_KEYS, *_LIST_KEYS)
 
 
 def parse_object(answer: str) -> dict[str, Any] | None:
@@ -74,8 +74,8 @@ def score_rows(
     Returns one dict a pair (`score`: share of equal fields; None where the reference does not parse, which leaves the
     pair out of every metric) and the metrics of all pairs, {} when no reference parses.
     """
-    names = tuple(fields) or DEFAULT_FIELDS
-    persons = set(names) <= set(DEFAULT_FIELDS)
+    names = tuple(fields) or EXTRACTION_FIELDS
+    persons = set(names) <= set(EXTRACTION_FIELDS)
     schema = _persons_schema(names, require_act=require_act) if persons else _flat_schema(names)
     rows = [_score_row(parse_object(answer), parse_object(reference), schema) for answer, reference in pairs]
     judged = [row for row in rows if row["score"] is not None]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-FORMATS = ("json", "yaml", "toml", "xml", "csv")
-# Scores of 64 sampled answers move by about 0.03 between equally good models; less than this is not a loss.
-MARGIN = 0.05
+from sft.scoring.formats import FORMATS
+from sft.scoring.metrics import FORGETTING_MARGIN
+
 NAMED = 6  # task keys in a sentence, the rest are counted
 
 
@@ -55,7 +55,7 @@ def _is_score(score: Any) -> bool:
     return isinstance(score, int | float) and math.isfinite(score)
 
 
-def drops(matrix: Mapping[str, Any], margin: float = MARGIN) -> list[Drop]:
+def drops(matrix: Mapping[str, Any], margin: float = FORGETTING_MARGIN) -> list[Drop]:
     """Every model's losses on stages before its own, against the best earlier model that had learnt them."""
     found = (_drop(matrix, model, tasks) for model in matrix["models"] for tasks in matrix["tasks"])
     return [drop for drop in found if drop and drop.before - drop.after > margin]

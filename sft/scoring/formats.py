@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from xml.sax import SAXException
 from xml.sax.handler import ContentHandler
@@ -31,7 +31,7 @@ MAX_YAML = MAX_PAYLOAD if yaml.__with_libyaml__ else 5_000
 
 # Beside their own errors the parsers let these through: tomllib and json a ValueError for 5,000 digits, PyYAML an
 # AttributeError for `!!timestamp x`, a KeyError for `!!bool x`, an OverflowError for a date before year 1.
-_PARSER_ERRORS = (
+PARSER_ERRORS = (
     ValueError,
     LookupError,
     AttributeError,
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
     note: str
 
 
-class _TooLarge(ValueError):
+class TooLarge(ValueError):
     """The payload is over one of the limits above."""
 
 
@@ -60,8 +60,8 @@ def read(payload: str, output_format: str) -> Reading:
     """Parse a payload as one of FORMATS; never raises for any text.
 
     Strict means a non-empty mapping or list (prose is a YAML scalar, `7` is JSON), no NaN or Infinity in JSON, and for
-    CSV at least two columns, one row below the header, and rows of equal width. Of duplicate keys the last one counts
-    where the parser allows them (JSON, YAML), as in StructEval; TOML and XML (attributes) refuse them.
+    CSV at least two columns and rows as wide as the header, which may stand alone. Of duplicate keys the last one
+    counts where the parser allows them (JSON, YAML), as in StructEval; TOML and XML (attributes) refuse them.
     """
     if len(payload) > MAX_PAYLOAD:
         return Reading(None, False, f"longer than {MAX_PAYLOAD:,} characters")
@@ -73,17 +73,8 @@ def read(payload: str, output_format: str) -> Reading:
         check_size(value)
     except RecursionError:
         return Reading(None, False, f"nested deeper than {MAX_DEPTH} levels")
-    except (
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        OverflowError,
-        yaml.YAMLError,
-        SAXException,
-        csv.Error,
-    ) as e:
-        return Reading(None, False, _first_line(e, output_format))
+    except PARSER_ERRORS as error:
+        return Reading(None, False, _first_line(error, output_format))
     if not complaint and not isinstance(value, dict | list):
         complaint = f"a single value, not a {output_format.upper()} structure"
     if not complaint and not value:
@@ -93,7 +84,7 @@ def read(payload: str, output_format: str) -> Reading:
 
 def _first_line(error: Exception, output_format: str) -> str:
     reason = " ".join(str(error).split())[:120]
-    return reason if isinstance(error, _TooLarge) else f"not {output_format.upper()}: {reason}"
+    return reason if isinstance(error, TooLarge) else f"not {output_format.upper()}: {reason}"
 
 
 def check_size(value: Any) -> None:
@@ -107,10 +98,10 @@ def check_size(value: Any) -> None:
             elif isinstance(node, list | tuple | set):
                 children.extend(node)
             if nodes + len(children) > MAX_NODES:
-                raise _TooLarge(f"more than {MAX_NODES:,} values")
+                raise TooLarge(f"more than {MAX_NODES:,} values")
         nodes, level, depth = nodes + len(children), children, depth + 1
         if depth > MAX_DEPTH + 1:
-            raise _TooLarge(f"nested deeper than {MAX_DEPTH} levels")
+            raise TooLarge(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _read_json(text: str) -> tuple[Any, str]:
@@ -123,30 +114,40 @@ class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignor
     """The safe loader with short numbers only."""
 
 
+class PlainYamlLoader(yaml.SafeLoader):
+    """The same in pure Python, which takes a few texts otherwise than libyaml does; StructEval uses it."""
+
+
 def _short_number(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def checked(loader: Any, node: Any) -> Any:
         if len(node.value) > MAX_NUMBER:
-            raise _TooLarge(f"a number of more than {MAX_NUMBER:,} characters")
+            raise TooLarge(f"a number of more than {MAX_NUMBER:,} characters")
         return construct(loader, node)
 
     return checked
 
 
-_YamlLoader.add_constructor("tag:yaml.org,2002:int", _short_number(yaml.SafeLoader.construct_yaml_int))
-_YamlLoader.add_constructor("tag:yaml.org,2002:float", _short_number(yaml.SafeLoader.construct_yaml_float))
+for _loader in (_YamlLoader, PlainYamlLoader):
+    _loader.add_constructor("tag:yaml.org,2002:int", _short_number(yaml.SafeLoader.construct_yaml_int))
+    _loader.add_constructor("tag:yaml.org,2002:float", _short_number(yaml.SafeLoader.construct_yaml_float))
 
 
 def _read_yaml(text: str) -> tuple[Any, str]:
     if len(text) > MAX_YAML:
-        raise _TooLarge(f"longer than {MAX_YAML:,} characters")
-    _check_yaml_events(text)
-    return yaml.load(text, Loader=_YamlLoader), ""
+        raise TooLarge(f"longer than {MAX_YAML:,} characters")
+    return load_yaml(text, _YamlLoader), ""
 
 
-def _check_yaml_events(text: str) -> None:
+def load_yaml(text: str, loader: Any) -> Any:
+    """The document, by a safe loader of PyYAML. Raises TooLarge beyond the limits, and PARSER_ERRORS."""
+    _check_yaml_events(text, loader)
+    return yaml.load(text, Loader=loader)
+
+
+def _check_yaml_events(text: str, loader: Any) -> None:
     """Limits that must hold before the document is composed, which is where the C loader overflows its stack."""
     depth = aliases = count = 0
-    for count, event in enumerate(yaml.parse(text, Loader=_YamlLoader)):
+    for count, event in enumerate(yaml.parse(text, Loader=loader)):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -154,20 +155,20 @@ def _check_yaml_events(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
         if depth > MAX_DEPTH:
-            raise _TooLarge(f"nested deeper than {MAX_DEPTH} levels")
+            raise TooLarge(f"nested deeper than {MAX_DEPTH} levels")
         if aliases > MAX_ALIASES:
-            raise _TooLarge(f"more than {MAX_ALIASES} aliases")
+            raise TooLarge(f"more than {MAX_ALIASES} aliases")
         if count > 2 * MAX_NODES:
-            raise _TooLarge(f"more than {MAX_NODES:,} values")
+            raise TooLarge(f"more than {MAX_NODES:,} values")
     if ("<<" in text or "merge" in text) and count * 3 ** (aliases / 3) > MAX_MERGED:
-        raise _TooLarge("merge keys that may grow without bound")
+        raise TooLarge("merge keys that may grow without bound")
 
 
 def _read_toml(text: str) -> tuple[Any, str]:
     # Dots before the first `=` are parts of a key, and tomllib is quadratic in those; numbers and texts may have more.
     keys = (line.partition("=")[0] for line in text.split("\n"))
     if any(key.count(".") > MAX_DEPTH for key in keys) or any(line.count(".") > MAX_DOTS for line in text.split("\n")):
-        raise _TooLarge(f"a key of more than {MAX_DEPTH} parts, or a line with more than {MAX_DOTS} dots")
+        raise TooLarge(f"a key of more than {MAX_DEPTH} parts, or a line with more than {MAX_DOTS} dots")
     return tomllib.loads(text), ""
 
 
@@ -200,13 +201,19 @@ class _XmlContent(ContentHandler):
 
 
 def _read_xml(text: str) -> tuple[Any, str]:
+    return load_xml(text.lstrip(), doctype=False), ""
+
+
+def load_xml(text: str, *, doctype: bool) -> dict[str, Any]:
+    """The document as the xmltodict package has it. `doctype` allows a document type without entities, whose outside
+    parts are never fetched. Raises PARSER_ERRORS."""
     content = _XmlContent()
-    parser = create_parser(forbid_dtd=True, forbid_entities=True, forbid_external=True)
+    parser = create_parser(forbid_dtd=not doctype, forbid_entities=True, forbid_external=not doctype)
     parser.setContentHandler(content)
     source = InputSource()
-    source.setCharacterStream(io.StringIO(text.lstrip()))
+    source.setCharacterStream(io.StringIO(text))
     parser.parse(source)
-    return content.document, ""
+    return content.document
 
 
 def _read_csv(text: str) -> tuple[Any, str]:
@@ -218,8 +225,6 @@ def _read_csv(text: str) -> tuple[Any, str]:
 
 
 def _csv_complaint(text: str, rows: list[list[str]]) -> str:
-    if len(rows) < 2:
-        return "CSV without a row below its header"
     if len(rows[0]) < 2:
         return "CSV of a single column"
     if len({len(row) for row in rows}) > 1:
@@ -239,3 +244,50 @@ _READERS: dict[str, Callable[[str], tuple[Any, str]]] = {
     "xml": _read_xml,
     "csv": _read_csv,
 }
+
+
+# Answers in another format than the one asked for ---------------------------------------------------------------------
+
+
+def other_format(payload: str, output_format: str) -> str | None:
+    """The format a payload is written in instead of the one asked for; None where it is in that one, or in none.
+
+    YAML's parser takes nearly all JSON and CSV's any text with a comma, so that parsing alone says nothing there.
+    """
+    if len(payload) > MAX_PAYLOAD:
+        return None
+    if output_format != "csv" and read(payload, output_format).strict:
+        return "json" if output_format == "yaml" and _is_json_like(payload) else None
+    return next((name for name in FORMATS if name != output_format and _reads_as(payload, name)), None)
+
+
+def _reads_as(payload: str, name: str) -> bool:
+    reading = read(payload, name)
+    if name == "yaml":
+        return reading.strict and not _is_json_like(payload)
+    return reading.strict and (name != "csv" or len(reading.value["csv_rows"]) > 1)
+
+
+def _is_json_like(payload: str) -> bool:
+    """Whether a text that YAML takes is JSON, at most with slips YAML forgives (a comma too many, single quotes)."""
+    if read(payload, "json").strict:
+        return True
+    root = yaml.compose(payload, Loader=_YamlLoader)
+    if not isinstance(root, yaml.CollectionNode) or not root.flow_style:
+        return False
+    keys = [key for node in _yaml_nodes(root) if isinstance(node, yaml.MappingNode) for key, _ in node.value]
+    return bool(keys) and all(getattr(key, "style", None) in ("'", '"') for key in keys)
+
+
+def _yaml_nodes(root: yaml.Node) -> Iterator[yaml.Node]:
+    """Every node once, however often it is used."""
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            if isinstance(node, yaml.MappingNode):
+                waiting += [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                waiting += node.value

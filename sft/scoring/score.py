@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft.scoring import edges, extraction, structured
+from sft.scoring.faults import faults_of_extraction
 from sft.scoring.payload import DEFAULT_MARKERS
 
 KINDS = ("none", "samples", "structured", "extraction")
@@ -21,14 +22,17 @@ def score(
 ) -> _Scored:
     """Score rows of `answer`, `reference` and, optional, `task` (the task key) and `paths` (StructEval's key paths).
 
-    Returns one dict a row, in order, with at least `score`, within [0, 1] or None where the kind does not judge the
-    row; and the metrics. Every kind that judges gives `gen_score` (mean of the rows' scores, also per task) and
+    A row's `cut` says that its answer ended at the limit of new tokens. Returns one dict a row, in order, with at least
+    `score`, within [0, 1] or None where the kind does not judge the row, and `faults` where they are looked for; and
+    the metrics. Every kind that judges gives `gen_score` (mean of the rows' scores, also per task) and
     `gen_samples` (rows judged). Under `structured` a row whose task names a format is judged by it, one whose reference
     is lines of `A -> B` by its edges, any other not at all. `none` and `samples` judge nothing.
     """
     if kind == "extraction":
         pairs = [(row["answer"], row["reference"]) for row in rows]
         scores, metrics = extraction.score_rows(pairs, fields=fields)
+        for row, result in zip(rows, scores, strict=True):
+            result["faults"] = faults_of_extraction(row["answer"], result, cut=bool(row.get("cut")))
     elif kind == "structured":
         scores, metrics = _score_structured(rows, markers)
     elif kind in KINDS:
@@ -51,6 +55,7 @@ def _score_structured(rows: Sequence[Mapping[str, Any]], markers: Sequence[str])
                 reference=row["reference"],
                 paths=row.get("paths") or (),
                 markers=markers,
+                cut=bool(row.get("cut")),
             )
             judged.append((task_key, output_format, result))
             scores[index] = result._asdict()

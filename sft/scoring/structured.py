@@ -1,16 +1,17 @@
-"""Scores of structured answers: StructEval-T's figures and the strict ones it lacks.
-
-Source of the path grammar and the 0.2 / 0.8 score: the evaluation of non-renderable tasks in StructEval
-(https://github.com/TIGER-AI-Lab/StructEval). The rest is ours.
+"""Scores of structured answers: StructEval-T's weights (0.2 for parsing, 0.8 for key paths) held to stricter rules, and
+the benchmark's own figure beside them (sft.scoring.structeval).
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sft.scoring.formats import FORMATS, Reading, read
-from sft.scoring.payload import DEFAULT_MARKERS, MAX_ANSWER, extract_payload, without_thinking
+from sft.scoring.faults import faults_of_form
+from sft.scoring.formats import FORMATS, Reading, other_format, read
+from sft.scoring.metrics import STRUCTURED_FIELDS
+from sft.scoring.payload import DEFAULT_MARKERS, MAX_ANSWER, Payload, find_payload, whole, without_thinking
+from sft.scoring.structeval import path_exists, structeval_score
 
 _MISSING = object()
 
@@ -23,9 +24,11 @@ class StructuredScore(NamedTuple):
     key_rate: float | None  # share of the key paths that exist
     value_rate: float | None  # share of the reference's leaves that are equal at the same place
     exact: bool | None  # the same structure as the reference: order of keys free, order of lists not
-    score: float  # round(0.2 * parses + 0.8 * key_rate, 2)
-    structeval: float | None = None  # the benchmark's own figure, whose parsers take prose for YAML; only with paths
+    score: float  # round(0.2 * in_format + 0.8 * key_rate, 2)
+    structeval: float | None = None  # the benchmark's own figure; only with paths
     note: str = ""  # why it does not parse, or why nothing but parsing was judged
+    in_format: bool = False  # parses, and is not another format that the parser happens to take (JSON for YAML)
+    faults: tuple[str, ...] = ()  # what is wrong with it, names of faults.FAULTS
 
 
 class Match(NamedTuple):
@@ -36,6 +39,8 @@ class Match(NamedTuple):
     leaves: int
     equal: int
     exact: bool
+    mistyped: int  # values of another type than the reference's
+    differing: int  # other values of the same type
 
     @property
     def key_rate(self) -> float:
@@ -53,6 +58,18 @@ def target_format(task_key: str) -> str | None:
     return last_word if last_word in FORMATS else None
 
 
+class _Judged(NamedTuple):
+    """A text with its payload, and what the format's parser makes of that."""
+
+    payload: Payload
+    reading: Reading
+    disguise: str | None  # the format it is written in instead
+
+    @property
+    def bare(self) -> bool:
+        return not (self.payload.before or self.payload.after or self.payload.fenced)
+
+
 def score_answer(
     answer: str,
     output_format: str,
@@ -60,95 +77,96 @@ def score_answer(
     reference: str | None = None,
     paths: Sequence[str] = (),
     markers: Sequence[str] = DEFAULT_MARKERS,
+    cut: bool = False,
 ) -> StructuredScore:
     """Score one answer that should be in `output_format` (one of FORMATS).
 
     Key paths are `paths` (StructEval's raw_output_metric) or else every key and list index of the reference's payload.
-    Without paths and without a reference that parses only parsing is judged: the score is then 1.0 or 0.0.
+    Without paths and without a reference that parses only parsing is judged: the score is then 1.0 or 0.0. An answer in
+    another format than the one asked for is no answer, unless the reference is in that one too. `cut`: it ended at the
+    limit of new tokens.
     """
-    reading, only = _read_answer(answer, output_format, markers)
-    gold = read(extract_payload(reference, markers), output_format) if reference is not None else None
-    match = compare(comparable(gold.value), comparable(reading.value)) if gold and gold.strict else None
-    if not reading.strict and match:
-        match = match._replace(found=0, equal=0, exact=False)
-    benchmark_keys = _path_rate(reading.value, paths)
-    key_rate = (benchmark_keys if reading.strict else 0.0) if paths else match and match.key_rate
+    gold = _judge(reference, output_format, markers) if reference is not None else None
+    given = _judge(answer, output_format, markers)
+    reading, answered = given.reading, given.reading.strict and (not given.disguise or bool(gold and gold.disguise))
+    match = _match(gold.reading, reading if answered else Reading(None, False, "")) if gold else None
+    key_rate = (_path_rate(reading.value, paths) if answered else 0.0) if paths else match and match.key_rate
+    form = faults_of_form(
+        answer, given.payload, output_format, parses=reading.strict, other=None if answered else given.disguise, cut=cut
+    )
+    if gold and not gold.bare:  # what the reference does as well is no fault
+        form = tuple(name for name in form if name not in ("fence", "preface", "text after"))
     return StructuredScore(
         parses=reading.strict,
-        only=only,
+        only=reading.strict and given.payload.text.strip() == without_thinking(answer).strip(),
         key_rate=key_rate,
         value_rate=match and match.value_rate,
         exact=match and match.exact,
-        score=_combine(reading.strict, key_rate),
-        structeval=_combine(bool(reading.value), benchmark_keys) if paths else None,
-        note=reading.note or _unjudged(gold, paths),
+        score=_combine(answered, key_rate),
+        structeval=structeval_score(answer, output_format, paths) if paths else None,
+        note=reading.note or _note(given.disguise if not answered else None, output_format, gold, paths),
+        in_format=answered,
+        faults=form + (_faults_of_content(match, key_rate) if answered else ()),
     )
 
 
-def _read_answer(answer: str, output_format: str, markers: Sequence[str]) -> tuple[Reading, bool]:
-    if len(answer) > MAX_ANSWER:
-        return Reading(None, False, f"an answer of {len(answer):,} characters"), False
-    payload = extract_payload(answer, markers)
-    reading = read(payload, output_format)
-    return reading, reading.strict and payload.strip() == without_thinking(answer).strip()
+def _judge(text: str, output_format: str, markers: Sequence[str]) -> _Judged:
+    """The whole text where it parses; else what stands between marks, in a fence or after an output marker."""
+    if len(text) > MAX_ANSWER:
+        return _Judged(Payload(""), Reading(None, False, f"an answer of {len(text):,} characters"), None)
+    payload = whole(text)
+    reading = read(payload.text, output_format)
+    if not reading.strict:
+        payload = find_payload(text, markers)
+        reading = read(payload.text, output_format)
+    return _Judged(payload, reading, other_format(payload.text, output_format))
+
+
+def _match(gold: Reading, given: Reading) -> Match | None:
+    """None where the reference does not parse."""
+    if not gold.strict:
+        return None
+    match = compare(comparable(gold.value), comparable(given.value))
+    return match if given.strict else match._replace(found=0, equal=0, exact=False, mistyped=0, differing=0)
+
+
+def _faults_of_content(match: Match | None, key_rate: float | None) -> tuple[str, ...]:
+    if match is None:
+        return ("wrong key",) if key_rate is not None and key_rate < 1 else ()
+    wrong = {
+        "wrong key": match.found < match.nodes or (key_rate or 0) < 1,
+        "wrong type": match.mistyped > 0,
+        "wrong value": match.differing > 0,
+        "extra key": not match.exact and match.found == match.nodes and match.equal == match.leaves,
+    }
+    return tuple(name for name, there in wrong.items() if there)
+
+
+def _path_rate(value: Any, paths: Sequence[str]) -> float:
+    return sum(path_exists(value, path) for path in paths) / len(paths)
 
 
 def _combine(parses: bool, key_rate: float | None) -> float:
     return float(parses) if key_rate is None else round(0.2 * parses + 0.8 * key_rate, 2)
 
 
-def _unjudged(gold: Reading | None, paths: Sequence[str]) -> str:
-    if gold is not None and not gold.strict:
-        return f"the reference does not parse: {gold.note}"
+def _note(disguise: str | None, output_format: str, gold: _Judged | None, paths: Sequence[str]) -> str:
+    if disguise:
+        return f"{disguise.upper()}, not {output_format.upper()}"
+    if gold is not None and not gold.reading.strict:
+        return f"the reference does not parse: {gold.reading.note}"
     return "" if gold or paths else "no key paths and no reference: only parsing is judged"
-
-
-# Key paths -----------------------------------------------------------------------------------------------------------
-
-_PATH_TOKEN = re.compile(r"\[[^\]]*\]|\[.*|(?:`[^`]*`?|[^.`\[])+")
-
-
-def path_exists(value: Any, path: str) -> bool:
-    """StructEval's path grammar: dots, `[n]`, `*` for any list element, back-ticks quote a key, `csv::Header`, and
-    `@attr` falls back to `attr`. A malformed path exists nowhere (StructEval raises)."""
-    nodes = [value]
-    for token in _path_tokens(path):
-        nodes = [child for node in nodes for child in _step(node, token)]
-    return bool(nodes)
-
-
-def _path_rate(value: Any, paths: Sequence[str]) -> float:
-    return sum(path_exists(value, path) for path in paths) / len(paths) if paths else 0.0
-
-
-def _path_tokens(path: str) -> list[str]:
-    if path.startswith("csv::"):
-        return [path]
-    return [token if token.startswith("[") else token.replace("`", "") for token in _PATH_TOKEN.findall(path)]
-
-
-def _step(node: Any, token: str) -> Iterator[Any]:
-    """The children of a node that a token names: none, one, or with `*` all elements of a list."""
-    if isinstance(node, list):
-        if token == "*":
-            yield from node
-        elif (index := re.fullmatch(r"\[\s*\+?(\d{1,9})\s*\]", token)) and int(index[1]) < len(node):
-            yield node[int(index[1])]
-    elif isinstance(node, dict):
-        if token.startswith("csv::") and "csv_headers" in node:
-            yield from [True] * (token.removeprefix("csv::") in node["csv_headers"])
-        elif token in node:
-            yield node[token]
-        elif token.startswith("@") and token.removeprefix("@") in node:
-            yield node[token.removeprefix("@")]
 
 
 # Comparison with a reference -----------------------------------------------------------------------------------------
 
 
 def comparable(value: Any) -> Any:
-    """A parsed structure as it is compared: CSV as the list of its rows, everything else as it is."""
-    return value["csv_rows"] if isinstance(value, dict) and "csv_headers" in value else value
+    """A parsed structure as it is compared: CSV as the list of its rows (a header alone by its names), everything else
+    as it is."""
+    if not isinstance(value, dict) or "csv_headers" not in value:
+        return value
+    return value["csv_rows"] or dict.fromkeys(value["csv_headers"])
 
 
 def compare(reference: Any, answer: Any) -> Match:
@@ -156,7 +174,7 @@ def compare(reference: Any, answer: Any) -> Match:
 
     Values are equal with their types (`1` is not `"1"`, but is `1.0`); in XML and CSV all values are texts.
     """
-    nodes = found = leaves = equal = 0
+    nodes = found = leaves = equal = mistyped = differing = 0
     pending = [(reference, answer)]
     while pending:
         expected, given = pending.pop()
@@ -164,13 +182,15 @@ def compare(reference: Any, answer: Any) -> Match:
             other = _lookup(given, key, expected)
             nodes += 1
             found += other is not _MISSING
+            mistyped += other is not _MISSING and _kind(child) is not _kind(other)
             if isinstance(child, dict | list) and child:
                 pending.append((child, other))
             else:
                 leaves += 1
                 equal += _same(child, other)
+                differing += _kind(child) is _kind(other) and not _same(child, other)
     exact = found == nodes and equal == leaves and _count_nodes(answer) == nodes
-    return Match(nodes, found, leaves, equal, exact)
+    return Match(nodes, found, leaves, equal, exact, mistyped, differing)
 
 
 def _items(node: Any) -> Iterable[tuple[Any, Any]]:
@@ -191,6 +211,11 @@ def _same(expected: Any, given: Any) -> bool:
     return bool(expected == given) or bool(expected != expected and given != given)  # NaN equals NaN here
 
 
+def _kind(value: Any) -> type:
+    """The type that matters: all numbers are of one kind, truth values of another."""
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
 def _count_nodes(value: Any) -> int:
     count, pending = 0, [value]
     while pending:
@@ -201,16 +226,6 @@ def _count_nodes(value: Any) -> int:
 
 
 # Aggregates ----------------------------------------------------------------------------------------------------------
-
-_METRICS = {
-    "gen_parse_rate": "parses",
-    "gen_only_rate": "only",
-    "gen_key_rate": "key_rate",
-    "gen_value_rate": "value_rate",
-    "gen_exact_rate": "exact",
-    "gen_score": "score",
-    "gen_structeval_score": "structeval",
-}
 
 
 def aggregate(scores: Sequence[tuple[str, str, StructuredScore]]) -> dict[str, float]:
@@ -225,6 +240,6 @@ def aggregate(scores: Sequence[tuple[str, str, StructuredScore]]) -> dict[str, f
     return {
         name + suffix: sum(judged) / len(judged)
         for suffix, group in sorted(groups.items())
-        for name, field in _METRICS.items()
+        for name, field in STRUCTURED_FIELDS.items()
         if (judged := [float(value) for score in group if (value := getattr(score, field)) is not None])
     }

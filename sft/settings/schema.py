@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from sft.errors import Problems
+from sft.scoring.metrics import EXTRACTION_FIELDS, FORGETTING_MARGIN
+from sft.scoring.payload import DEFAULT_MARKERS
 from sft.settings import values
 from sft.settings.env_file import gather, name_of
 from sft.settings.mistakes import validate
@@ -110,7 +112,7 @@ class Settings(BaseModel):
     )
     mask_cot: Switch = setting(False, "Train only on what follows the first output marker of the final answer.")
     output_markers: Names = setting(
-        ("Output:", "OUTPUT:", "Final:", "Answer:", "Result:", "Response:"),
+        DEFAULT_MARKERS,
         "Texts that end the reasoning and start the payload, as a comma list.",
     )
     output_learn_mode: Literal["after_marker", "from_marker"] = setting(
@@ -182,10 +184,10 @@ class Settings(BaseModel):
     gen_max_new_tokens: AtLeastOne = setting(512, "Longest generated answer in tokens.")
     gen_batch_size: AtLeastOne = setting(8, "Answers generated at once on each device.")
     num_generate_samples: Annotated[int, Field(ge=0)] = setting(5, "Generated answers shown in the log.")
-    extraction_fields: Names = setting(
-        values.EXTRACTION_FIELDS, "Fields compared by the extraction metrics, as a comma list."
+    extraction_fields: Names = setting(EXTRACTION_FIELDS, "Fields compared by the extraction metrics, as a comma list.")
+    forgetting_margin: NotNegative = setting(
+        FORGETTING_MARGIN, "Drop of an earlier stage's score above which a warning is given."
     )
-    forgetting_margin: NotNegative = setting(0.05, "Drop of an earlier stage's score above which a warning is given.")
 
     mlflow_experiment_name: str = setting("", "MLflow experiment; unset is llm-training-stage followed by the number.")
     mlflow_tracking_uri: str = setting("", "MLflow store; unset is a sqlite database inside mlruns/.")

@@ -17,11 +17,6 @@ ATTENTION = (
 )  # fmt: skip
 CHAT_TEMPLATES = ("chatml", "llama2", "alpaca", "mistral")
 TRACKERS = ("mlflow", "tensorboard", "wandb", "none")
-# The fields of document 001's task (Japanese news about offences).
-EXTRACTION_FIELDS = (
-    "person_name", "person_age_at_published", "person_position_name", "person_belongs_company", "person_address",
-    "person_violated_law", "occured_locations", "police_departments",
-)  # fmt: skip
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::-([^}]*))?\})")
 

@@ -6,7 +6,6 @@ Iterative, so that ten thousand open brackets cost memory in proportion and no r
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 _STRING = r'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"'
@@ -15,14 +14,6 @@ _TOKEN = re.compile(
     rf"[ \t\n\r]*+(?:(?P<string>{_STRING})|(?P<scalar>{_NUMBER}|true|false|null)|(?P<mark>[{{}}\[\]:,]))"
 )
 _BLANK = re.compile(r"[ \t\n\r]*+")
-# The same places, in the same order, as sft.scoring.payload looks for them; here their offsets are wanted.
-_THOUGHT = "</think>"
-_FENCED = r"(?:^|:)[ \t]*```[^`\n]*\n(.*?)"
-_PLACES = [
-    re.compile(r"<\|BEGIN_CODE\|>(.*?)(?:<\|END_CODE\|>|\Z)", re.DOTALL | re.IGNORECASE),
-    re.compile(_FENCED + r"^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE),
-    re.compile(_FENCED + r"(?:```|\Z)", re.DOTALL | re.MULTILINE),
-]
 
 _OPENED = {"value": "{[", "item or end": "{["}
 _CLOSED = {"key or end": "}", "item or end": "]", "comma or end": "}]"}
@@ -40,15 +31,6 @@ class Leaf(NamedTuple):
     name: str
     start: int
     end: int
-
-
-def payload_spans(answer: str, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Where the payload may stand from character `start` on: between code marks, in a code fence, or all the rest."""
-    start = max(start, answer.rfind(_THOUGHT) + len(_THOUGHT)) if _THOUGHT in answer else start
-    for place in _PLACES:
-        if match := place.search(answer, start):
-            yield match.span(1)
-    yield start, len(answer)
 
 
 def scan(text: str, start: int, end: int) -> list[Leaf] | None:

@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sft.data.masked_loss.json_scan import canonical, payload_spans, scan
+from sft.data.masked_loss.json_scan import canonical, scan
+from sft.scoring.edges import ARROW
+from sft.scoring.payload import payload_spans
 
-_ARROW = re.compile(r"(?<!\S)->(?!\S)")
 _LONGEST_LABEL = 80  # characters of a title or value shown to people
 
 
@@ -52,7 +53,7 @@ def path_edges(answer: str) -> list[Unit]:
     units: list[Unit] = []
     start = 0
     for line in answer.split("\n"):
-        arrows = [match.span() for match in _ARROW.finditer(line)]
+        arrows = [match.span() for match in ARROW.finditer(line)]
         if arrows:
             borders = [0, *(edge for arrow in arrows for edge in arrow), len(line)]
             spans = zip(borders[::2], borders[1::2], strict=True)
