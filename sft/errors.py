@@ -19,12 +19,15 @@ class RunFailed(Exception):
     """The run failed for a reason outside the settings (exit code 1). The message is plain and ends with advice."""
 
 
-_SECRET_NAME = re.compile(r"TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
-
-
-_SECRET_TEXT = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{20,}")
+SECRET_NAME = re.compile(r"TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
+"""In a name: its value is nobody's business."""
+# A password of an address, an access token (16 characters: shorter ones are words), a query that is named like one.
+_CREDENTIALS = re.compile(
+    r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_\w{30,}|\bsk-[\w-]{30,}|\bAKIA[0-9A-Z]{16}"
+    rf"|(?<=[?&])(?P<name>(?i:[\w.-]*(?:{SECRET_NAME.pattern}|SIGNATURE)[\w.-]*=))[^&#\s\"'`]+"
+)
 
 
 def hide_secrets(text: str) -> str:
-    """The text with credentials inside URLs and hub tokens replaced by ***."""
-    return _SECRET_TEXT.sub("***", text)
+    """The text with credentials inside URLs and access tokens replaced by ***."""
+    return _CREDENTIALS.sub(lambda match: (match["name"] or "") + "***", text)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.programs.axolotl_keys import AXOLOTL_DEFAULTS, COLUMNS, REASONS, SAME
+from sft.settings.values import CHAT_TEMPLATES
 
 Config = Mapping[str, Any]
 LAUNCHED = "how a run is launched is no setting: accelerate launch --config_file configs/accelerate/{}.yaml train.py"
@@ -153,7 +154,7 @@ def _steps(setting: str, key: str) -> Callable[[Translation, Any, Config], None]
 
 def _template(translation: Translation, value: Any, config: Config) -> None:
     del config
-    if value in ("chatml", "llama2", "alpaca", "mistral"):
+    if value in CHAT_TEMPLATES:
         translation.values["SFT_CHAT_TEMPLATE"] = value
     else:
         translation.reasons["chat_template"] = (

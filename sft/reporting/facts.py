@@ -18,8 +18,9 @@ from sft.reporting.scores import (
     recorded_matrix,
     score_names,
 )
-from sft.reporting.text import printable, redacted
+from sft.reporting.text import printable
 from sft.scoring import forgetting
+from sft.settings.values import recordable
 from sft.stages import paths
 from sft.storage.json_files import Facts, is_number, metric_lines, read_object
 
@@ -151,7 +152,7 @@ def _settings(manifest: Facts) -> dict[str, Facts]:
     recorded = manifest.get("settings") or {}
     shown = {name: entry for name, entry in recorded.items() if not SECRET_WORDS & set(name.upper().split("_"))}
     return {
-        name: {"value": redacted(entry.get("value")), "origin": entry.get("origin")}
+        name: {"value": recordable(entry.get("value")), "origin": entry.get("origin")}
         for name, entry in sorted(shown.items())
         if isinstance(entry, dict)
     }

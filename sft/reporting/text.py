@@ -8,8 +8,6 @@ from typing import Any
 
 # Control characters but tab and newline, surrogates without a partner, and marks that turn the reading direction.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-# What people write into addresses and values although it belongs into a secret store.
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
 JAPANESE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uff66-\uff9f]")
 
 
@@ -28,17 +26,6 @@ def printable(value: Any) -> Any:
 
 def _visible(match: re.Match[str]) -> str:
     return f"⟨U+{ord(match.group()):04X}⟩"
-
-
-def redacted(value: Any) -> Any:
-    """The value with passwords in addresses and hub tokens replaced by dots."""
-    if isinstance(value, str):
-        return CREDENTIALS.sub("…", value)
-    if isinstance(value, dict):
-        return {name: redacted(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    return value
 
 
 def short(text: str, longest: int) -> str:

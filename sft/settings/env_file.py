@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dotenv.parser import Binding, parse_stream
 
-from sft.errors import _SECRET_NAME, hide_secrets
+from sft.errors import SECRET_NAME, hide_secrets
 
 # Public scripts of the same family spell these differently; the plain closest name would mislead.
 ALIASES = {
@@ -111,7 +111,7 @@ def printable(value: object) -> str:
 
 def shown(name: str, value: object, *, is_setting: bool = True) -> str:
     """`NAME=value` on one line for a message: shortened, with tokens, passwords and credentials in URLs hidden."""
-    if not is_setting and _SECRET_NAME.search(name):
+    if not is_setting and SECRET_NAME.search(name):
         return f"{printable(name)}=***"
     text = " ".join(printable(hide_secrets(str(value))).split())
     return f"{printable(name)}={text if len(text) <= 80 else text[:77] + '...'}"

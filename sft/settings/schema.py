@@ -62,7 +62,7 @@ class Settings(BaseModel):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "Number format of 4-bit weights.")
     bnb_4bit_use_double_quant: Switch = setting(True, "Quantise the constants of 4-bit weights as well.")
     chat_template: Annotated[str, AfterValidator(values.check_chat_template)] | None = setting(
-        None, "Chat template instead of the tokenizer's: chatml, llama2, alpaca, mistral or a .jinja file."
+        None, f"Chat template instead of the tokenizer's: {', '.join(values.CHAT_TEMPLATES)} or a .jinja file."
     )
 
     use_lora: Switch = setting(True, "Train an adapter; 0 trains all weights.")

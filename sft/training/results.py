@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.distributed import ranks
+from sft.errors import hide_secrets
 from sft.stages import paths
 from sft.storage import atomic, json_files, seals
 
@@ -57,7 +58,7 @@ def _publish(staging: Path, target: Path, *, sealed: bool) -> None:
 
 
 def serializable(value: Any) -> Any:
-    """The value as JSON has it: sets become sorted lists, enumerations, types and paths text."""
+    """The value as JSON has it: sets become sorted lists, enumerations, types and paths text; credentials stay out."""
     if isinstance(value, dict):
         return {str(key): serializable(inner) for key, inner in value.items()}
     if isinstance(value, set | frozenset):
@@ -66,7 +67,7 @@ def serializable(value: Any) -> Any:
         return [serializable(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    return value if isinstance(value, int | float | bool | None) else hide_secrets(str(value))
 
 
 def training_config(settings: Settings, args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]:

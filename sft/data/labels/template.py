@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.data.sources.turns import Message
 from sft.errors import Problems
+from sft.settings.values import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ _SYSTEM: Message = {"role": "system", "content": "Peng!"}
 # What templates raise for conversations they refuse (no alternation, no system role) or cannot read.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 NO_TEMPLATE = (
-    "SFT_CHAT_TEMPLATE=: the base model's tokenizer has no chat template; set chatml, llama2, alpaca, mistral"
+    f"SFT_CHAT_TEMPLATE=: the base model's tokenizer has no chat template; set {', '.join(CHAT_TEMPLATES)}"
     " or a .jinja file"
 )
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -222,7 +223,7 @@ _ALPACA = (
 """
 )
 
-BUILT_IN = {"chatml": _CHATML, "llama2": _LLAMA2, "alpaca": _ALPACA, "mistral": _MISTRAL}
+BUILT_IN = dict(zip(CHAT_TEMPLATES, (_CHATML, _LLAMA2, _ALPACA, _MISTRAL), strict=True))
 
 
 def chat_template_for(name: str) -> str:
@@ -236,5 +237,5 @@ def chat_template_for(name: str) -> str:
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        known = ", ".join(BUILT_IN)
+        known = ", ".join(CHAT_TEMPLATES)
         raise Problems([f"SFT_CHAT_TEMPLATE={name}: neither {known} nor a readable .jinja file ({error})"]) from error

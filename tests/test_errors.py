@@ -1,0 +1,33 @@
+"""What a message, a manifest or a report never shows."""
+
+import pytest
+
+from sft.errors import hide_secrets
+
+TOKEN = "hf_" + "a1" * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgres://anna:geheim@db/x", "postgres://***@db/x"),
+        (f"run-{TOKEN} of stage 1", "run-*** of stage 1"),
+        ("gh" + "p_" + "x" * 36, "***"),
+        ("sk-" + "k" * 40, "***"),
+        ("http://host/mlflow?token=abc.def&x=1", "http://host/mlflow?token=***&x=1"),
+        ('"s3://bucket/x?a=1&X-Amz-Signature=0f%2F"', '"s3://bucket/x?a=1&X-Amz-Signature=***"'),
+        ("http://host/?ACCESS_KEY=a#end", "http://host/?ACCESS_KEY=***#end"),
+    ],
+)
+def test_credentials_are_hidden_wherever_they_stand(text: str, shown: str):
+    """Passwords of addresses, access tokens, and values of queries that are named like one."""
+    assert hide_secrets(text) == shown
+    assert hide_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["hf_short", "a@b.org", "task-structured-data-set-with-a-long-name-of-40", "a?b=c", "tokens=3"]
+)
+def test_other_text_stays(text: str):
+    """Words that only look a little like it."""
+    assert hide_secrets(text) == text
