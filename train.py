@@ -24,8 +24,10 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         from sft.merging.parents import load_verified, merge_parents
         from sft.models.model import load_tokenizer
         from sft.planning.disk import require_space
+        from sft.planning.refusals import require_ready
         from sft.reporting.recording import tracked
 
+        require_ready(settings)  # what --check lists as well
         tokenizer = load_tokenizer(settings)
         mix = run.prepare_rows(settings, tokenizer)  # labelled, audited, split, mixed, upsampled
         require_space(stage)

@@ -2,8 +2,12 @@
 
 import logging
 import os
+import shutil
 import socket
+import sysconfig
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -44,6 +48,23 @@ def silence_torch() -> None:
     # one core: share the cores instead.
     if (launch := launched()).processes > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_processes))
+
+
+def gpus_hidden() -> bool:
+    """Whether the person has hidden all GPUs from this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+
+
+def triton_missing() -> list[str]:
+    """What Triton lacks to build its launcher when a kernel first runs: [] where it can."""
+    compilers = [os.environ.get("CC", ""), "gcc", "clang"]
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    there = {
+        "the package triton": find_spec("triton") is not None,
+        "a C compiler": any(shutil.which(name) for name in compilers if name),
+        "Python.h": headers.is_file(),
+    }
+    return [name for name, found in there.items() if not found]
 
 
 def offline_unless_reachable() -> bool:

@@ -28,7 +28,7 @@ READS_ENVIRONMENT = {
     "sft.settings.schema": "the settings",
     "sft.distributed.launch": "what a launcher says to the processes it starts",
     "sft.stages.opening": "whether that agrees with the settings",
-    "sft.environment": "the hub client's own variables, before the client is imported",
+    "sft.environment": "variables of the hub client, CUDA and compilers, before the libraries are imported",
 }
 # Where a broad `except` stands, and what it answers with.
 CATCHES_EVERYTHING = {
@@ -47,7 +47,9 @@ FILES_OF_A_WING, FILES_AT_THE_TOP = 15, 6
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 400, 50, 8
 DEMO_BYTES = 12 * 2**20
 # Hosts anybody can reach, and stand-ins of tests, which have no dot.
-PUBLIC_HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "huggingface.co", "www.apache.org", "www.w3.org"}
+PUBLIC_HOSTS = {
+    "127.0.0.1", "arxiv.org", "download.pytorch.org", "github.com", "huggingface.co", "www.apache.org", "www.w3.org",
+}  # fmt: skip
 FORBIDDEN = {
     "a path of a machine": re.compile(r"(?<![\w.~])/(?:work|root|home|Users|mnt|tmp)/[\w.-]"),
     "a token": re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_\w{30,}|\bsk-[\w-]{30,}|\bAKIA[0-9A-Z]{16}"),

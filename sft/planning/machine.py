@@ -5,32 +5,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from sft.distributed.launch import launched
-from sft.environment import hub_address, hub_is_off, silence_libraries
+from sft.environment import gpus_hidden, hub_address, hub_is_off, silence_libraries, triton_missing
 from sft.errors import Problems, hide_secrets
 from sft.settings import Settings
 from sft.settings.schema import tracking_uri
 
 State = Literal["ok", "warning", "broken"]
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "bitsandbytes", "mlflow")
-OPTIONAL = ("deepspeed",)
+OPTIONAL = {"deepspeed": "make install-deepspeed, for the launch files zero2 and zero3"}
 PINS = Path(__file__).resolve().parents[2] / "constraints.txt"
 INSTALL = "run make install"
 SECONDS = 3.0
 _ROOMY, _CRAMPED = 10 * 2**30, 2**30
-_AMPERE = (8, 0)
+# Where Linux shows NVIDIA's driver and the first card.
+DRIVER, DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
+# The oldest driver for each generation of CUDA; wheels of torch 2.13 with the oldest driver they run with.
+_OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+_NEW_WHEEL, _OLD_WHEEL = "cu130", "cu126"
+_WHEELS = {_NEW_WHEEL: 580, _OLD_WHEEL: 525}
+# CUDA 13 has no kernels for cards before Turing, CUDA 12.6 none before Maxwell.
+_TURING, _OLDEST_CARD = (7, 5), (5, 0)
+_HEADERS = f"gcc python{sys.version_info.major}.{sys.version_info.minor}-dev"
 
 
 class Finding(NamedTuple):
@@ -115,8 +125,10 @@ def libraries() -> Iterator[Finding]:
         try:
             yield library(name, metadata.version(name), pinned.get(name))
         except metadata.PackageNotFoundError:
-            state: State = "broken" if name in NEEDED else "warning"
-            yield Finding(name, state, "is not installed", INSTALL)
+            if name in NEEDED:
+                yield Finding(name, "broken", "is not installed", INSTALL)
+            else:
+                yield Finding(name, "warning", "is not installed", OPTIONAL[name])
 
 
 def library(name: str, installed: str, pinned: str | None) -> Finding:
@@ -127,30 +139,130 @@ def library(name: str, installed: str, pinned: str | None) -> Finding:
 
 
 def devices() -> Iterator[Finding]:
-    """GPUs, their memory, bfloat16 and ways to compute attention."""
+    """GPUs, their memory, what they need of this machine, number formats and ways to compute attention."""
     if find_spec("torch") is None:
         return
     import torch
 
     if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else " (this torch is built for the CPU alone)"
-        yield Finding("GPU", "ok", f"none{built}: training runs on {os.cpu_count()} CPU cores, in float32 by default")
+        driver = None if gpus_hidden() else gpu_driver()
+        yield no_gpu(torch) if driver is None else unseen_gpu(torch, driver)
         yield Finding("attention", "ok", "sdpa, eager, flex_attention")
         return
     for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        found = f"{torch.cuda.get_device_name(number)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        busy = free < 0.9 * total
-        remedy = "another program uses it: see nvidia-smi" if busy else ""
-        yield Finding(f"GPU {number}", "warning" if busy else "ok", found, remedy)
+        yield gpu(torch, number)
+    if missing := triton_missing():
+        yield Finding("Triton", "broken", f"{' and '.join(missing)} not found", f"apt-get install {_HEADERS}")
     if torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("bfloat16", "ok", "supported")
     else:
-        yield Finding("bfloat16", "warning", "not supported", "SFT_DTYPE=float32, or float16 with a low SFT_LR")
+        yield Finding("bfloat16", "warning", "not supported", "SFT_DTYPE=auto does without it")
     paths = ["sdpa", "eager", "flex_attention", *(["flash_attention_2"] if find_spec("flash_attn") else [])]
-    if torch.cuda.get_device_capability() >= _AMPERE and find_spec("torch.nn.attention.varlen"):
-        paths.append("varlen")
     yield Finding("attention", "ok", ", ".join(paths))
+
+
+def device_problems() -> list[str]:
+    """What is wrong with this machine's GPUs, so that nothing can be trained on them."""
+    return [finding.text for finding in devices() if finding.state == "broken"]
+
+
+def gpu(torch: Any, number: int) -> Finding:
+    """One GPU: whether this torch has kernels for it, and its memory."""
+    card, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
+    if not has_kernels(capability, torch.cuda.get_arch_list()):
+        version = ".".join(map(str, capability))
+        found = f"{card} (compute capability {version}) has no kernels in torch {torch.__version__}"
+        return Finding(f"GPU {number}", "broken", found, wheel_for(torch, capability))
+    free, total = torch.cuda.mem_get_info(number)
+    busy = free < 0.9 * total
+    found = f"{card}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return Finding(
+        f"GPU {number}", "warning" if busy else "ok", found, "another program uses it: see nvidia-smi" if busy else ""
+    )
+
+
+def wheel_for(torch: Any, capability: tuple[int, int]) -> str:
+    """How to get a torch with kernels for the card."""
+    if capability < _OLDEST_CARD:
+        return "no wheel of this torch has them: train on another card"
+    index = _OLD_WHEEL if capability < _TURING else _NEW_WHEEL
+    return "take a newer torch" if index in torch.__version__ else install_torch(torch, index)
+
+
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether kernels for these architectures ("sm_80", "compute_120") run on the card: those of the same generation
+    and not newer, or code that is compiled for any newer card when it is loaded."""
+    for name in architectures:
+        kind, _, digits = name.partition("_")
+        number = int(digits.rstrip("af"))
+        built = divmod(number, 10)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return not architectures
+
+
+def no_gpu(torch: Any) -> Finding:
+    """There is none, or the person has hidden it."""
+    why = " (hidden by CUDA_VISIBLE_DEVICES)" if gpus_hidden() else ""
+    why = why or ("" if torch.version.cuda else " (this torch is built for the CPU alone)")
+    return Finding("GPU", "ok", f"none{why}: training runs on {os.cpu_count()} CPU cores, in float32 by default")
+
+
+def unseen_gpu(torch: Any, driver: str) -> Finding:
+    """The machine has a GPU and torch does not see it: why, and which driver or wheel mends it."""
+    version, cuda = tuple(int(part) for part in driver.split(".")[:1] if part), torch.version.cuda
+    there = f"driver {driver}" if driver else "a GPU"
+    if cuda is None:
+        index = next((name for name, oldest in _WHEELS.items() if version >= (oldest,)), None)
+        remedy = install_torch(torch, index) if index else f"update the driver to {_WHEELS[_NEW_WHEEL]} or newer"
+        found = f"there is one ({there}), but torch {torch.__version__} is built for the CPU alone"
+    elif version and version < (oldest := _OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0),):
+        found = f"driver {driver} is too old for torch {torch.__version__} (CUDA {cuda} needs {oldest})"
+        older = f", or {install_torch(torch, _OLD_WHEEL)}" if version >= (_WHEELS[_OLD_WHEEL],) else ""
+        remedy = f"update the driver to {oldest} or newer{older}"
+    else:
+        found = f"there is one ({there}), but torch does not see it{cuda_fault(torch)}"
+        remedy = "see nvidia-smi; a container must be started with --gpus all"
+    return Finding("GPU", "broken", found, f"{remedy}; CUDA_VISIBLE_DEVICES= trains on the CPU all the same")
+
+
+def install_torch(torch: Any, index: str) -> str:
+    """The command that installs the same torch for another CUDA."""
+    version = f"{torch.__version__.partition('+')[0]}+{index}"
+    return f"pip install torch=={version} --index-url https://download.pytorch.org/whl/{index}"
+
+
+def cuda_fault(torch: Any) -> str:
+    """What CUDA says when it is asked for a device."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f": {str(error).splitlines()[0]}"
+    return ""
+
+
+def gpu_driver() -> str | None:
+    """The version of the NVIDIA driver where this machine has a GPU, "" where it can't be told; None without a GPU."""
+    for source in (_driver_file, _driver_of_nvidia_smi):
+        if match := re.search(r"\b\d{3}\.\d[\d.]*", source()):
+            return match[0]
+    return "" if DEVICE.exists() else None
+
+
+def _driver_file() -> str:
+    return DRIVER.read_text(encoding="utf-8", errors="replace") if DRIVER.is_file() else ""
+
+
+def _driver_of_nvidia_smi() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20.0)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout if asked.returncode == 0 else ""
 
 
 def disk(folder: Path) -> Finding:

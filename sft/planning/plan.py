@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,12 +54,16 @@ class Plan:
         """What the person must change."""
         return self.document["problems"]
 
+    def add_problems(self, texts: Iterable[str]) -> None:
+        """Lists what is not listed yet."""
+        self.problems.extend(text for text in texts if text not in self.problems)
+
     def attempt(self, step: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result | None:
         """The result of a step; None when it found problems, which are then listed with the others."""
         try:
             return step(*arguments, **keywords)
         except Problems as found:
-            self.document["problems"] += [text for text in found.problems if text not in self.problems]
+            self.add_problems(found.problems)
             return None
 
 
@@ -69,10 +73,12 @@ def plan_stage(
     """Everything about one stage. Stages of `ladder` before it count as trained by the time it starts; `held` are the
     contents they will be validated on."""
     from sft.planning.machine import examine
+    from sft.planning.refusals import refusals
 
     plan = Plan(settings, blank_document(settings.stage) | {"settings": settings.record()})
     plan.machine = [finding for finding in examine(settings) if finding.state != "ok"]
-    plan.document["problems"] += [finding.text for finding in plan.machine if finding.state == "broken"]
+    plan.add_problems(finding.text for finding in plan.machine if finding.state == "broken")
+    plan.add_problems(refusals(settings))
     stage = add_lineage(plan, fresh=fresh, ladder=ladder)
     config = add_rows(plan, held)
     if plan.mix is not None:

@@ -15,7 +15,7 @@ from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, 
 from sft.planning.activations import with_adapter
 from sft.planning.document import TIME
 from sft.training.batches import TrainingRows, join_rows, largest_items
-from sft.training.loss import token_cross_entropy
+from sft.training.loss import leave_out_triton, token_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +102,7 @@ def trained_model(base: str, settings: Settings, *, device: torch.device, checkp
     if device.type == "cuda":
         from trl.trainer.utils import add_fused_lm_head
 
+        leave_out_triton()
         torch.cuda.reset_peak_memory_stats()
         add_fused_lm_head(bare)
     else:

@@ -8,7 +8,9 @@ from itertools import islice
 from typing import Any
 
 import torch
+from trl.kernels import chunked_logprob
 
+from sft.environment import triton_missing
 from sft.errors import RunFailed
 
 _AT_ONCE = 1 << 20  # logits: 4 MiB in float32
@@ -54,6 +56,13 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 ROWS_NAMED = 16
 OVERFLOWS_IN_A_ROW = 20
+
+
+def leave_out_triton() -> None:
+    """TRL's fused head folds its tiles in torch where Triton could not build its kernels: it asks only for the package,
+    and the first step would end the run."""
+    if triton_missing():
+        chunked_logprob._TRITON_AVAILABLE = False
 
 
 class LossScale:

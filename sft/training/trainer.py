@@ -30,7 +30,7 @@ from sft.storage import json_files
 from sft.training.arguments import reduce_in_float32, steps_to_schedule
 from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, blocks_of, join_rows
 from sft.training.callbacks import StageRhythm
-from sft.training.loss import LossScale, finite_norm, require_finite, token_cross_entropy
+from sft.training.loss import LossScale, finite_norm, leave_out_triton, require_finite, token_cross_entropy
 from sft.training.progress import AtStart
 from sft.training.results import STAGING, best_model_record, published_together
 
@@ -86,6 +86,7 @@ class StagedTrainer(SFTTrainer):
         self.step_rows: list[int] = []
         self.step_rate: float | None = None
         self.step_start: StepStart | None = None
+        leave_out_triton()
         confine_rows(model, settings)
         super().__init__(
             model=model,

@@ -1,0 +1,121 @@
+"""What a run would die of, as far as it is known before the first step: refused by a run, listed by `--check`."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+from huggingface_hub import constants, try_to_load_from_cache
+
+from sft.data.sources.load import load_source
+from sft.data.sources.readers import SourceError
+from sft.distributed.launch import launched
+from sft.errors import Problems
+from sft.planning.machine import device_problems
+
+if TYPE_CHECKING:
+    from sft.settings import Settings
+
+
+def require_ready(settings: Settings) -> None:
+    """Before tokenizer and rows are loaded.
+
+    Raises:
+        Problems: this machine, its caches or the model's files can't carry the stage.
+    """
+    machines = launched().processes > launched().local_processes
+    if problems := refusals(settings):
+        raise Problems(problems, every_rank=machines)
+
+
+def refusals(settings: Settings) -> list[str]:
+    """Everything that is wrong with the machine, its caches, the base model's files and the evaluation's data."""
+    return [
+        *device_problems(),
+        *cache_problems(settings),
+        *(file_problems(Path(settings.base_model)) if Path(settings.base_model).is_dir() else ()),
+        *([] if any(cache_problems(settings)) else question_problems(settings)),
+    ]
+
+
+def cache_problems(settings: Settings) -> Iterator[str]:
+    """Caches that must be written and can't be: clusters share them read-only."""
+    rows = Path(datasets.config.HF_DATASETS_CACHE)
+    if place := unwritable(rows):
+        yield (
+            f"HF_DATASETS_CACHE={rows}: the cache of prepared rows can't be written ({place} is read-only for this "
+            "user); set HF_DATASETS_CACHE to a folder that can"
+        )
+    hub = Path(constants.HF_HUB_CACHE)
+    name, revision = settings.base_model, settings.model_revision
+    if Path(name).exists() or not unwritable(hub):
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        yield (
+            f"HF_HUB_CACHE={hub}: does not hold {name} and can't be written; set HF_HUB_CACHE to a folder that can, or "
+            "SFT_BASE_MODEL to a folder"
+        )
+
+
+def unwritable(folder: Path) -> Path | None:
+    """The folder, or what there is of its path, if this user can't write there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return None if os.access(there, os.W_OK | os.X_OK) else there
+
+
+def file_problems(folder: Path) -> Iterator[str]:
+    """Weight files of a local model that are cut off or missing: an interrupted copy or download."""
+    indexes = (path for path in folder.glob("*.index.json") if path.name.startswith(("model.", "pytorch_model.")))
+    named = {name for path in indexes for name in _shards(path)}
+    faults = {name: "is missing" for name in sorted(named) if not (folder / name).is_file()}
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
+        if fault := (_cut_off(path) if path.suffix == ".safetensors" else _broken_archive(path)):
+            faults[path.name] = fault
+    for name, fault in faults.items():
+        yield f"SFT_BASE_MODEL={folder}: {name} {fault}; copy or download the model again"
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()  # what is wrong with it the loader says
+
+
+def _cut_off(path: Path) -> str:
+    """What is wrong with a safetensors file: 8 bytes with the length of the header, the header, then the numbers."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            return f"is cut off at {size:,} bytes"
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "is damaged: its header can't be read"
+    expected = 8 + length + max(ends, default=0)
+    if size == expected:
+        return ""
+    return f"{'is cut off' if size < expected else 'is too long'}: {size:,} bytes of {expected:,}"
+
+
+def _broken_archive(path: Path) -> str:
+    """torch's files are zip archives (since 1.6), whose list of contents stands at the end."""
+    with path.open("rb") as file:
+        archive = file.read(2) == b"PK"
+    return "is cut off" if archive and not zipfile.is_zipfile(path) else ""
+
+
+def question_problems(settings: Settings) -> Iterator[str]:
+    """Data sets of the generation evaluation that can't be loaded: a run reads them when it has begun to write."""
+    for source in settings.gen_eval_sources if settings.gen_eval != "none" else ():
+        try:
+            load_source(source, settings)
+        except SourceError as error:
+            yield f"SFT_GEN_EVAL_DATASET={source.id}: {error}"
