@@ -1,0 +1,112 @@
+"""What can be known before the first step is exit code 2, in a run and in --check, in the same words."""
+
+import json
+import zipfile
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sft.planning import refusals
+from sft.planning.refusals import cache_problems, file_problems, question_problems, unwritable
+from tests.ladders import make_settings
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A folder with one whole file of weights."""
+    save_file({"a": torch.zeros(64, 64), "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [(1, "is cut off: "), (8_000, "is cut off: "), (-1, "is too long: ")],
+)  # fmt: skip
+def test_a_file_of_another_length_than_its_header_says(weights, cut, said):
+    """An interrupted copy: found by the length alone, in no time whatever the size."""
+    path = weights / "model.safetensors"
+    assert list(file_problems(weights)) == []
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size - cut)
+    (problem,) = file_problems(weights)
+    assert problem.startswith(f"SFT_BASE_MODEL={weights}: model.safetensors {said}{size - cut:,} bytes of {size:,};")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is cut off at 0 bytes"),
+        (b"\0" * 5, "is cut off at 5 bytes"),
+        (b"<html>not found</html>", "is cut off at 22"),
+        ((2).to_bytes(8, "little") + b"[]", "its header can't be read"),
+        ((4).to_bytes(8, "little") + b"{\xff\xff}", "its header can't be read"),
+    ],
+)
+def test_a_file_that_holds_no_weights(tmp_path, content, said):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (problem,) = file_problems(tmp_path)
+    assert said in problem
+
+
+def test_a_shard_that_is_not_there(weights):
+    index = {"weight_map": {"a": "model.safetensors", "c": "model-00002-of-00002.safetensors"}}
+    (weights / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert list(file_problems(weights)) == [
+        f"SFT_BASE_MODEL={weights}: model-00002-of-00002.safetensors is missing; copy or download the model again"
+    ]
+
+
+def test_a_torch_archive_that_is_cut_off(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"0" * 1000)
+    assert list(file_problems(tmp_path)) == []
+    path.write_bytes(path.read_bytes()[:500])
+    assert "pytorch_model.bin is cut off" in next(file_problems(tmp_path))
+
+
+def read_only(monkeypatch, *folders):
+    """These folders and all below them can't be written, whoever asks."""
+    allowed = refusals.os.access
+    denied = {str(folder) for folder in folders}
+    monkeypatch.setattr(
+        refusals.os,
+        "access",
+        lambda path, mode: not any(str(path).startswith(f) for f in denied) and allowed(path, mode),
+    )
+
+
+def test_a_cache_of_rows_that_cannot_be_written_names_the_setting(tmp_path, monkeypatch):
+    """Not there yet, below a read-only folder, or there itself."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    settings = make_settings(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", shared / "datasets" / "more")
+    assert list(cache_problems(settings)) == []
+    read_only(monkeypatch, shared)
+    (problem,) = cache_problems(settings)
+    assert problem.startswith(f"HF_DATASETS_CACHE={shared}/datasets/more: ")
+    assert problem.endswith("set HF_DATASETS_CACHE to a folder that can")
+    assert unwritable(shared / "a" / "b") == shared
+
+
+def test_a_hub_cache_that_cannot_be_written_matters_where_the_model_is_not_in_it(tmp_path, monkeypatch):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    monkeypatch.setattr(refusals.constants, "HF_HUB_CACHE", str(hub))
+    read_only(monkeypatch, hub)
+    assert list(cache_problems(make_settings(tmp_path))) == []  # a folder
+    remote = make_settings(tmp_path, base_model="org/model")
+    (problem,) = cache_problems(remote)
+    assert problem.startswith(f"HF_HUB_CACHE={hub}: does not hold org/model and can't be written;")
+    monkeypatch.setattr(refusals, "try_to_load_from_cache", lambda *name, **revision: "there")
+    assert list(cache_problems(remote)) == []
+
+
+def test_missing_questions_are_found_before_anything_is_written(tmp_path):
+    settings = make_settings(tmp_path, gen_eval="structured", gen_eval_dataset="nowhere.jsonl")
+    assert list(question_problems(settings)) == ["SFT_GEN_EVAL_DATASET=nowhere.jsonl: there is no file nowhere.jsonl"]
+    assert list(question_problems(make_settings(tmp_path, gen_eval_dataset="nowhere.jsonl"))) == []
