@@ -54,6 +54,7 @@ def test_fsdp_adds_gradients_up_in_float32(format, dtype):
 
 
 def test_without_fsdp_or_in_float32_no_policy_is_set():
+    """float32 training and launches without FSDP keep what accelerate chose."""
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
     reduce_in_float32(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no"))
     reduce_in_float32(SimpleNamespace(state=SimpleNamespace(), mixed_precision="bf16"))

@@ -25,6 +25,7 @@ def start(settings) -> Stage:
 
 
 def test_checkpoints_are_ordered_by_number_and_other_names_are_none(tmp_path):
+    """100 comes before 9; names that only begin like one, files and a missing folder give nothing."""
     for name in ("checkpoint-9", "checkpoint-100", "checkpoint-best", "checkpoint-", "checkpoint-5.broken-2025", "x-3"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-200").write_text("a file")
@@ -33,6 +34,7 @@ def test_checkpoints_are_ordered_by_number_and_other_names_are_none(tmp_path):
 
 
 def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(tmp_path):
+    """Of 10, 20, a truncated 30 and an unsealed 40 it is 20; both damaged ones are named with what is wrong."""
     add_checkpoint(tmp_path, 10)
     add_checkpoint(tmp_path, 20)
     os.truncate(add_checkpoint(tmp_path, 30) / "adapter_model.safetensors", 3)
@@ -46,11 +48,13 @@ def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(tmp_path):
 
 
 def test_a_whole_checkpoint_under_another_steps_name_is_not_used(tmp_path):
+    """A folder renamed from step 10 to step 20 is broken, however whole its files are."""
     add_checkpoint(tmp_path, 10).rename(tmp_path / "checkpoint-20")
     assert checkpoints.scan(tmp_path).broken == [(tmp_path / "checkpoint-20", ["trainer_state.json: is of step 10"])]
 
 
 def test_rotation_keeps_the_newest_the_protected_the_unsealed_and_what_was_set_aside(tmp_path):
+    """Of five whole ones and a limit of two, 15 and 5 go, newest first; nothing unsealed or set aside is touched."""
     for step in (5, 10, 15, 20, 25):
         add_checkpoint(tmp_path, step)
     add_checkpoint(tmp_path, 30, sealed=False)
@@ -68,17 +72,20 @@ def test_rotation_keeps_the_newest_the_protected_the_unsealed_and_what_was_set_a
 
 @pytest.mark.parametrize("keep", [0, 1])
 def test_rotation_never_removes_the_last_whole_checkpoint(tmp_path, keep):
+    """Whatever the limit says, something to resume from stays."""
     add_checkpoint(tmp_path, 5)
     assert checkpoints.rotate(tmp_path, keep) == []
     assert checkpoints.newest_sealed(tmp_path) == tmp_path / "checkpoint-5"
 
 
 def test_a_first_start_only_says_that_it_looks(tmp_path):
+    """The one line of the contract, and nothing about checkpoints."""
     with Stage.open(make_settings(tmp_path)) as stage:
         assert said(stage) == ["Checking checkpoint status..."]
 
 
 def test_warnings_come_first(tmp_path):
+    """The missing parent is said before the status of the checkpoints."""
     with Stage.open(make_settings(tmp_path, 2)) as stage:
         assert said(stage) == [
             f"[WARNING] Previous stage adapter not found at {tmp_path}/out_stage1, starting from base model",
@@ -87,6 +94,7 @@ def test_warnings_come_first(tmp_path):
 
 
 def test_a_folder_without_checkpoints(tmp_path):
+    """A start that was killed before its first checkpoint resumes from nothing, in the contract's two lines."""
     settings = make_settings(tmp_path)
     start(settings)
     with Stage.open(settings) as stage:
@@ -100,6 +108,7 @@ def test_a_folder_without_checkpoints(tmp_path):
 
 
 def test_a_stage_to_resume(tmp_path):
+    """The newest checkpoint, its epoch with two digits and the target, word for word."""
     settings = make_settings(tmp_path, epochs=3)
     folder = start(settings).folder
     add_checkpoint(folder, 90, epoch=0.9)
@@ -116,6 +125,7 @@ def test_a_stage_to_resume(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path):
+    """It is renamed to .broken-..., the reason is said, and step 10 is resumed."""
     settings = make_settings(tmp_path)
     folder = start(settings).folder
     add_checkpoint(folder, 10)
@@ -138,6 +148,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_used(tmp
 
 
 def test_without_any_whole_checkpoint_training_starts_over(tmp_path):
+    """The broken one is named, then the lines of a folder without checkpoints."""
     settings = make_settings(tmp_path)
     folder = start(settings).folder
     add_checkpoint(folder, 10, sealed=False)
@@ -149,6 +160,7 @@ def test_without_any_whole_checkpoint_training_starts_over(tmp_path):
 
 
 def test_a_complete_stage_says_so_in_the_banner(tmp_path):
+    """The contract's notice between two lines of 50 equals signs, word for word."""
     settings = make_settings(tmp_path, epochs=2)
     with Stage.open(settings) as stage:
         stage.begin()

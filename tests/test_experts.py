@@ -147,6 +147,7 @@ def test_zero3_keeps_pefts_way(monkeypatch):
 
 
 def test_a_model_without_expert_adapters_is_left_alone():
+    """Adapters on attention only: nothing is wrapped."""
     model = adapted(targets=["q_proj"])
     assert route_experts(model) == []
     assert not any(isinstance(module, ParamWrapper) for module in model.modules())

@@ -121,6 +121,7 @@ LINE = st.one_of(
     stage=st.one_of(st.just("1"), st.sampled_from(["all", "1-1", "0", "2-1", "1-", "x", "-1", "99999", ""]), WORDS),
 )
 def test_env_files_and_command_lines(folder, capsys, lines, raw, overrides, stage):
+    """Any lines, bytes and overrides end with exit 0 or 2, never with a traceback."""
     usual = f"SFT_BASE_MODEL={folder / 'base'}\nSFT_OUT_LORA_DIR={folder / 'out'}\nSFT_DATASET_ID=org/rows\n"
     content = (usual + "\n".join(lines)).encode("utf-8", "surrogatepass") + raw
     (folder / "stage1.env").write_bytes(content)
@@ -145,6 +146,7 @@ SOURCE = st.one_of(
     cut=st.one_of(st.none(), st.integers(0, 200)),
 )
 def test_mixes(folder, capsys, mix, name, cut):
+    """Any text as a mix, by --set or in a file, ends with exit 0 or 2, never with a traceback."""
     usual = f"SFT_BASE_MODEL={folder / 'base'}\nSFT_OUT_LORA_DIR={folder / 'out'}\nSFT_DATASET_ID=org/rows\n"
     text = text_of(mix)[:cut]
     (folder / "stage1.env").write_text(usual, encoding="utf-8")

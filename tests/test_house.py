@@ -256,6 +256,17 @@ def test_the_checkers_are_silenced_rarely_and_never_wholesale():
     assert len(found) <= SILENCED_CHECKERS
 
 
+def test_every_test_states_its_claim():
+    """A docstring: what a reader of a failure should know without reading the test."""
+    without = [
+        f"{path.name}: {node.name}"
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+    assert without == []
+
+
 def names_in(path: Path) -> set[str]:
     """Every name that a module defines, imports or assigns, attributes included."""
     found = set()

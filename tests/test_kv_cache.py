@@ -51,12 +51,14 @@ def test_it_is_what_transformers_keeps():
 
 
 def test_prompts_end_where_the_last_answer_begins(tmp_path):
+    """Token 6, 3 and, where nothing is trained, the whole row of 4."""
     settings = make_settings(tmp_path)
     assert [longest_prompt(rows([labels]), settings) for labels in LABELS] == [6, 3, 4]
     assert longest_prompt(rows(LABELS), settings) == 6
 
 
 def test_where_prompts_are_trained_the_whole_row_counts(tmp_path):
+    """With SFT_TRAIN_ON_PROMPT=1 labels do not tell where an answer begins: all 9 tokens."""
     assert longest_prompt(rows(LABELS), make_settings(tmp_path, train_on_prompt=1)) == 9
 
 

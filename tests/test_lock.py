@@ -38,6 +38,7 @@ def holder_process(path: Path, *arguments: str, code: str = HOLD) -> subprocess.
 
 
 def test_a_second_process_is_told_who_holds_the_stage_and_a_killed_one_holds_nothing(tmp_path):
+    """Process and host are named; after kill -9 the lock is free at once."""
     path = tmp_path / "out_stage1.lock"
     process = holder_process(path)
     holder = current_holder(path)
@@ -58,6 +59,7 @@ def test_a_second_process_is_told_who_holds_the_stage_and_a_killed_one_holds_not
 
 
 def test_a_lock_can_be_taken_again_after_its_release_and_looking_at_it_writes_nothing(tmp_path):
+    """Three times over; a second release is harmless."""
     path = tmp_path / "out_stage1.lock"
     assert current_holder(path) is None
     assert list(tmp_path.iterdir()) == []
@@ -69,6 +71,7 @@ def test_a_lock_can_be_taken_again_after_its_release_and_looking_at_it_writes_no
 
 
 def test_the_recorded_command_hides_credentials(tmp_path, monkeypatch):
+    """What others read in the lock file has no password of an address."""
     monkeypatch.setattr(sys, "argv", ["/x/train.py", "--set", "MLFLOW_TRACKING_URI=https://me:secret@host/"])
     lock = Lock(tmp_path / "out_stage1.lock")
     lock.acquire()
@@ -92,6 +95,7 @@ def test_children_of_a_killed_process_keep_its_stage_until_they_end(tmp_path):
 
 
 def test_a_forked_child_that_ends_does_not_give_the_lock_back(tmp_path):
+    """A data worker shares the descriptor; its end is not the run's."""
     path = tmp_path / "out_stage1.lock"
     lock = Lock(path)
     lock.acquire()
@@ -127,6 +131,7 @@ def test_of_two_starts_at_once_one_wins_and_the_other_is_told(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
+    """Exit 2 with the setting and the way out, not an OSError."""
     (tmp_path / "file").write_text("")
     with pytest.raises(Problems, match=r"SFT_OUT_LORA_DIR: .*file can't be written .*; choose a folder"):
         Lock(tmp_path / "file" / "out_stage1.lock").acquire()
@@ -143,6 +148,7 @@ def leave(path: Path, host: str, pid: int) -> Path:
 
 
 def test_without_file_locks_a_file_names_the_holder(tmp_path, monkeypatch):
+    """A file system without flock: the substitute refuses a second run and goes with the release."""
     monkeypatch.setattr(fcntl, "flock", no_locks)
     path = tmp_path / "out_stage1.lock"
     lock = Lock(path)
@@ -157,6 +163,7 @@ def test_without_file_locks_a_file_names_the_holder(tmp_path, monkeypatch):
 
 
 def test_without_file_locks_a_dead_process_of_this_host_is_replaced_and_another_host_is_not(tmp_path, monkeypatch):
+    """Whether a process of another host lives cannot be known: the file to remove is named."""
     monkeypatch.setattr(fcntl, "flock", no_locks)
     path = tmp_path / "out_stage1.lock"
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -172,6 +179,7 @@ def test_without_file_locks_a_dead_process_of_this_host_is_replaced_and_another_
 
 
 def test_a_holder_that_did_not_say_who_it_is(tmp_path):
+    """Half a record is no reason to take the lock."""
     path = tmp_path / "out_stage1.lock"
     path.write_text("{half")
     with path.open() as stream:

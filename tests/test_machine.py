@@ -32,10 +32,12 @@ def test_the_installed_versions_are_the_pinned_ones():
 
 
 def test_pins_are_read_from_a_constraints_file():
+    """Comments behind a pin and lines without one are passed over."""
     assert machine.pins("# note\ntorch==2.13.0  # CPU wheel\n\npeft==0.21.2\n") == {"torch": "2.13.0", "peft": "0.21.2"}
 
 
 def test_a_build_of_the_pinned_version_is_good_and_another_version_is_named():
+    """2.13.0+cu130 is 2.13.0; 2.12.1 is a warning with the command that mends it."""
     assert machine.library("torch", "2.13.0+cu130", "2.13.0") == Finding("torch", "ok", "2.13.0+cu130")
     other = machine.library("torch", "2.12.1", "2.13.0")
     assert other.text == "torch: 2.12.1, tested with 2.13.0; run make install"
@@ -43,6 +45,8 @@ def test_a_build_of_the_pinned_version_is_good_and_another_version_is_named():
 
 
 def test_a_missing_library_is_broken(monkeypatch):
+    """torch is needed, deepspeed only for some launches."""
+
     def version(name):
         raise machine.metadata.PackageNotFoundError(name)
 
@@ -52,6 +56,7 @@ def test_a_missing_library_is_broken(monkeypatch):
 
 
 def test_old_python_is_broken():
+    """3.11 is the oldest."""
     assert machine.python((3, 10, 2)).state == "broken"
     assert machine.python((3, 11, 0)) == Finding("Python", "ok", "3.11.0")
 
@@ -64,6 +69,9 @@ def test_disk_space(monkeypatch, tmp_path, free, state):
 
 
 def test_stores(tmp_path):
+    """A sqlite file is good, a file store is refused by MLflow, an unreachable server is a warning without its
+    password.
+    """
     database = tmp_path / "mlflow.db"
     sqlite3.connect(database).close()
     assert machine.store(f"sqlite:///{database}").state == "ok"
@@ -74,12 +82,14 @@ def test_stores(tmp_path):
 
 
 def test_an_address_that_keeps_silent_costs_no_more_than_the_limit(monkeypatch):
+    """A hub that accepts and never answers does not hold the check up."""
     monkeypatch.setattr(machine, "SECONDS", 0.05)
     monkeypatch.setattr(machine, "_fault", lambda address: (machine.sys.stdin and __import__("time").sleep(1)) or "")
     assert machine.unreachable("http://silent.invalid") == "no answer in 0 s"
 
 
 def test_the_command_prints_a_table(capsys):
+    """Exit 0 here; Python, attention and the hub have their lines."""
     assert cli.command_line(train.main, ["--check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["Python", "ok"]
@@ -88,6 +98,7 @@ def test_the_command_prints_a_table(capsys):
 
 
 def test_what_is_broken_ends_with_exit_code_2(monkeypatch, capsys):
+    """The same words in the document and on stderr."""
     monkeypatch.setattr(machine, "examine", lambda settings: [Finding("peft", "broken", "is not installed", "run it")])
     assert cli.command_line(train.main, ["--check", "--json"]) == 2
     captured = capsys.readouterr()
@@ -131,6 +142,7 @@ def blind(monkeypatch, tmp_path):
 
 
 def test_a_machine_without_a_gpu_is_fine(blind):
+    """No driver, no card, no remedy."""
     assert blind(None).state == "ok"
 
 
@@ -148,6 +160,7 @@ def test_a_driver_too_old_for_the_wheel_is_broken_and_training_does_not_fall_to_
 
 
 def test_a_driver_too_old_for_every_wheel_is_to_be_updated(blind):
+    """Driver 470: no torch build fits it; hiding the card is the other way."""
     found = blind(CLOSED.replace("535.104.05", "470.57.02"))
     assert found.remedy.startswith("update the driver to 580 or newer; CUDA_VISIBLE_DEVICES=")
 
@@ -161,6 +174,7 @@ def test_a_torch_for_the_cpu_beside_a_gpu_is_broken(blind, driver, index):
 
 
 def test_a_card_without_a_driver_torch_can_use_says_what_cuda_says(blind):
+    """The driver is new enough, so CUDA's own words and the container's flag are named."""
     found = blind(OPEN)
     assert found.found == "there is one (driver 580.65.06), but torch does not see it: CUDA unknown error"
     assert "--gpus all" in found.remedy
@@ -168,6 +182,7 @@ def test_a_card_without_a_driver_torch_can_use_says_what_cuda_says(blind):
 
 @pytest.mark.parametrize("value", ["", "-1"])
 def test_hidden_gpus_are_nobodys_fault(blind, monkeypatch, value):
+    """Who sets CUDA_VISIBLE_DEVICES means it."""
     blind(CLOSED)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     (found, _) = machine.devices()
@@ -216,6 +231,7 @@ def cards(monkeypatch):
 
 
 def test_a_card_without_kernels_is_broken_with_the_wheel_that_has_them(cards):
+    """Too old for this build, too new for any, too old for all: each with its remedy."""
     found = cards("Tesla V100", (7, 0), [], bf16=False)["GPU 0"]
     assert found.state == "broken"
     assert "compute capability 7.0" in found.found
@@ -233,6 +249,7 @@ def test_a_gpu_needs_a_compiler_and_python_h(cards):
 
 
 def test_ways_to_compute_attention_are_those_sft_attn_takes(cards):
+    """What is listed can be set."""
     listed = cards("H100", (9, 0), [])["attention"].found.split(", ")
     assert set(listed) <= set(ATTENTION)
 

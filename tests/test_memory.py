@@ -69,11 +69,13 @@ def test_parameters_are_counted_as_they_would_be_loaded(settings):
 
 
 def test_bfloat16_weights_take_half_and_the_adapter_stays_float32(settings):
+    """2 bytes for each frozen parameter, 4 for each of the adapter's."""
     counted = parameter_bytes(dense(), settings(dtype="bfloat16"))
     assert (counted.frozen, counted.trained) == (2 * MODEL, 4 * ADAPTER)
 
 
 def test_tied_embeddings_count_once(settings):
+    """The head has no weights of its own."""
     counted = parameter_bytes(dense(tie_word_embeddings=True), settings(dtype="float32"))
     assert counted.frozen == 4 * (MODEL - WORDS * HIDDEN)
 
@@ -107,6 +109,7 @@ def test_quantisation_leaves_embeddings_head_and_norms(settings, given, width):
 
 
 def test_full_fine_tuning_has_no_adapter(settings):
+    """4 bytes of weights, 4 of gradients and 8 of AdamW's state for each parameter."""
     need = estimate(dense(), settings(dtype="float32", use_lora=0), BATCH, checkpointing=False, available=10**9)
     assert (need.adapter, need.weights, need.gradients, need.optimizer) == (0, 4 * MODEL, 4 * MODEL, 8 * MODEL)
 
@@ -119,6 +122,7 @@ def test_full_fine_tuning_has_no_adapter(settings):
     ],
 )  # fmt: skip
 def test_optimizer_state(settings, name, bytes_per_parameter):
+    """Bytes per trained parameter by the optimizer's name."""
     chosen = settings(optim=name, dtype="float32")
     counted = parameter_bytes(dense(), chosen)
     assert optimizer_bytes(counted, chosen, Launched(0, 1)) == bytes_per_parameter * ADAPTER

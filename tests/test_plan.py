@@ -95,6 +95,7 @@ def test_a_small_model_is_tried_and_its_time_told(ladder, capsys):
 
 
 def test_a_model_too_large_for_this_cpu_has_no_time_and_says_why(ladder, capsys, monkeypatch):
+    """Null in the document, one sentence on the screen, no minute of waiting."""
     monkeypatch.setattr("sft.planning.step_time._CPU_LIMIT", 1e3)
     folder = ladder()
     time = run_check(folder, capsys)[1]["time"]
@@ -130,6 +131,7 @@ def test_a_later_stage_of_a_ladder_does_not_miss_the_stages_before_it(ladder, ca
 
 
 def test_broken_settings_come_as_a_document_too(ladder, capsys):
+    """All keys, every problem, exit 2; a stage that is no number has null for its stage."""
     folder = ladder()
     code, document, errors = run_check(folder, capsys, "--stage", 1, "--set", "SFT_LORA_RANK=4", "--set", "SFT_LR=fast")
     assert (code, list(document), document["stage"]) == (2, KEYS, 1)
@@ -223,5 +225,6 @@ def test_steps_are_those_of_the_trainer(tmp_path, items, size, accumulation, epo
 
 
 def test_a_blank_document_has_all_keys():
+    """In the contract's order, with the problems in it."""
     assert list(blank_document(3, ["wrong"])) == KEYS
     assert blank_document(3, ["wrong"])["problems"] == ["wrong"]

@@ -46,12 +46,14 @@ def test_a_file_of_another_length_than_its_header_says(weights, cut, said):
     ],
 )
 def test_a_file_that_holds_no_weights(tmp_path, content, said):
+    """Each kind of content with what is wrong about it."""
     (tmp_path / "model.safetensors").write_bytes(content)
     (problem,) = file_problems(tmp_path)
     assert said in problem
 
 
 def test_a_shard_that_is_not_there(weights):
+    """The index names two files, one is missing."""
     index = {"weight_map": {"a": "model.safetensors", "c": "model-00002-of-00002.safetensors"}}
     (weights / "model.safetensors.index.json").write_text(json.dumps(index))
     assert list(file_problems(weights)) == [
@@ -60,6 +62,7 @@ def test_a_shard_that_is_not_there(weights):
 
 
 def test_a_torch_archive_that_is_cut_off(tmp_path):
+    """Half of a zip archive; the whole one is no problem."""
     path = tmp_path / "pytorch_model.bin"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.pkl", b"0" * 1000)
@@ -94,6 +97,7 @@ def test_a_cache_of_rows_that_cannot_be_written_names_the_setting(tmp_path, monk
 
 
 def test_a_hub_cache_that_cannot_be_written_matters_where_the_model_is_not_in_it(tmp_path, monkeypatch):
+    """A folder, or a model that was loaded before, needs no writing."""
     hub = tmp_path / "hub"
     hub.mkdir()
     monkeypatch.setattr(refusals.constants, "HF_HUB_CACHE", str(hub))
@@ -107,6 +111,7 @@ def test_a_hub_cache_that_cannot_be_written_matters_where_the_model_is_not_in_it
 
 
 def test_missing_questions_are_found_before_anything_is_written(tmp_path):
+    """Only where answers are generated at all."""
     settings = make_settings(tmp_path, gen_eval="structured", gen_eval_dataset="nowhere.jsonl")
     assert list(question_problems(settings)) == ["SFT_GEN_EVAL_DATASET=nowhere.jsonl: there is no file nowhere.jsonl"]
     assert list(question_problems(make_settings(tmp_path, gen_eval_dataset="nowhere.jsonl"))) == []

@@ -119,6 +119,7 @@ def test_early_stopping_stays_stopped(inputs, tmp_path, monkeypatch, where):
 
 
 def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(inputs, tmp_path, monkeypatch):
+    """Killed before the result is written: the rerun writes it and computes no loss."""
     with monkeypatch.context() as patched:
         before(patched, "sft.run.write_result", kill)
         with pytest.raises(Killed):
@@ -141,6 +142,7 @@ def test_a_long_step_is_given_up_without_a_trace(inputs, tmp_path, monkeypatch):
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_end_is_the_same(inputs, tmp_path, monkeypatch, capsys):
+    """One flipped bit in the optimizer's state: step 4 is resumed and the adapter is that of the undisturbed run."""
     with monkeypatch.context() as patched:
         before(patched, "sft.training.trainer.StagedTrainer.compute_loss", kill, at_step(7))
         with pytest.raises(Killed):
@@ -217,6 +219,8 @@ def test_a_rate_far_too_high_never_reaches_a_checkpoint(inputs, tmp_path, capsys
 
 
 def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before(inputs, tmp_path, monkeypatch, capsys):
+    """Exit 1 with the reason; no half-written folder stays; the rerun ends as if nothing had happened."""
+
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -241,6 +245,7 @@ def test_a_full_disk_is_called_that_by_whatever_meets_it(write):
 
 
 def test_disk_space_is_asked_for_before_anything_is_written(inputs, tmp_path, monkeypatch, capsys):
+    """Exit 2 with what is needed, what is free and the settings that help."""
     monkeypatch.setattr(atomic, "free_bytes", lambda path: 100_000)
     assert train(inputs, tmp_path) == 2
     said = capsys.readouterr().err

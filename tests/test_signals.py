@@ -39,6 +39,7 @@ def test_each_signal_raises_where_the_program_stands(stop_signals, number, code)
 
 
 def test_in_training_the_signal_is_only_remembered(stop_signals):
+    """The step goes on; who asks learns which signal came."""
     stop_signals.deferred = True
     tell()
     assert stop_signals.number == signal.SIGTERM
@@ -85,6 +86,7 @@ print("goes on")
 
 
 def test_a_second_signal_exits_at_once():
+    """SIGTERM, then SIGINT: 130, and the last line is never reached."""
     done = subprocess.run([sys.executable, "-c", SECOND, "1"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")
 
@@ -205,5 +207,6 @@ def test_a_stop_in_any_phase_loses_nothing(ladder, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(("check", "goes_on"), [(True, False), (False, True)])
 def test_a_stopped_check_speaks_of_no_checkpoint(capsys, check, goes_on):
+    """Only a training run goes on from one."""
     assert cli.stopped(Stopped(signal.SIGTERM), Namespace(check=check)) == 143
     assert ("goes on from the last checkpoint" in capsys.readouterr().err) is goes_on

@@ -55,6 +55,7 @@ def rewrite_manifest(folder: Path, **fields: object) -> None:
 
 @pytest.mark.parametrize("left", [[], ["error.log"], [".DS_Store"]])
 def test_no_folder_an_empty_one_and_one_with_only_the_log_of_a_failed_start_are_fresh(tmp_path, left):
+    """Nothing in them is a person's work."""
     settings = make_settings(tmp_path)
     assert Stage.inspect(settings).decision == "fresh"
     folder = tmp_path / "out_stage1"
@@ -67,6 +68,7 @@ def test_no_folder_an_empty_one_and_one_with_only_the_log_of_a_failed_start_are_
 
 
 def test_looking_at_a_stage_writes_nothing(tmp_path):
+    """Not even the folder or the lock."""
     settings = make_settings(tmp_path, 2)
     before = snapshot(tmp_path)
     Stage.inspect(settings)
@@ -75,6 +77,7 @@ def test_looking_at_a_stage_writes_nothing(tmp_path):
 
 
 def test_a_complete_stage_stays_as_it_is_and_is_not_locked(tmp_path):
+    """Two may open it at once and no byte changes."""
     settings = make_settings(tmp_path)
     train(settings)
     before = snapshot(tmp_path)
@@ -85,6 +88,7 @@ def test_a_complete_stage_stays_as_it_is_and_is_not_locked(tmp_path):
 
 
 def test_a_complete_stage_refuses_other_settings_and_lists_old_and_new(tmp_path):
+    """Two that matter are listed, a neutral one is not; --fresh is the way."""
     train(make_settings(tmp_path))
     problems = refusal(make_settings(tmp_path, lr="2e-4", lora_alpha=8, logging_steps=1))
     assert problems == [
@@ -96,6 +100,7 @@ def test_a_complete_stage_refuses_other_settings_and_lists_old_and_new(tmp_path)
 
 
 def test_what_cannot_change_the_result_may_change(tmp_path):
+    """Five neutral settings changed: still complete."""
     train(make_settings(tmp_path, lr="1e-4"))
     neutral = {"logging_steps": 3, "save_steps": 7, "per_device_eval_bs": 1, "run_name": "x", "report_to": "none"}
     assert Stage.inspect(make_settings(tmp_path, **neutral)).decision == "complete"
@@ -125,6 +130,7 @@ def test_micro_batch_accumulation_and_processes_may_trade_places(tmp_path, befor
 
 
 def test_a_complete_stage_may_be_looked_at_with_another_number_of_processes(tmp_path):
+    """Trained on four, looked at from one."""
     settings = make_settings(tmp_path)
     with Stage.open(settings, processes=4) as stage:
         stage.begin()
@@ -134,6 +140,7 @@ def test_a_complete_stage_may_be_looked_at_with_another_number_of_processes(tmp_
 
 
 def test_edited_data_is_noticed_and_missing_data_is_said(tmp_path):
+    """Another content refuses with both checksums; a file that is gone is only a warning once the stage is complete."""
     settings = make_settings(tmp_path)
     train(settings)
     rows = tmp_path / "rows.jsonl"
@@ -147,6 +154,7 @@ def test_edited_data_is_noticed_and_missing_data_is_said(tmp_path):
 
 
 def test_edited_validation_rows_and_template_are_noticed(tmp_path):
+    """Both files' contents are part of what a stage was made from."""
     (tmp_path / "val.jsonl").write_text("1")
     (tmp_path / "chat.jinja").write_text("1")
     settings = make_settings(tmp_path, eval_dataset=tmp_path / "val.jsonl", chat_template=tmp_path / "chat.jinja")
@@ -161,6 +169,7 @@ def test_edited_validation_rows_and_template_are_noticed(tmp_path):
 
 
 def test_a_base_model_that_moved_is_the_same_and_one_that_changed_is_not(tmp_path):
+    """A link and its target are one model; other weights, or another id, are not."""
     train(make_settings(tmp_path))
     (tmp_path / "base").rename(tmp_path / "models")
     (tmp_path / "base").symlink_to("models")
@@ -175,6 +184,7 @@ def test_a_base_model_that_moved_is_the_same_and_one_that_changed_is_not(tmp_pat
 
 
 def test_a_killed_stage_resumes_from_its_checkpoint_and_refuses_other_settings(tmp_path):
+    """A neutral setting may change in between, the learning rate may not."""
     folder = killed(make_settings(tmp_path), checkpoint=20).folder
     with Stage.open(make_settings(tmp_path, save_steps=7)) as stage:
         assert (stage.decision, stage.checkpoint) == ("resume", folder / "checkpoint-20")
@@ -185,6 +195,7 @@ def test_a_killed_stage_resumes_from_its_checkpoint_and_refuses_other_settings(t
 
 
 def test_a_failed_stage_resumes(tmp_path):
+    """The manifest has the error until the next start."""
     with pytest.raises(ValueError, match="out of memory"), Stage.open(make_settings(tmp_path)) as stage:
         stage.begin()
         add_checkpoint(stage.folder, 20)
@@ -199,6 +210,7 @@ def test_a_failed_stage_resumes(tmp_path):
 
 @pytest.mark.parametrize("stop", [SystemExit(143), KeyboardInterrupt()])
 def test_a_stopped_stage_is_not_a_failed_one(tmp_path, stop):
+    """A signal leaves "running", which resumes without an error."""
     with pytest.raises(type(stop)), Stage.open(make_settings(tmp_path)) as stage:
         stage.begin()
         raise stop
@@ -222,6 +234,7 @@ def test_a_start_without_checkpoint_takes_corrected_settings(tmp_path):
 
 @pytest.mark.parametrize("name", ["notes.txt", "checkpoint-5/trainer_state.json", "config.json"])
 def test_a_folder_that_is_not_ours_is_not_overwritten(tmp_path, name):
+    """Files without a stage.json: exit 2, with another name or --fresh as ways out."""
     settings = make_settings(tmp_path)
     (tmp_path / "out_stage1" / name).parent.mkdir(parents=True)
     (tmp_path / "out_stage1" / name).write_text("{}")
@@ -233,6 +246,7 @@ def test_a_folder_that_is_not_ours_is_not_overwritten(tmp_path, name):
 
 
 def test_fresh_moves_the_old_output_aside_and_keeps_the_merged_base(tmp_path):
+    """The first adapter is in the moved folder; what the stage starts from has not changed."""
     settings = make_settings(tmp_path)
     train(settings, b"first")
     (tmp_path / "out_stage1_merged_base").mkdir()
@@ -253,6 +267,7 @@ def test_fresh_moves_the_old_output_aside_and_keeps_the_merged_base(tmp_path):
     ],
 )
 def test_an_unreadable_manifest_is_named_and_fresh_is_the_way_out(tmp_path, text, place):
+    """The file, the place in it, and the command."""
     settings = make_settings(tmp_path)
     train(settings)
     (tmp_path / "out_stage1" / "stage.json").write_text(text)
@@ -264,6 +279,7 @@ def test_an_unreadable_manifest_is_named_and_fresh_is_the_way_out(tmp_path, text
 
 
 def test_a_manifest_of_another_stage_or_status_is_damaged(tmp_path):
+    """Copied from stage 3, or with a status that does not exist."""
     settings = make_settings(tmp_path)
     train(settings)
     rewrite_manifest(tmp_path / "out_stage1", stage=3)
@@ -295,6 +311,7 @@ def test_no_flipped_bit_of_a_manifest_ends_in_anything_but_a_decision_or_a_probl
 
 
 def test_a_complete_stage_whose_adapter_was_damaged_says_so(tmp_path):
+    """Its checksum is not the one that stage.json lists."""
     settings = make_settings(tmp_path)
     train(settings)
     (tmp_path / "out_stage1" / "adapter_model.safetensors").write_bytes(b"adapter 2")
@@ -302,6 +319,7 @@ def test_a_complete_stage_whose_adapter_was_damaged_says_so(tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_a_problem_before_anything_is_tried(tmp_path, monkeypatch):
+    """Exit 2 with the setting and the way out."""
     settings = make_settings(tmp_path)
     killed(settings)
     real = os.access
@@ -345,6 +363,7 @@ def test_of_starts_at_once_exactly_one_trains(tmp_path):
 
 
 def test_parents_are_all_earlier_stages_in_order_with_their_hashes(tmp_path):
+    """Stage 3 has stages 1 and 2, whose hashes stand in its manifest."""
     for number in (1, 2):
         train(make_settings(tmp_path, number))
     with Stage.open(make_settings(tmp_path, 3)) as stage:
@@ -367,6 +386,7 @@ ADAPTER_1 = subprocess.run(["sha256sum"], input=b"adapter 1", capture_output=Tru
 
 
 def test_each_missing_stage_gets_its_warning_and_the_others_are_used(tmp_path):
+    """Stage 4 with stage 1 alone: two warnings, one parent."""
     train(make_settings(tmp_path, 1))
     stage = Stage.inspect(make_settings(tmp_path, 4))
     assert stage.warnings == [
@@ -378,6 +398,7 @@ def test_each_missing_stage_gets_its_warning_and_the_others_are_used(tmp_path):
 
 
 def test_in_strict_mode_a_missing_stage_is_a_problem(tmp_path):
+    """The same words, and how to go on."""
     assert refusal(make_settings(tmp_path, 2, strict=True)) == [
         f"Previous stage adapter not found at {tmp_path}/out_stage1, starting from base model; strict mode forbids "
         "that: train it with python train.py --stage 1, or run without strict mode"
@@ -407,6 +428,7 @@ def test_damage_beside_a_parents_weights_is_a_warning(tmp_path):
 
 @pytest.mark.parametrize(("status", "state"), [("running", "was stopped before its end"), ("failed", "failed")])
 def test_an_unfinished_parent_is_a_problem(tmp_path, status, state):
+    """Running, failed: each with what it is and the command that finishes it."""
     killed(make_settings(tmp_path))
     rewrite_manifest(tmp_path / "out_stage1", status=status)
     assert refusal(make_settings(tmp_path, 2)) == [
@@ -415,6 +437,7 @@ def test_an_unfinished_parent_is_a_problem(tmp_path, status, state):
 
 
 def test_a_parent_in_training_is_named_with_its_process(tmp_path):
+    """Who waits for it can look it up."""
     with Stage.open(make_settings(tmp_path)) as stage:
         stage.begin()
         (problem,) = refusal(make_settings(tmp_path, 2))
@@ -422,6 +445,7 @@ def test_a_parent_in_training_is_named_with_its_process(tmp_path):
 
 
 def test_an_adapter_of_another_tool_is_taken_with_a_warning(tmp_path):
+    """Without stage.json it is a parent all the same; nothing vouches for its data."""
     add_adapter(tmp_path / "out_stage1", b"x")
     stage = Stage.inspect(make_settings(tmp_path, 2))
     assert stage.decision == "fresh"
@@ -432,6 +456,7 @@ def test_an_adapter_of_another_tool_is_taken_with_a_warning(tmp_path):
 
 
 def test_a_parent_folder_without_adapter_is_a_problem_and_a_pickle_is_none(tmp_path):
+    """A .bin is never loaded."""
     folder = tmp_path / "out_stage1"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
@@ -443,6 +468,7 @@ def test_a_parent_folder_without_adapter_is_a_problem_and_a_pickle_is_none(tmp_p
 
 
 def test_a_damaged_parent_is_a_problem(tmp_path):
+    """Other weights than listed, or half a manifest: with the command that mends it."""
     train(make_settings(tmp_path))
     (tmp_path / "out_stage1" / "adapter_model.safetensors").write_bytes(b"adapter 0")
     assert "its weights are not those that stage.json lists" in refusal(make_settings(tmp_path, 2))[0]
@@ -451,6 +477,7 @@ def test_a_damaged_parent_is_a_problem(tmp_path):
 
 
 def test_a_parent_on_another_base_model_is_a_problem(tmp_path):
+    """A ladder has one base model; both are named."""
     train(make_settings(tmp_path))
     (problem,) = refusal(make_settings(tmp_path, 2, base_model="org/other"))
     assert problem == (
@@ -460,6 +487,7 @@ def test_a_parent_on_another_base_model_is_a_problem(tmp_path):
 
 
 def test_after_a_parent_was_retrained_its_children_refuse_and_later_stages_name_the_one_to_train(tmp_path):
+    """Stage 2 lists both hashes; stage 3 names stage 2; once that is trained again stage 3 may start."""
     for number in (1, 2):
         train(make_settings(tmp_path, number))
     train(make_settings(tmp_path), b"other", fresh=True)
@@ -495,6 +523,7 @@ def train_whole_model(settings) -> None:
 
 
 def test_after_a_stage_that_trained_all_weights_the_lineage_starts_there(tmp_path):
+    """Stage 4 starts from stage 2's model and stage 3's adapter; stage 1 may be gone."""
     train(make_settings(tmp_path, 1))
     train_whole_model(make_settings(tmp_path, 2, use_lora=0))
     train(make_settings(tmp_path, 3))
@@ -521,6 +550,7 @@ def test_what_a_merged_base_is_known_by_follows_the_lineage(tmp_path):
 
 
 def test_the_manifest_has_the_contracts_keys_from_begin_to_end(tmp_path):
+    """All keys from the start, filled in as the stage goes."""
     settings = make_settings(tmp_path)
     with Stage.open(settings, processes=1) as stage:
         stage.begin()
@@ -548,6 +578,7 @@ def test_the_manifest_has_the_contracts_keys_from_begin_to_end(tmp_path):
 
 
 def test_a_resumed_stage_keeps_its_start_and_mlflow_run_and_the_metrics_up_to_its_checkpoint(tmp_path):
+    """The line of step 30 goes, since step 20 is resumed."""
     settings = make_settings(tmp_path)
     with Stage.open(settings) as stage:
         stage.begin()
@@ -563,6 +594,7 @@ def test_a_resumed_stage_keeps_its_start_and_mlflow_run_and_the_metrics_up_to_it
 
 
 def test_a_stage_without_weights_does_not_become_complete(tmp_path):
+    """It fails instead."""
     with pytest.raises(RunFailed, match="holds no weights"), Stage.open(make_settings(tmp_path)) as stage:
         stage.begin()
         stage.complete()
@@ -570,6 +602,7 @@ def test_a_stage_without_weights_does_not_become_complete(tmp_path):
 
 
 def test_processes_beside_the_main_one_write_and_hold_nothing(tmp_path):
+    """They see the same decision and checkpoint, and change no byte."""
     settings = make_settings(tmp_path)
     with Stage.open(settings) as main:
         main.begin()
@@ -585,6 +618,7 @@ def test_processes_beside_the_main_one_write_and_hold_nothing(tmp_path):
 
 
 def test_error_log_and_reason_hide_credentials(tmp_path):
+    """Neither the password of an address nor a hub token reaches a file."""
     with Stage.open(make_settings(tmp_path)) as stage:
         stage.begin()
         stage.fail("can't reach https://me:secret@host/x")
@@ -596,6 +630,7 @@ def test_error_log_and_reason_hide_credentials(tmp_path):
 
 
 def test_an_open_stage_is_held_and_given_back(tmp_path):
+    """A second opening is refused until the first one ends."""
     settings = make_settings(tmp_path)
     with Stage.open(settings):
         assert "is in use by process" in Stage.inspect(settings).problems[0]
@@ -606,6 +641,7 @@ def test_an_open_stage_is_held_and_given_back(tmp_path):
 
 
 def test_leftovers_of_killed_processes_are_cleared_when_the_stage_is_opened(tmp_path):
+    """Half-written folders of this stage go; those of another stage, whose maker may live, stay."""
     settings = make_settings(tmp_path)
     folder = killed(settings, checkpoint=5).folder
     (folder / "checkpoint-6.partial-999999").mkdir()
@@ -662,6 +698,7 @@ def test_a_stage_killed_again_and_again_ends_complete_with_nothing_lost(tmp_path
 
 
 def test_source_fingerprints(tmp_path):
+    """A file by its content, a hub data set by its id and revision."""
     (tmp_path / "rows.jsonl").write_bytes(b"abc")
     sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert source_fingerprint(Source(id=str(tmp_path / "rows.jsonl"))) == f"sha256:{sha}"

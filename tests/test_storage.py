@@ -24,6 +24,7 @@ def full_disk(*_: object) -> int:
 
 
 def test_a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path):
+    """Folders on the way are made; the text is UTF-8 with plain line ends."""
     atomic.write_text(tmp_path / "deep" / "a.txt", "old")
     atomic.write_text(tmp_path / "deep" / "a.txt", "neu: ü\n")
     assert (tmp_path / "deep" / "a.txt").read_bytes() == b"neu: \xc3\xbc\n"
@@ -38,6 +39,7 @@ def test_json_is_indented_utf8_without_nan(tmp_path):
 
 
 def test_numpy_numbers_are_numbers_and_their_nan_is_null(tmp_path):
+    """JSON has no NaN."""
     numpy = pytest.importorskip("numpy")
     json_files.write_json(tmp_path / "a.json", [numpy.float32(0.5), numpy.int64(3), numpy.float32("nan")])
     assert json.loads((tmp_path / "a.json").read_text()) == [0.5, 3, None]
@@ -45,6 +47,7 @@ def test_numpy_numbers_are_numbers_and_their_nan_is_null(tmp_path):
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_next(tmp_path, monkeypatch, call):
+    """Wherever it fills up: in writing, in syncing, in naming."""
     atomic.write_text(tmp_path / "a.txt", "old")
     monkeypatch.setattr(os, call, full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -64,6 +67,7 @@ def test_a_write_that_takes_only_part_goes_on(tmp_path, monkeypatch):
 
 
 def test_read_json_names_the_damaged_file(tmp_path):
+    """Half a document or bytes that are no text; a file that is not there is another error."""
     path = tmp_path / "stage.json"
     path.write_bytes(b'{"a": 1')
     with pytest.raises(json_files.DamagedFile, match=r"stage\.json: not readable as JSON"):
@@ -88,6 +92,7 @@ def test_appended_lines_survive_a_torn_last_one(tmp_path):
 
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_itself(tmp_path, monkeypatch):
+    """Four bytes were written before the disk was full: they go again."""
     path = tmp_path / "metrics.jsonl"
     json_files.append_line(path, '{"step": 1}')
     real, calls = os.write, []
@@ -126,6 +131,7 @@ def test_a_folder_replaced_by_a_killed_process_is_back_before_the_next_is_publis
 
 
 def test_a_folder_whose_making_fails_is_not_published(tmp_path):
+    """The old one stays, the half one goes."""
     with atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("good")
     with pytest.raises(RuntimeError, match="broke"), atomic.published_folder(tmp_path / "model") as partial:
@@ -136,6 +142,7 @@ def test_a_folder_whose_making_fails_is_not_published(tmp_path):
 
 
 def test_a_full_disk_at_the_final_sync_leaves_the_old_folder(tmp_path, monkeypatch):
+    """Nothing is renamed before it is safely written."""
     with atomic.published_folder(tmp_path / "model") as partial:
         (partial / "a").write_text("good")
     monkeypatch.setattr(os, "fsync", full_disk)
@@ -187,6 +194,7 @@ def test_a_process_killed_while_publishing_loses_nothing(tmp_path, moment):
 
 
 def test_leftovers_are_cleared_by_target_name_and_only_of_dead_processes_unless_alone(tmp_path):
+    """out_stage1 is not out_stage10; what a person called .partial-final stays."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / f"out_stage1.partial-{dead.pid}").mkdir()
@@ -209,6 +217,7 @@ def sealed_folder(path: Path) -> Path:
 
 
 def test_the_mark_lists_size_and_sha256_of_every_file(tmp_path):
+    """Subfolders included; sealed means undamaged."""
     folder = sealed_folder(tmp_path / "checkpoint-5")
     assert json.loads((folder / "COMPLETE.json").read_text()) == {
         "model.safetensors": {"size": 10, "sha256": hashlib.sha256(b"0123456789").hexdigest()},
@@ -231,6 +240,7 @@ def test_the_mark_lists_size_and_sha256_of_every_file(tmp_path):
     ],
 )
 def test_damage_names_what_is_wrong(tmp_path, harm, found):
+    """Each kind of harm with its file."""
     folder = sealed_folder(tmp_path / "checkpoint-5")
     harm(folder)
     assert seals.damage(folder) == found
@@ -264,6 +274,7 @@ def test_every_flipped_bit_and_every_truncation_of_a_sealed_folder_is_found(tmp_
 
 
 def test_setting_aside_never_overwrites(tmp_path, monkeypatch):
+    """Twice within a second gives a second name."""
     monkeypatch.setattr(atomic, "utc_stamp", lambda: "20250131T235959Z")
     for content in ("one", "two"):
         (tmp_path / "out_stage1").mkdir()
@@ -282,6 +293,7 @@ def test_a_removed_folder_is_gone_under_its_name_before_its_files_are(tmp_path, 
 
 
 def test_content_fingerprints_follow_content_and_names_only(tmp_path):
+    """Times and the caches of `datasets` do not count, one byte of a file does."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"abc")
     assert seals.content_fingerprint(path) == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -299,6 +311,7 @@ def test_content_fingerprints_follow_content_and_names_only(tmp_path):
 
 
 def test_free_bytes_of_a_place_that_does_not_exist_yet(tmp_path):
+    """Those of the nearest folder that does."""
     assert abs(atomic.free_bytes(tmp_path / "a" / "b") - atomic.free_bytes(tmp_path)) < 1 << 30
     assert atomic.free_bytes(tmp_path) > 0
 
