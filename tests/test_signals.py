@@ -169,7 +169,7 @@ PHASES = {
         "sft.storage.json_files.write_json",
         lambda path, *a, **k: path.name == "training_config.json",
     ),
-    "final scoring": ("sft.evaluation.ladder_scores._previous_table", lambda *a, **k: True),
+    "final scoring": ("sft.evaluation.ladder_scores._previous", lambda *a, **k: True),
     "report": ("sft.reporting.report.write_report", lambda *a, **k: True),
 }
 CHECKPOINT = {

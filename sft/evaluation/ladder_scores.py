@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,7 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.evaluation.generation_evaluation import GenerationEvaluation
 from sft.models.model import load_model
-from sft.scoring.forgetting import drops, stage_number
-from sft.scoring.metrics import FORGETTING_MARGIN
+from sft.scoring.forgetting import Matrix, TaskScores, drops
 from sft.stages import paths
 from sft.stages.manifest import is_intact, read_manifest, with_digest
 from sft.storage import json_files
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sft.stages.stage import Stage
 
 METRIC = "gen_score"
-TaskScores = dict[str, float]
 
 
 @dataclass
@@ -40,23 +39,39 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def task_scores(metrics: dict[str, float]) -> TaskScores:
-    """gen_score overall (key "") and per task key."""
-    prefix = f"{METRIC}/"
-    scores = {name.removeprefix(prefix): v for name, v in metrics.items() if name.startswith(prefix) and "_to_" in name}
+def task_scores(metrics: dict[str, float], rows: Sequence[dict[str, Any]]) -> TaskScores:
+    """gen_score overall (key "") and per task key of the rows that were asked."""
+    keys = {row["task"] for row in rows if row.get("task")}
+    scores = {key: metrics[f"{METRIC}/{key}"] for key in sorted(keys) if f"{METRIC}/{key}" in metrics}
     return scores | ({"": metrics[METRIC]} if METRIC in metrics else {})
+
+
+def earlier_stages(stage: Stage) -> dict[int, Path]:
+    """The folders of all complete stages before this one, by number. Those before a fully trained stage are no parents
+    any more (its weights hold what they learnt), but their questions and models are still there to compare."""
+    folders = {number: paths.stage_folder(stage.settings.out_lora_dir, number) for number in range(1, stage.number)}
+    return {number: folder for number, folder in folders.items() if _status(folder, number) == "complete"}
+
+
+def _status(folder: Path, number: int) -> str | None:
+    try:
+        return (read_manifest(folder, number) or {}).get("status")
+    except json_files.DamagedFile:
+        return None
 
 
 def earlier_models(stage: Stage) -> dict[str, str]:
     """The base and each earlier stage's model by name, and the folder or hub id that holds it, where there is one.
 
-    Stage K's model is what stage K+1 started from. The one just before this stage is its own step 0, so it is not here.
+    A fully trained stage holds its model itself; another one's is what the next stage started from. The one just before
+    this stage is its own step 0, so it is not here.
     """
     models = {"base": stage.settings.base_model}
-    for parent in stage.parents[:-1]:
-        merged = paths.merged_base(paths.stage_folder(stage.settings.out_lora_dir, parent.stage + 1))
-        if (merged / paths.MODEL_CONFIG).is_file():
-            models[f"stage {parent.stage}"] = str(merged)
+    for number, folder in list(earlier_stages(stage).items())[:-1]:
+        merged = paths.merged_base(paths.stage_folder(stage.settings.out_lora_dir, number + 1))
+        holds_model = not (folder / paths.ADAPTER_CONFIG).is_file()
+        if (found := folder if holds_model else merged).joinpath(paths.MODEL_CONFIG).is_file():
+            models[f"stage {number}"] = str(found)
     return models if stage.parents else {}
 
 
@@ -78,7 +93,7 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
         model = load_model(source, stage.settings)
         answers = evaluation.answer(model, evaluation.rows, accelerator=state)
         _, metrics = evaluation.score(evaluation.rows, answers)
-        earlier.scores[name] = {tasks: task_scores(metrics)}
+        earlier.scores[name] = {tasks: task_scores(metrics, evaluation.rows)}
         del model
         gc.collect()
         torch.cuda.empty_cache()  # the next model is of another size; without a GPU it does nothing
@@ -103,60 +118,34 @@ def ladder_scores(
 
     `step`: the last one, at which the stage's own rows were asked already.
     """
-    table: dict[str, dict[str, TaskScores]] = _previous_table(stage)
-    for name, tasks in earlier.scores.items():
-        table.setdefault(name, {}).update(tasks)
+    stages = earlier_stages(stage)
+    matrix = _previous(stages)
+    matrix.margin = stage.settings.forgetting_margin
+    matrix.update(earlier.scores)
     here, before = f"stage {stage.number}", f"stage {stage.parents[-1].stage}" if stage.parents else "base"
-    table.setdefault(before, {})[here] = task_scores(_metrics_at(stage, 0))
-    table.setdefault(here, {})[here] = task_scores(_metrics_at(stage, step))
-    for parent in stage.parents:
-        rows = json_files.read_records(parent.folder / paths.QUESTIONS)
-        if rows:
-            say(f"Scoring stage {stage.number} on the rows of stage {parent.stage} ...")
+    matrix.update({before: {here: task_scores(_metrics_at(stage, 0), evaluation.rows)}})
+    matrix.update({here: {here: task_scores(_metrics_at(stage, step), evaluation.rows)}})
+    for number, folder in stages.items():
+        if rows := json_files.read_records(folder / paths.QUESTIONS):
+            say(f"Scoring stage {stage.number} on the rows of stage {number} ...")
             answers = evaluation.answer(model, rows, accelerator=accelerator)
             _, metrics = evaluation.score(rows, answers)
-            table[here][f"stage {parent.stage}"] = task_scores(metrics)
-    scored = any(scores for tasks in table.values() for scores in tasks.values())
-    return _record(table, stage.settings.forgetting_margin) if scored else None
+            matrix.update({here: {f"stage {number}": task_scores(metrics, rows)}})
+    if not any(scores for tasks in matrix.table.values() for scores in tasks.values()):
+        return None
+    for drop in drops(matrix):
+        say(f"[WARNING] Forgetting: {drop.sentence()}")
+    return matrix.record()
 
 
 def _metrics_at(stage: Stage, step: int) -> dict[str, float]:
     """The evaluation of a step, from metrics.jsonl: checkpoints vouch for its lines."""
     records = json_files.read_records(stage.folder / paths.METRICS)
-    found = [record for record in records if record.get("step") == step and "eval_loss" in record]
+    found = [record for record in records if record.get("step") == step and METRIC in record]
     return found[-1] if found else {}
 
 
-def _previous_table(stage: Stage) -> dict[str, dict[str, TaskScores]]:
+def _previous(stages: dict[int, Path]) -> Matrix:
     """What the last stage that has a matrix recorded."""
-    for parent in reversed(stage.parents):
-        matrix = (read_manifest(parent.folder, parent.stage) or {}).get("forgetting")
-        if matrix:
-            return {
-                model: {
-                    tasks: matrix["by_task"].get(model, {}).get(tasks, {}) | {"": score}
-                    for tasks, score in zip(matrix["tasks"], row, strict=True)
-                    if score is not None
-                }
-                for model, row in zip(matrix["models"], matrix["scores"], strict=True)
-            }
-    return {}
-
-
-def _record(table: dict[str, dict[str, TaskScores]], margin: float = FORGETTING_MARGIN) -> dict[str, Any]:
-    models = sorted(table, key=stage_number)
-    tasks = sorted({name for scores in table.values() for name in scores}, key=stage_number)
-    matrix = {
-        "metric": METRIC,
-        "margin": margin,
-        "models": models,
-        "tasks": tasks,
-        "scores": [[table[model].get(name, {}).get("") for name in tasks] for model in models],
-        "by_task": {
-            model: {name: {key: s for key, s in scores.items() if key} for name, scores in table[model].items()}
-            for model in models
-        },
-    }
-    for drop in drops(matrix, margin):
-        say(f"[WARNING] Forgetting: {drop.sentence()}")
-    return matrix
+    manifests = (read_manifest(folder, number) or {} for number, folder in reversed(stages.items()))
+    return next((matrix for manifest in manifests if (matrix := Matrix.read(manifest.get("forgetting")))), Matrix())

@@ -15,7 +15,6 @@ from sft.reporting.scores import (
     matrix_facts,
     read_answers,
     read_evaluations,
-    recorded_matrix,
     score_names,
 )
 from sft.reporting.text import printable
@@ -39,7 +38,7 @@ def stage_facts(folder: Path) -> Facts:
         "best": read_object(folder / paths.BEST_MODEL / paths.BEST_RECORD, notices) or None,
         "curves": _curves(lines, evaluations),
         "scores": compared_scores(evaluations),
-        "forgetting": matrix_facts(recorded_matrix(manifest)),
+        "forgetting": matrix_facts(forgetting.Matrix.read(manifest.get("forgetting"))),
         "mix": _mix(manifest),
         "masked_loss": manifest.get("masked_loss") or None,
         "answers": read_answers(folder, notices),
@@ -56,7 +55,7 @@ def stage_facts(folder: Path) -> Facts:
 def ladder_facts(folders: Sequence[Path]) -> Facts:
     """What a ladder's report holds: its stages in order, one matrix of all of them, and the settings they differ in."""
     stages = [stage_facts(folder) for folder in folders]
-    matrix = forgetting.joined(recorded_matrix(read_object(folder / paths.MANIFEST, [])) for folder in folders)
+    matrix = ladder_matrix(folders)
     facts = {
         "base_model": next((stage["base_model"] for stage in stages if stage["base_model"]), None),
         "seconds": sum(stage["seconds"] or 0 for stage in stages),
@@ -67,6 +66,12 @@ def ladder_facts(folders: Sequence[Path]) -> Facts:
         "notices": [f"Stage {stage['stage']}: {text}" for stage in stages for text in stage["notices"]],
     }
     return printable(facts)
+
+
+def ladder_matrix(folders: Sequence[Path]) -> forgetting.Matrix | None:
+    """One matrix of all that the stages recorded."""
+    records = (read_object(folder / paths.MANIFEST, []).get("forgetting") for folder in folders)
+    return forgetting.joined(forgetting.Matrix.read(record) for record in records)
 
 
 def _summary(stage: Facts) -> Facts:

@@ -17,14 +17,12 @@ from markupsafe import Markup
 
 from sft.distributed.launch import launched
 from sft.reporting import plots
-from sft.reporting.facts import ladder_facts, stage_facts
-from sft.reporting.scores import recorded_matrix
+from sft.reporting.facts import ladder_facts, ladder_matrix, stage_facts
 from sft.reporting.text import aligned, duration, figure, language, plain, score, signed
 from sft.scoring import forgetting
-from sft.scoring.metrics import FORGETTING_MARGIN
 from sft.stages import paths
 from sft.storage.atomic import write_text
-from sft.storage.json_files import Facts, read_object, write_json
+from sft.storage.json_files import Facts, write_json
 
 if TYPE_CHECKING:
     from sft.reporting.tracker import Tracker
@@ -57,24 +55,24 @@ def write_ladder_report(folders: Sequence[Path], target: Path) -> Path:
 
 def score_table(folders: Sequence[Path]) -> str:
     """Plain text: base and the model of every stage by overall score and score per format; "" without scores."""
-    matrix = forgetting.joined(recorded_matrix(read_object(folder / paths.MANIFEST, [])) for folder in folders)
+    matrix = ladder_matrix(folders)
     if not matrix:
         return ""
     columns, scores = forgetting.format_scores(matrix)
-    rows = [[model, *(score(scores[model].get(column)) for column in columns)] for model in matrix["models"]]
+    rows = [[model, *(score(scores[model].get(column)) for column in columns)] for model in matrix.models]
     return aligned([["model", *columns], *rows])
 
 
 def forgetting_table(manifest: Mapping[str, Any]) -> str:
     """Plain text: models by stages' tasks, "!" at what fell by more than the margin, then what it was; "" without."""
-    matrix = recorded_matrix(dict(manifest))
+    matrix = forgetting.Matrix.read(manifest.get("forgetting"))
     if not matrix:
         return ""
-    found = forgetting.drops(matrix, matrix.get("margin", FORGETTING_MARGIN))
+    found = forgetting.drops(matrix)
     lost = {(drop.model, drop.tasks) for drop in found}
-    rows = [["model", *(f"{tasks} tasks" for tasks in matrix["tasks"])]]
-    for model in matrix["models"]:
-        scores = {tasks: score(forgetting.cell(matrix, model, tasks)) for tasks in matrix["tasks"]}
+    rows = [["model", *(f"{tasks} tasks" for tasks in matrix.tasks)]]
+    for model in matrix.models:
+        scores = {tasks: score(matrix.cell(model, tasks)) for tasks in matrix.tasks}
         rows.append([model, *(f"{text}{'!' if (model, tasks) in lost else ' '}" for tasks, text in scores.items())])
     return "\n".join([aligned(rows), *(f"! {drop.sentence()}" for drop in found)])
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from sft.reporting.text import short
 from sft.scoring import forgetting
-from sft.scoring.metrics import FORGETTING_MARGIN
+from sft.scoring.formats import FORMATS
+from sft.scoring.metrics import metric_direction
 from sft.stages import paths
 from sft.storage.json_files import Facts, is_number, read_lines, read_object
 
 SHOWN_ANSWERS = 5
 LONGEST_ANSWER = 2_000  # characters; an answer that never stopped would fill the page
-LOWER_IS_BETTER = {"loss", "eval_loss", "perplexity", "gen_fp_rate_on_negative"}
 DETAIL_METRICS = ("gen_parse_rate", "gen_key_rate", "gen_value_rate", "gen_exact_rate", "gen_only_rate")
 
 
@@ -43,7 +43,7 @@ def score_names(evaluations: Mapping[int, Mapping[str, float]]) -> list[str]:
     """gen_score and its formats; where there is none (extraction), the first six overall rates."""
     present = {name for metrics in evaluations.values() for name in metrics}
     if "gen_score" in present:
-        return ["gen_score", *(f"gen_score/{name}" for name in forgetting.FORMATS if f"gen_score/{name}" in present)]
+        return ["gen_score", *(f"gen_score/{name}" for name in FORMATS if f"gen_score/{name}" in present)]
     return sorted(name for name in present if "/" not in name and "_count" not in name)[:6]
 
 
@@ -61,8 +61,8 @@ def compared_scores(evaluations: Mapping[int, Mapping[str, float]]) -> Facts | N
         "last_step": steps[-1],
         "details": [metric for metric in DETAIL_METRICS if any(name.startswith(f"{metric}/") for name in last)],
         "overall": [_compared(name, name, first, last) for name in overall],
-        "formats": [_detailed(name, first, last) for name in forgetting.FORMATS if name in suffixes],
-        "tasks": [_detailed(name, first, last) for name in suffixes if name not in forgetting.FORMATS],
+        "formats": [_detailed(name, first, last) for name in FORMATS if name in suffixes],
+        "tasks": [_detailed(name, first, last) for name in suffixes if name not in FORMATS],
         "fields": [_compared(name, f"gen_field_exact_match_rate/{name}", first, last) for name in fields],
     }
 
@@ -74,9 +74,12 @@ def _compared(label: str, name: str, first: Mapping[str, float], last: Mapping[s
 
 
 def _better(name: str, delta: float | None) -> bool | None:
-    if not delta or "_count" in name:
+    if not delta:
         return None
-    return (delta > 0) != (name in LOWER_IS_BETTER)
+    try:
+        return delta > 0 if metric_direction(name) else delta < 0
+    except ValueError:  # a count: neither way is better
+        return None
 
 
 def _detailed(name: str, first: Mapping[str, float], last: Mapping[str, float]) -> Facts:
@@ -84,36 +87,24 @@ def _detailed(name: str, first: Mapping[str, float], last: Mapping[str, float]) 
     return _compared(name, f"gen_score/{name}", first, last) | {"detail": detail}
 
 
-def recorded_matrix(manifest: Facts) -> Facts | None:
-    """The forgetting record of a manifest, None when there is none or it is not complete."""
-    matrix = manifest.get("forgetting")
-    if not isinstance(matrix, dict):
-        return None
-    models, tasks, scores = (matrix.get(name) or [] for name in ("models", "tasks", "scores"))
-    named = all(isinstance(label, str) for label in (*models, *tasks))
-    measured = bool(scores) and all(isinstance(row, list) for row in scores)
-    return matrix if models and tasks and named and measured else None
-
-
-def matrix_facts(matrix: Facts | None) -> Facts | None:
+def matrix_facts(matrix: forgetting.Matrix | None) -> Facts | None:
     """The forgetting matrix as rows of cells, with the drops beyond the margin and their sentences."""
     if not matrix:
         return None
-    margin = matrix.get("margin", FORGETTING_MARGIN)
-    found = forgetting.drops(matrix, margin)
+    found = forgetting.drops(matrix)
     lost = {(drop.model, drop.tasks): drop for drop in found}
     rows = [
-        {"model": model, "cells": [_cell(matrix, model, tasks, lost.get((model, tasks))) for tasks in matrix["tasks"]]}
-        for model in matrix["models"]
+        {"model": model, "cells": [_cell(matrix, model, tasks, lost.get((model, tasks))) for tasks in matrix.tasks]}
+        for model in matrix.models
     ]
     columns, scores = forgetting.format_scores(matrix)
-    facts = {"metric": matrix.get("metric", "gen_score"), "margin": margin, "tasks": matrix["tasks"], "rows": rows}
+    facts = {"metric": matrix.metric, "margin": matrix.margin, "tasks": matrix.tasks, "rows": rows}
     return facts | {"drops": [drop.sentence() for drop in found], "columns": columns, "format_scores": scores}
 
 
-def _cell(matrix: Facts, model: str, tasks: str, drop: forgetting.Drop | None) -> Facts:
+def _cell(matrix: forgetting.Matrix, model: str, tasks: str, drop: forgetting.Drop | None) -> Facts:
     fall = drop and {"since": drop.since, "before": drop.before, "lost": drop.before - drop.after}
-    return {"score": forgetting.cell(matrix, model, tasks), "drop": fall}
+    return {"score": matrix.cell(model, tasks), "drop": fall}
 
 
 def read_answers(folder: Path, notices: list[str]) -> Facts | None:

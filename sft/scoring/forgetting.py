@@ -1,21 +1,92 @@
-"""The forgetting matrix: what each model of a ladder scores on each stage's tasks, and which earlier skills fell.
-
-A matrix is the manifest's ``forgetting`` record (contract section 7):
-``{"models": ["base", "stage 1"], "tasks": ["stage 1"], "scores": [[0.1], [0.9]], "metric": "gen_score",
-"by_task": {model: {tasks: {task key: score}}}}``; a cell that was not scored is None or absent.
-"""
+"""The forgetting matrix: what each model of a ladder scores on each stage's tasks, and which earlier skills fell."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from sft.scoring.formats import FORMATS
 from sft.scoring.metrics import FORGETTING_MARGIN
+from sft.scoring.structured import target_format
 
 NAMED = 6  # task keys in a sentence, the rest are counted
+TaskScores = dict[str, float]
+"""Scores of one model on one stage's tasks: "" is the score over all of them, any other name a task key."""
+
+
+def stage_number(label: str) -> int:
+    """ "stage 2" -> 2; "base" -> 0."""
+    digits = re.search(r"\d+$", label)
+    return int(digits.group()) if digits else 0
+
+
+def _is_score(score: Any) -> bool:
+    return isinstance(score, int | float) and math.isfinite(score)
+
+
+@dataclass
+class Matrix:
+    """Scores by model ("base", "stage 1") and by the stage whose questions were asked; what was not asked is absent."""
+
+    table: dict[str, dict[str, TaskScores]] = field(default_factory=dict)
+    metric: str = "gen_score"
+    margin: float = FORGETTING_MARGIN
+
+    @property
+    def models(self) -> list[str]:
+        return sorted(self.table, key=lambda label: (stage_number(label), label))
+
+    @property
+    def tasks(self) -> list[str]:
+        names = {name for scores in self.table.values() for name in scores}
+        return sorted(names, key=lambda label: (stage_number(label), label))
+
+    def cell(self, model: str, tasks: str) -> float | None:
+        """The score of one model on one stage's tasks, None where it was not measured."""
+        return self.table.get(model, {}).get(tasks, {}).get("")
+
+    def by_key(self, model: str, tasks: str) -> TaskScores:
+        return {key: score for key, score in self.table.get(model, {}).get(tasks, {}).items() if key}
+
+    def update(self, table: Mapping[str, Mapping[str, TaskScores]]) -> None:
+        """Adds scores; of two for one cell the later counts."""
+        for model, stages in table.items():
+            self.table.setdefault(model, {}).update(stages)
+
+    @classmethod
+    def read(cls, record: Any) -> "Matrix | None":
+        """The matrix of a manifest's `forgetting`; None where there is none, or it is not whole."""
+        if not isinstance(record, dict):
+            return None
+        models, tasks, scores = (record.get(name) or [] for name in ("models", "tasks", "scores"))
+        named = all(isinstance(label, str) for label in (*models, *tasks))
+        rows = isinstance(scores, list) and len(scores) == len(models) and all(isinstance(row, list) for row in scores)
+        if not (models and tasks and named and rows):
+            return None
+        by_task = record.get("by_task") or {}
+        table: dict[str, dict[str, TaskScores]] = {
+            model: {
+                name: {key: s for key, s in by_task.get(model, {}).get(name, {}).items() if _is_score(s)} | {"": score}
+                for name, score in zip(tasks, row, strict=False)
+                if _is_score(score)
+            }
+            for model, row in zip(models, scores, strict=True)
+        }
+        return cls(table, record.get("metric", "gen_score"), record.get("margin", FORGETTING_MARGIN))
+
+    def record(self) -> dict[str, Any]:
+        """The manifest's form: models, tasks, scores as rows with None where nothing was measured, and by_task."""
+        models, tasks = self.models, self.tasks
+        return {
+            "metric": self.metric,
+            "margin": self.margin,
+            "models": models,
+            "tasks": tasks,
+            "scores": [[self.cell(model, name) for name in tasks] for model in models],
+            "by_task": {model: {name: self.by_key(model, name) for name in self.table[model]} for model in models},
+        }
 
 
 @dataclass(frozen=True)
@@ -36,37 +107,18 @@ class Drop:
         return f"{lost} ({self.since} scored {self.before:.3f}, now {self.after:.3f})" + (f": {named}" if named else "")
 
 
-def stage_number(label: str) -> int:
-    """ "stage 2" -> 2; "base" -> 0."""
-    digits = re.search(r"\d+$", label)
-    return int(digits.group()) if digits else 0
-
-
-def cell(matrix: Mapping[str, Any], model: str, tasks: str) -> float | None:
-    """The score of one model on one stage's tasks, None where it was not measured."""
-    try:
-        score = matrix["scores"][matrix["models"].index(model)][matrix["tasks"].index(tasks)]
-    except (IndexError, ValueError):
-        return None
-    return score if _is_score(score) else None
-
-
-def _is_score(score: Any) -> bool:
-    return isinstance(score, int | float) and math.isfinite(score)
-
-
-def drops(matrix: Mapping[str, Any], margin: float = FORGETTING_MARGIN) -> list[Drop]:
+def drops(matrix: Matrix) -> list[Drop]:
     """Every model's losses on stages before its own, against the best earlier model that had learnt them."""
-    found = (_drop(matrix, model, tasks) for model in matrix["models"] for tasks in matrix["tasks"])
-    return [drop for drop in found if drop and drop.before - drop.after > margin]
+    found = (_drop(matrix, model, tasks) for model in matrix.models for tasks in matrix.tasks)
+    return [drop for drop in found if drop and drop.before - drop.after > matrix.margin]
 
 
-def _drop(matrix: Mapping[str, Any], model: str, tasks: str) -> Drop | None:
-    after, learnt = cell(matrix, model, tasks), stage_number(tasks)
+def _drop(matrix: Matrix, model: str, tasks: str) -> Drop | None:
+    after, learnt = matrix.cell(model, tasks), stage_number(tasks)
     earlier = {
         other: score
-        for other in matrix["models"]
-        if learnt <= stage_number(other) < stage_number(model) and (score := cell(matrix, other, tasks)) is not None
+        for other in matrix.models
+        if learnt <= stage_number(other) < stage_number(model) and (score := matrix.cell(other, tasks)) is not None
     }
     if after is None or not earlier:
         return None
@@ -74,64 +126,54 @@ def _drop(matrix: Mapping[str, Any], model: str, tasks: str) -> Drop | None:
     return Drop(model, tasks, since, earlier[since], after, _fallen(matrix, since, model, tasks))
 
 
-def _fallen(matrix: Mapping[str, Any], since: str, model: str, tasks: str) -> tuple[tuple[str, float, float], ...]:
-    by_task = matrix.get("by_task") or {}
-    before, after = (by_task.get(name, {}).get(tasks, {}) for name in (since, model))
-    both = [key for key in before if _is_score(before[key]) and _is_score(after.get(key))]
-    lost = [(key, before[key], after[key]) for key in both if after[key] < before[key]]
+def _fallen(matrix: Matrix, since: str, model: str, tasks: str) -> tuple[tuple[str, float, float], ...]:
+    before, after = (matrix.by_key(name, tasks) for name in (since, model))
+    lost = [(key, before[key], after[key]) for key in before if after.get(key, math.inf) < before[key]]
     return tuple(sorted(lost, key=lambda item: (round(item[2] - item[1], 6), item[0])))
 
 
-def joined(recorded: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+def joined(matrices: Iterable[Matrix | None]) -> Matrix | None:
     """One matrix from those of several stages; of two entries for a cell the later one counts. None from nothing."""
-    matrices = [matrix for matrix in recorded if matrix]
-    if not matrices:
+    found = [matrix for matrix in matrices if matrix]
+    if not found:
         return None
-    models, tasks = (_labels(matrices, axis) for axis in ("models", "tasks"))
-    scores = [[_latest(matrices, model, name) for name in tasks] for model in models]
-    by_task: dict[str, dict[str, dict[str, float]]] = {model: {} for model in models}
-    for matrix in matrices:
-        for model, stages in (matrix.get("by_task") or {}).items():
-            by_task.setdefault(model, {}).update(stages)
-    metric = matrices[-1].get("metric", "gen_score")
-    return {"models": models, "tasks": tasks, "scores": scores, "metric": metric, "by_task": by_task}
-
-
-def _labels(matrices: list[Mapping[str, Any]], axis: str) -> list[str]:
-    return sorted(
-        {label for matrix in matrices for label in matrix[axis]}, key=lambda label: (stage_number(label), label)
-    )
-
-
-def _latest(matrices: list[Mapping[str, Any]], model: str, tasks: str) -> float | None:
-    scores = [cell(matrix, model, tasks) for matrix in matrices]
-    return next((score for score in reversed(scores) if score is not None), None)
+    whole = Matrix(metric=found[-1].metric, margin=found[-1].margin)
+    for matrix in found:
+        whole.update(matrix.table)
+    return whole
 
 
 def format_of(task_key: str) -> str:
     """The output format of a task key (``text_to_toml`` -> ``toml``); the key itself when it names none."""
-    return task_key.rsplit("_to_", 1)[-1] or "other"
+    return target_format(task_key) or task_key.rsplit("_to_", 1)[-1] or "other"
 
 
-def format_scores(matrix: Mapping[str, Any]) -> tuple[list[str], dict[str, dict[str, float]]]:
+def format_scores(matrix: Matrix) -> tuple[list[str], dict[str, TaskScores]]:
     """Columns ("overall", then the formats there are) and each model's scores.
 
-    Overall is the mean over the stages' tasks that the model was scored on, a format the mean over its task keys.
+    Overall is the mean over the stages' tasks that every model was asked, a format the mean over those of its task keys
+    that every model asked for that format has: whatever stands in one column can be compared.
     """
-    scores: dict[str, dict[str, float]] = {}
-    for model in matrix["models"]:
-        overall = [score for tasks in matrix["tasks"] if (score := cell(matrix, model, tasks)) is not None]
-        by_format = _by_format((matrix.get("by_task") or {}).get(model, {}))
-        scores[model] = ({"overall": fmean(overall)} if overall else {}) | by_format
-    present = {column for row in scores.values() for column in row} - {"overall"}
-    known = [column for column in FORMATS if column in present]
-    return ["overall", *known, *sorted(present - set(known))], scores
+    models, pairs = matrix.models, {model: _by_format(matrix, model) for model in matrix.models}
+    common = [tasks for tasks in matrix.tasks if all(matrix.cell(model, tasks) is not None for model in models)]
+    scores: dict[str, TaskScores] = {model: {} for model in models}
+    for model in models if common else ():
+        scores[model]["overall"] = fmean(matrix.table[model][tasks][""] for tasks in common)
+    present = {name for found in pairs.values() for name in found}
+    known = [name for name in FORMATS if name in present]
+    columns = [*known, *sorted(present - set(known))]
+    for name in columns:
+        asked = [model for model in models if name in pairs[model]]
+        same = set.intersection(*(set(pairs[model][name]) for model in asked))
+        for model in asked if same else ():
+            scores[model][name] = fmean(pairs[model][name][pair] for pair in sorted(same))
+    return ["overall", *(name for name in columns if any(name in row for row in scores.values()))], scores
 
 
-def _by_format(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    grouped: dict[str, list[float]] = {}
-    for by_key in stages.values():
-        for key, score in by_key.items():
-            if _is_score(score):
-                grouped.setdefault(format_of(key), []).append(score)
-    return {name: fmean(values) for name, values in grouped.items()}
+def _by_format(matrix: Matrix, model: str) -> dict[str, dict[tuple[str, str], float]]:
+    """format -> {(stage, task key): score}."""
+    grouped: dict[str, dict[tuple[str, str], float]] = {}
+    for tasks in matrix.table[model]:
+        for key, score in matrix.by_key(model, tasks).items():
+            grouped.setdefault(format_of(key), {})[tasks, key] = score
+    return grouped
