@@ -1,15 +1,20 @@
 """What can be known before the first step is exit code 2, in a run and in --check, in the same words."""
 
 import json
+import re
 import zipfile
+from typing import get_args
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments
 
+from sft.errors import Problems
 from sft.planning import refusals
 from sft.planning.refusals import cache_problems, file_problems, question_problems, unwritable
+from sft.settings.values import Optimizer
 from tests.ladders import make_settings
 
 
@@ -115,3 +120,31 @@ def test_missing_questions_are_found_before_anything_is_written(tmp_path):
     settings = make_settings(tmp_path, gen_eval="structured", gen_eval_dataset="nowhere.jsonl")
     assert list(question_problems(settings)) == ["SFT_GEN_EVAL_DATASET=nowhere.jsonl: there is no file nowhere.jsonl"]
     assert list(question_problems(make_settings(tmp_path, gen_eval_dataset="nowhere.jsonl"))) == []
+
+
+@pytest.mark.parametrize("name", get_args(Optimizer))
+def test_an_optimizer_is_taken_exactly_where_the_trainer_can_make_it(tmp_path, name):
+    """transformers looks for the package only when the model is loaded; every name is asked of both."""
+    try:
+        make_settings(tmp_path, optim=name)
+        taken = True
+    except Problems as problems:
+        assert re.search(rf"SFT_OPTIM={name}: .* needs [\w-]+, which is not installed; pip install ", str(problems))
+        taken = False
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, report_to=[])
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(2, 2))
+        made = True
+    except (ImportError, ValueError) as error:
+        made = "need to pass a `model`" in str(error)
+    assert taken == made
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_flash_attention_needs_its_package(tmp_path, monkeypatch, version):
+    """Neither the package nor the library that fetches kernels from the hub: one line with the command."""
+    monkeypatch.setattr("sft.settings.values.find_spec", lambda name: None)
+    with pytest.raises(Problems, match="is not installed; pip install flash-attn"):
+        make_settings(tmp_path, attn=f"flash_attention_{version}")
+    monkeypatch.setattr("sft.settings.values.find_spec", lambda name: object())
+    assert make_settings(tmp_path, attn=f"flash_attention_{version}").attn == f"flash_attention_{version}"

@@ -150,7 +150,9 @@ class Settings(BaseModel):
     adam_beta2: Share = setting(0.999, "Adam's decay of the mean squared gradient.")
     adam_epsilon: Positive = setting(1e-8, "Adam's guard against division by zero.")
     max_grad_norm: NotNegative = setting(1.0, "Gradients longer than this are scaled down to it; 0 never scales.")
-    optim: Optimizer = setting("adamw_torch_fused", "Optimizer, as transformers names it.")
+    optim: Annotated[Optimizer, AfterValidator(values.check_optimizer)] = setting(
+        "adamw_torch_fused", "Optimizer, as transformers names it."
+    )
     gradient_checkpointing: Annotated[Literal["auto", "0", "1"], BeforeValidator(values.parse_checkpointing)] = setting(
         "auto", "Compute activations twice to save memory; auto does so where they would not fit."
     )

@@ -16,6 +16,27 @@ ATTENTION = (
     "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip
 CHAT_TEMPLATES = ("chatml", "llama2", "alpaca", "mistral")
+# Under the name of the package what pip calls it.
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn", "flash-attn-4"),
+}
+# How optimizers begin that are no part of torch, transformers or bitsandbytes.
+OPTIMIZER_PACKAGES = {
+    "galore_": ("galore_torch", "galore-torch"),
+    "apollo_": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "adalomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free_": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "adamw_torch_xla": ("torch_xla", "torch-xla"),
+    "adamw_torch_npu_fused": ("torch_npu", "torch-npu"),
+    "adamw_anyprecision": ("torchdistx", "torchdistx"),
+}
 TRACKERS = ("mlflow", "tensorboard", "wandb", "none")
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::-([^}]*))?\})")
@@ -180,10 +201,22 @@ def check_encoding(value: str) -> str:
 
 
 def check_attention(value: str) -> str:
-    """A known attention implementation, or a kernel of the hub (with a slash)."""
-    if value in ATTENTION or "/" in value:
-        return value
-    raise ValueError(one_of(value, ATTENTION))
+    """A known attention implementation whose package is installed, or a kernel of the hub (with a slash)."""
+    if value not in ATTENTION and "/" not in value:
+        raise ValueError(one_of(value, ATTENTION))
+    package, distribution = FLASH_PACKAGES.get(value, ("kernels", "kernels") if "/" in value else ("", ""))
+    if package and find_spec(package) is None and find_spec("kernels") is None:
+        raise ValueError(f"{distribution} is not installed; pip install {distribution}, or take auto")
+    return value
+
+
+def check_optimizer(value: str) -> str:
+    """One whose package is installed."""
+    for prefix, (package, distribution) in OPTIMIZER_PACKAGES.items():
+        if value.startswith(prefix) and find_spec(package) is None:
+            text = f"{value} needs {distribution}, which is not installed"
+            raise ValueError(f"{text}; pip install {distribution}, or take adamw_torch_fused")
+    return value
 
 
 def check_chat_template(value: str, info: ValidationInfo) -> str:
