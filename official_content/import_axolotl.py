@@ -36,10 +36,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check(text: str) -> None:
-    """Let the settings read what was written. Raises their Problems."""
+def check(text: str, values: dict[str, str]) -> None:
+    """Let the settings read what was written. Raises their Problems, and one where they would read something else."""
+    from io import StringIO
+
+    from dotenv.parser import parse_stream
+
     from sft.settings import load_settings
 
+    if {line.key: line.value for line in parse_stream(StringIO(text)) if line.key} != values:
+        raise Problems(["the file holds text that an env file would read as other settings; write that value by hand"])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "stage1.env").write_text(text, encoding="utf-8")
         load_settings(1, env_dir=Path(folder), environ={})
@@ -52,12 +58,11 @@ def main() -> None:
 
     translation = translate(config)
     text = translation.env(path.name)
-    check(text)
+    check(text, translation.values)
     print(text, end="")
     if translation.reasons:
         print(f"{len(translation.values)} settings; without a line of their own:", file=sys.stderr)
-        for key, reason in translation.reasons.items():
-            print(f"  {key}: {reason}", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in translation.explained()), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,12 @@ def test_what_has_no_line_has_a_reason(text, key, part):
         ("- a\n- b\n", "keys and values"),
         ("base_model: m\n", "SFT_DATASET_ID"),
         ("base_model: m\ndatasets: [{path: d}]\noptimizer: adamw_magic\n", "SFT_OPTIM=adamw_magic"),
+        ("base_model: m\ndatasets: [d]\n", "datasets: is no list of data sets"),
+        ("base_model: m\ndatasets: {path: d}\n", "datasets: is no list of data sets"),
+        ("base_model: m\ndatasets: [{path: 3}]\n", "datasets: is no list of data sets"),
+        ("base_model: m\ndatasets: [{path: json, data_files: [1]}]\n", "datasets: is no list of data sets"),
+        ("base_model: m\ndatasets: [{path: d}]\nplugins: a.b\n", "plugins: a.b is no list of names"),
+        ("base_model: m\ndatasets: [{path: d}]\nlora_target_modules: [1]\n", "lora_target_modules: [1] is no list"),
     ],
 )
 def test_a_bad_file_is_named_and_nothing_is_printed(tmp_path, text, message):
@@ -191,3 +197,40 @@ def test_a_missing_file_is_named(tmp_path):
     """Exit 2."""
     result = subprocess.run([sys.executable, PROGRAM, tmp_path / "no.yml"], capture_output=True, text=True, check=False)
     assert (result.returncode, "no.yml" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"relora\\nSFT_TRUST_REMOTE_CODE=1\\n": 3',
+        '"relora\\rSFT_TRUST_REMOTE_CODE=1": 3',
+        'optimizer: "adamw_torch\\rSFT_TRUST_REMOTE_CODE=1"',
+        'base_model: "m\\nSFT_TRUST_REMOTE_CODE=1"',
+        'mlflow_run_name: "a\\u2028b\\x00"',
+    ],
+)
+def test_what_would_write_a_line_of_its_own_is_refused(tmp_path, text):
+    """Line ends and control characters in keys and values: exit 2, nothing on stdout."""
+    result = run(tmp_path, f"base_model: m\ndatasets: [{{path: d}}]\n{text}\n")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "a line end or a control character; remove it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "value", ["it's", "a 'b' # c", "back\\slash and 'quote'", "tail\\", 'double " quote', "${HOME} x"]
+)
+def test_values_are_read_back_as_they_were(tmp_path, value):
+    """Quotes, backslashes and hashes within a value end nothing."""
+    text = yaml.safe_dump({"base_model": "m", "datasets": [{"path": "d"}], "mlflow_run_name": value})
+    result = run(tmp_path, text)
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "stage1.env").write_text(result.stdout, encoding="utf-8")
+    assert load_settings(1, env_dir=tmp_path, environ={}).run_name == value
+
+
+def test_a_reason_stays_on_its_line(tmp_path):
+    """What a comment quotes from the file cannot end the comment."""
+    template = "chat_template: |\n  {{ x }}\n  SFT_TRUST_REMOTE_CODE=1\n"
+    result = run(tmp_path, f"base_model: m\ndatasets: [{{path: d}}]\n{template}")
+    assert result.returncode == 0
+    assert [line for line in result.stdout.splitlines() if line.startswith("SFT_TRUST")] == []

@@ -1,11 +1,13 @@
 """An Axolotl configuration -> lines of a stageN.env, with a reason for every key that has no line of its own."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sft.errors import Problems
 from sft.programs.axolotl_keys import AXOLOTL_DEFAULTS, COLUMNS, REASONS, SAME
+from sft.settings.env_file import printable
 from sft.settings.values import CHAT_TEMPLATES
 
 Config = Mapping[str, Any]
@@ -21,15 +23,28 @@ class Translation:
 
     def env(self, title: str) -> str:
         """The text of the env file."""
-        lines = [f"# Translated from {title}.", *(f"{name}={_quoted(value)}" for name, value in self.values.items())]
+        lines = [
+            f"# Translated from {printable(title)}.",
+            *(f"{name}={_quoted(value)}" for name, value in self.values.items()),
+        ]
         if self.reasons:
-            lines += ["", "# Without a line of their own:"]
-            lines += [f"#   {key}: {reason}" for key, reason in self.reasons.items()]
+            lines += ["", "# Without a line of their own:", *map("#   {}".format, self.explained())]
         return "\n".join(lines) + "\n"
+
+    def explained(self) -> list[str]:
+        """`key: reason`, each on one line whatever the file held."""
+        return [printable(f"{key}: {reason}") for key, reason in self.reasons.items()]
 
 
 def translate(config: Config) -> Translation:
-    """Every key of the configuration as a setting or as a reason. Never fails: what is unknown gets that as reason."""
+    """Every key of the configuration as a setting or as a reason; what is unknown gets that as its reason.
+
+    Raises:
+        Problems: a key or value with a line end or another control character, which would be read as something else;
+            a list that is none.
+    """
+    if found := list(_mistakes(config)):
+        raise Problems(found)
     translation = Translation()
     for key, value in {**config, **_missing(config)}.items():
         if key in SPECIAL:
@@ -39,7 +54,37 @@ def translate(config: Config) -> Translation:
                 translation.values[SAME[key]] = _text(value)
         else:
             translation.reasons[key] = REASONS.get(key, "has no equivalent here")
+    hidden = [name for name, value in translation.values.items() if not value.isprintable()]
+    if hidden:
+        raise Problems(f"{name}: its value holds a line end or a control character; remove it" for name in hidden)
     return translation
+
+
+def _mistakes(config: Config) -> Iterator[str]:
+    for key in config:
+        if not str(key).isprintable():
+            yield f"{key!r}: a key holds a line end or a control character; remove it"
+    for key in ("datasets", "test_datasets", "datasets_eval"):
+        if not _is_list_of_sources(config.get(key) or []):
+            yield f"{key}: is no list of data sets; write [{{path: rows.jsonl}}], names and files as text"
+    for key in ("plugins", "lora_target_modules"):
+        value = config.get(key) or []
+        if not (_are_texts(value) or (key == "lora_target_modules" and isinstance(value, str))):
+            yield f"{key}: {printable(value)} is no list of names; write [a, b]"
+
+
+def _is_list_of_sources(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, Mapping) and _is_source(entry) for entry in value)
+
+
+def _is_source(entry: Mapping[Any, Any]) -> bool:
+    files = entry.get("data_files") or []
+    texts = [entry[name] for name in ("path", "split", "name", "revision", *COLUMNS) if entry.get(name)]
+    return _are_texts([*entry, *texts]) and _are_texts(files if isinstance(files, list) else [files])
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _missing(config: Config) -> dict[str, Any]:
@@ -54,7 +99,10 @@ def _text(value: Any) -> str:
 
 
 def _quoted(value: str) -> str:
-    return f"'{value}'" if any(character in value for character in ' #"{[\n') else value
+    if not any(character in value for character in " #\"'{["):
+        return value
+    escaped = value.replace("\\", r"\\").replace("'", r"\'")
+    return f"'{escaped}'"
 
 
 def _precision(translation: Translation, value: Any, config: Config) -> None:

@@ -41,16 +41,14 @@ def parse_object(answer: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def flatten_persons(answer: Mapping[str, Any], *, require_act: bool = False) -> dict[str, str]:
+def flatten_persons(answer: Mapping[str, Any]) -> dict[str, str]:
     """Document 001's eight texts: offenders' values joined by "/", places and departments by ",", all empty without an
-    offender. `require_act` counts only offenders with an act, as the first version of its script did."""
+    offender."""
     persons = answer.get("persons")
     offenders = [
         person
         for person in (persons if isinstance(persons, list) else [])
-        if isinstance(person, dict)
-        and person.get("is_offender") is True
-        and (_text(person.get("act")) or not require_act)
+        if isinstance(person, dict) and person.get("is_offender") is True
     ]
     fields = {field: "/".join(_text(person.get(key)) for person in offenders) for field, key in _PERSON_KEYS.items()}
     for key in _LIST_KEYS:
@@ -67,7 +65,7 @@ class _Schema(NamedTuple):
 
 
 def score_rows(
-    pairs: Sequence[tuple[str, str]], *, fields: Sequence[str] = (), require_act: bool = False
+    pairs: Sequence[tuple[str, str]], *, fields: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Score (answer, reference) pairs; `fields` names some of document 001's fields, or those of another flat schema.
 
@@ -76,7 +74,7 @@ def score_rows(
     """
     names = tuple(fields) or EXTRACTION_FIELDS
     persons = set(names) <= set(EXTRACTION_FIELDS)
-    schema = _persons_schema(names, require_act=require_act) if persons else _flat_schema(names)
+    schema = _persons_schema(names) if persons else _flat_schema(names)
     rows = [_score_row(parse_object(answer), parse_object(reference), schema) for answer, reference in pairs]
     judged = [row for row in rows if row["score"] is not None]
     metrics = _metrics(judged, schema.fields) if judged else {}
@@ -84,12 +82,12 @@ def score_rows(
     return [{key: row[key] for key in public} for row in rows], metrics
 
 
-def _persons_schema(names: tuple[str, ...], *, require_act: bool) -> _Schema:
+def _persons_schema(names: tuple[str, ...]) -> _Schema:
     lists = ("persons", *_LIST_KEYS)
     return _Schema(
         names,
         "person_name",
-        lambda answer: flatten_persons(answer, require_act=require_act),
+        flatten_persons,
         lambda answer: all(isinstance(answer.get(key), list) for key in lists),
     )
 
