@@ -17,11 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sft.errors import Problems
 from sft.programs.command_line import run_program
+from sft.scoring.faults import FAULTS, counted
 from sft.scoring.formats import FORMATS
 from sft.scoring.structured import StructuredScore, aggregate, score_answer, target_format
 
 _COLUMNS = {
     "parses": "gen_parse_rate",
+    "format": "gen_format_rate",
     "only": "gen_only_rate",
     "keys": "gen_key_rate",
     "score": "gen_score",
@@ -165,7 +167,14 @@ def _document(scores: _Scored, metrics: dict[str, float], left_out: Counter[str]
         {"task_id": task["task_id"], "task": task["key"], "format": task["format"], **score._asdict()}
         for task, score in scores
     ]
-    document = {"answers": len(answers), "metrics": metrics, "left_out": dict(left_out), "scores": answers}
+    faults = counted(score.faults for _, score in scores)
+    document = metrics | {
+        "answers": len(answers),
+        "faults": faults,
+        "left_out": dict(left_out),
+        "metrics": metrics,  # as at the top level: where they stood before
+        "scores": answers,
+    }
     return json.dumps(document, ensure_ascii=False, indent=2)
 
 
@@ -180,6 +189,9 @@ def _table(scores: _Scored, metrics: dict[str, float], left_out: Counter[str]) -
         lines.append(" ".join([f"{suffix or 'all tasks':<{width}}", f"{count:>8}", *cells]))
     if unjudged := sum(score.key_rate is None for _, score in scores):
         lines.append(f"{unjudged} tasks have no raw_output_metric: their score is whether they parse.")
+    if faults := counted(score.faults for _, score in scores):
+        lines += ["", "What is wrong with the answers (one may have several faults)"]
+        lines += [f"{count:>8}  {name:<16}{FAULTS[name]}" for name, count in faults.items()]
     if left_out:
         lines.append("Left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
     return "\n".join(lines)

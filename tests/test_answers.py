@@ -67,7 +67,8 @@ def prompts(lengths: tuple[int, ...] = (3, 40, 1, 25, 3, 6, 80, 2)) -> list[list
 
 
 def answers(model: Any, size: int) -> list[str]:
-    return generate_answers(model, WORDS, prompts(), max_new_tokens=NEW_TOKENS, batch_size=size)
+    found = generate_answers(model, WORDS, prompts(), max_new_tokens=NEW_TOKENS, batch_size=size)
+    return [answer.text for answer in found]
 
 
 def one_by_one(model: PreTrainedModel) -> list[str]:
@@ -150,3 +151,17 @@ def test_a_mixture_that_returns_router_logits_answers_prompts_of_unequal_length(
     alone = answers(model, 1)
     model.config.output_router_logits = True
     assert answers(model, 4) == alone
+
+
+def test_an_answer_that_the_limit_ended_says_so():
+    """Nothing ends an answer of this model, so all are cut off; where every token ends one, none is."""
+    model = model_of(GROUPED["llama"])
+    found = generate_answers(model, WORDS, prompts(), max_new_tokens=4, batch_size=4)
+    model.generation_config.eos_token_id = list(range(len(WORDS)))
+    ended = generate_answers(model, WORDS, prompts(), max_new_tokens=4, batch_size=4)
+    at_the_limit = generate_answers(model, WORDS, prompts(), max_new_tokens=1, batch_size=4)
+    assert [all(answer.cut for answer in found), *(any(a.cut for a in some) for some in (ended, at_the_limit))] == [
+        True,
+        False,
+        False,
+    ]

@@ -125,7 +125,7 @@ def expected_answer(folder: Path, messages: list[dict[str, str]]) -> str:
     model = PeftModel.from_pretrained(model, folder / "out_stage1").merge_and_unload()
     model = PeftModel.from_pretrained(model, folder / "out_stage2").eval()
     texts = prompt_texts([messages], tokenizer)
-    return answer_batch(model, tokenizer, texts, max_new_tokens=8, together=False)[0]
+    return answer_batch(model, tokenizer, texts, max_new_tokens=8, together=False)[0].text
 
 
 @pytest.mark.slow

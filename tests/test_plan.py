@@ -118,6 +118,21 @@ def test_the_cache_of_the_generation_evaluation_is_a_line_of_its_own(ladder, cap
     assert f"keys and values of 4 answers, {tokens:,} tokens with their prompts" in capsys.readouterr().out
 
 
+def test_answers_that_are_not_in_their_own_format_are_named_before_they_are_trained_on(ladder, tmp_path, capsys):
+    """Fences and broken payloads of the training rows stand among the notes."""
+    answers = ['{"a": 1}'] * 6 + ['```json\n{"a": 2}\n```'] * 3 + ['{"a": 3,}']
+    rows = [
+        {"prompt": f"Give JSON {n}", "completion": answer, "subcategory": "text_to_json"}
+        for n, answer in enumerate(answers)
+    ]
+    (tmp_path / "faulty.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = ladder(SFT_DATASET_ID=tmp_path / "faulty.jsonl")
+    assert tiny.run_train("--check", "--stage", 1, "--env-dir", folder) == 0
+    assert (
+        "Of 10 answers in a named format 1 don't parse as their own format, 3 have a fence" in capsys.readouterr().out
+    )
+
+
 def test_a_later_stage_of_a_ladder_does_not_miss_the_stages_before_it(ladder, capsys):
     """Several stages give a list; alone, stage 2 in strict mode has a problem."""
     folder = ladder(stages=(1, 2))

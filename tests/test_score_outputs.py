@@ -53,7 +53,9 @@ def test_json_document(score):
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     metrics = document["metrics"]
+    assert metrics.items() <= document.items()  # at the top level too, where the contract has them
     assert document["answers"] == 3
+    assert document["faults"] == {"fence": 1, "syntax": 1, "wrong key": 1}
     assert document["left_out"] == {"tasks of format HTML": 1, "answers to none of the tasks scored": 1}
     assert metrics["gen_parse_rate"] == pytest.approx(2 / 3)
     assert metrics["gen_score"] == pytest.approx((0.73 + 1.0 + 0.0) / 3)
@@ -71,11 +73,12 @@ def test_table(score):
     """One line overall, one per format, one per task, and what was left out."""
     result = score(TASKS, OUTPUTS)
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["answers", "parses", "only", "keys", "score", "StructEval"]
-    assert lines[1] == ["all", "tasks", "3", "0.667", "0.333", "0.333", "0.577", "0.465"]
-    assert ["toml", "1", "1.000", "1.000", "-", "1.000", "-"] in lines
-    assert ["json_to_csv", "1", "0.000", "0.000", "0.000", "0.000", "0.200"] in lines
+    assert lines[0] == ["answers", "parses", "format", "only", "keys", "score", "StructEval"]
+    assert lines[1] == ["all", "tasks", "3", "0.667", "0.667", "0.333", "0.333", "0.577", "0.335"]
+    assert ["toml", "1", "1.000", "1.000", "1.000", "-", "1.000", "-"] in lines
+    assert ["json_to_csv", "1", "0.000", "0.000", "0.000", "0.000", "0.000", "0.200"] in lines
     assert "1 tasks have no raw_output_metric: their score is whether they parse." in result.stdout
+    assert "       1  fence           it stands in a code fence\n" in result.stdout
     assert result.stdout.endswith("Left out: 1 tasks of format HTML, 1 answers to none of the tasks scored\n")
 
 

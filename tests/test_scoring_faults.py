@@ -5,7 +5,7 @@ import pytest
 from sft.scoring.faults import FAULTS, counted
 from sft.scoring.formats import other_format
 from sft.scoring.score import score
-from sft.scoring.structured import aggregate, score_answer
+from sft.scoring.structured import aggregate, lint, score_answer
 
 ORDER = "order: 5\nResult:\n  ok: true"
 
@@ -140,3 +140,22 @@ def test_faults_of_extraction_answers():
         ("fence",),
         ("empty",),
     ]
+
+
+def test_training_answers_are_held_to_the_same():
+    """Reasoning before a marker is taught on purpose; rows whose task names no format are not looked at."""
+    found = lint(
+        [
+            ("text_to_json", "Approach: copy\nOutput:\n" + GOLD),
+            ("text_to_json", f"```json\n{GOLD}\n```"),
+            ("text_to_toml", "a = "),
+            ("text_to_json", '{"a": 1,}'),
+            ("text_to_yaml", GOLD),
+            ("chat", "Hello"),
+        ]
+    )
+    assert (found.answers, found.faults) == (5, {"fence": 1, "other format": 1, "trailing comma": 1, "syntax": 1})
+    assert found.sentence() == (
+        "Of 5 answers in a named format 2 don't parse as their own format, 1 are in another format, 1 have a fence"
+    )
+    assert lint([("text_to_json", GOLD)]).sentence() == ""

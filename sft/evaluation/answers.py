@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -28,13 +28,20 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted(token for token in ends if token is not None)
 
 
+class Answer(NamedTuple):
+    """What a model said, and whether the limit of new tokens ended it."""
+
+    text: str
+    cut: bool = False
+
+
 def prompt_texts(prompts: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts]
 
 
 def answer_batch(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, max_new_tokens: int, together: bool
-) -> list[str]:
+) -> list[Answer]:
     """Greedy answers to rendered prompts, one batch. `together`: ranks share parameters, so all call the model equally
     often, which prompts read in groups would break, and make the same number of decoding steps (`synced_gpus`)."""
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
@@ -58,7 +65,9 @@ def answer_batch(
     cache = None if together else read_prompts(model, **asked, **greedy)
     ids = model.generate(**asked, **greedy, past_key_values=cache)
     answers = ids[order.argsort(), asked["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    ended = torch.isin(answers, torch.tensor(greedy["eos_token_id"], device=answers.device)).any(dim=1)
+    cut = (~ended).tolist() if answers.shape[1] >= max_new_tokens else [False] * len(texts)
+    return list(map(Answer, tokenizer.batch_decode(answers, skip_special_tokens=True), cut))
 
 
 def is_split(model: torch.nn.Module) -> bool:
@@ -82,7 +91,7 @@ def generate_answers(
     expected_lengths: Sequence[int] | None = None,
     accelerator: Accelerator | PartialState | None = None,
     interrupted: Callable[[], None] = lambda: None,
-) -> list[str]:
+) -> list[Answer]:
     """One greedy answer per prompt, in the order of `prompts`, the same on every rank.
 
     Work is dealt to the ranks batch by batch; ranks that have none left answer the first prompt once more, so that
@@ -99,7 +108,7 @@ def generate_answers(
     ranks = accelerator.num_processes if accelerator else 1
     rank = accelerator.process_index if accelerator else 0
     together = ranks > 1 and is_split(model)
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, Answer]] = []
     rounds = -(-len(batches) // ranks)
     show = tqdm(range(rounds), desc="generating", leave=False, disable=True if rank or rounds < 2 else None)
     with preserved_random_state(), answering(model):

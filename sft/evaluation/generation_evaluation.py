@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from sft.evaluation.answers import generate_answers
+from sft.evaluation.answers import Answer, generate_answers
 from sft.scoring.score import score
 from sft.stages import paths
 from sft.storage import atomic, json_files
@@ -54,7 +54,7 @@ class GenerationEvaluation:
         *,
         accelerator: Accelerator | PartialState | None = None,
         interrupted: Callable[[], None] = lambda: None,
-    ) -> list[str]:
+    ) -> list[Answer]:
         """One greedy answer per row."""
         return generate_answers(
             model,
@@ -68,12 +68,12 @@ class GenerationEvaluation:
             interrupted=interrupted,
         )
 
-    def score(self, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> tuple[list[dict], dict[str, float]]:
-        """Each row with its answer and score, and the metrics over all."""
-        answered = [row | {"answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    def score(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> tuple[list[dict], dict[str, float]]:
+        """Each row with its answer, score and faults, and the metrics over all."""
+        answered = [row | {"answer": each.text, "cut": each.cut} for row, each in zip(rows, answers, strict=True)]
         scores, metrics = score(
             rows[0].get("kind", self.kind),  # an earlier stage's questions carry their own
-            [{name: row[name] for name in ("task", "answer", "reference")} for row in answered],
+            [{name: row[name] for name in ("task", "answer", "cut", "reference")} for row in answered],
             fields=self.settings.extraction_fields,
             markers=self.settings.output_markers,
         )
@@ -111,7 +111,8 @@ def show_samples(samples: Sequence[dict[str, Any]], count: int, title: str) -> N
         tqdm.write(f"  asked    {asked[:150]}")
         tqdm.write(f"  answered {sample['answer'].strip().replace(chr(10), ' ⏎ ')[:150] or '(nothing)'}")
         tqdm.write(f"  wanted   {sample['reference'].strip().replace(chr(10), ' ⏎ ')[:150]}")
-        tqdm.write(f"  score    {score:.2f}\n" if score is not None else "")
+        faults = f"   ({', '.join(sample['faults'])})" if sample.get("faults") else ""
+        tqdm.write(f"  score    {score:.2f}{faults}\n" if score is not None else "")
 
 
 def write_questions(folder: Path, rows: list[dict[str, Any]], kind: str) -> None:

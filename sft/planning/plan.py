@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 _SOURCE_KEYS = ("id", "split", "weight", "rows", "validation_rows", "drawn")
+LINTED = 2_000  # answers: about two seconds
 _MASK_KEYS = ("units", "distinct_units", "mean_count", "masked_share")
 
 
@@ -133,7 +134,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
         add_unlabelled(plan)
         return config
     mix, document = plan.mix, plan.document
-    plan.notes += mix.warnings
+    plan.notes += [*mix.warnings, *answer_faults(settings)]
     document["sources"] = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
     document["train_rows"], document["val_rows"] = len(mix.train), len(mix.val)
     document["dropped"], document["upsampling"] = dict(mix.dropped), mix.upsampling
@@ -141,6 +142,25 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     if settings.masked_loss != "none":
         add_masked_loss(plan, mix)
     return config
+
+
+def answer_faults(settings: Settings) -> list[str]:
+    """One line on answers to be trained on that the scores would not take, from at most 2,000 of them."""
+    from sft.data.sources.load import load_source
+    from sft.data.sources.readers import SourceError
+    from sft.scoring.structured import lint
+
+    answers: list[tuple[str, str]] = []
+    for source in settings.sources:
+        try:
+            rows = load_source(source, settings).dataset
+        except SourceError:  # said already, by whoever prepared the rows
+            continue
+        step = max(len(rows) * len(settings.sources) // LINTED, 1)
+        some = rows.select(range(0, len(rows), step)).select_columns(["task_key", "messages"])
+        answers += [(row["task_key"] or "", row["messages"][-1]["content"] or "") for row in some if row["messages"]]
+    sentence = lint(answers, settings.output_markers).sentence()
+    return [f"[WARNING] {sentence}: the model is taught to answer so"] if sentence else []
 
 
 def add_unlabelled(plan: Plan) -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sft.scoring.faults import faults_of_form
+from sft.scoring.faults import counted, faults_of_form
 from sft.scoring.formats import FORMATS, Reading, other_format, read
 from sft.scoring.metrics import STRUCTURED_FIELDS
 from sft.scoring.payload import DEFAULT_MARKERS, MAX_ANSWER, Payload, find_payload, whole, without_thinking
@@ -156,6 +156,33 @@ def _note(disguise: str | None, output_format: str, gold: _Judged | None, paths:
     if gold is not None and not gold.reading.strict:
         return f"the reference does not parse: {gold.reading.note}"
     return "" if gold or paths else "no key paths and no reference: only parsing is judged"
+
+
+class Lint(NamedTuple):
+    """Training answers whose task names a format, and how many of them have which fault (names of faults.FAULTS)."""
+
+    answers: int
+    faults: dict[str, int]
+
+    def sentence(self) -> str:
+        """What a person should know before training on them; "" where nothing is wrong."""
+        unparsable = sum(self.faults.get(name, 0) for name in ("empty", "trailing comma", "syntax"))
+        parts = [
+            (unparsable, "don't parse as their own format"),
+            (self.faults.get("other format", 0), "are in another format"),
+            (self.faults.get("fence", 0), "have a fence"),
+            (self.faults.get("text after", 0), "have text after the payload"),
+        ]
+        named = [f"{count:,} {what}" for count, what in parts if count]
+        return f"Of {self.answers:,} answers in a named format {', '.join(named)}" if named else ""
+
+
+def lint(answers: Iterable[tuple[str, str]], markers: Sequence[str] = DEFAULT_MARKERS) -> Lint:
+    """The faults of form of (task key, answer) pairs that a model is to be trained on, by the words used for its own
+    answers. Text before a payload is no fault there: reasoning is taught so."""
+    formats = ((target_format(task_key), answer) for task_key, answer in answers)
+    found = [score_answer(answer, name, markers=markers).faults for name, answer in formats if name]
+    return Lint(len(found), counted([name for name in faults if name != "preface"] for faults in found))
 
 
 # Comparison with a reference -----------------------------------------------------------------------------------------
