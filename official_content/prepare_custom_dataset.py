@@ -143,7 +143,7 @@ def tell(options: argparse.Namespace, name: str, prepared: "Prepared") -> None:
     kept = len(prepared.rows)
     if options.num_samples and kept < options.num_samples:
         print(f"[WARNING] {name} gave only {kept:,} of the {options.num_samples:,} rows asked for")
-    print(f"{kept:,} rows written; lost: {lost(prepared.dropped) or 'none'}")
+    print(f"{kept:,} rows written; lost: {lost(prepared.dropped.placed()) or 'none'}")
     if prepared.lengths:
         print(f"tokens of the text\n{bars(histogram(prepared.lengths))}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -50,10 +49,9 @@ def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
         mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings))
     for warning in mix.warnings:
         say(warning)
-    sources = ", ".join(f"{Path(source['id']).name} {source['drawn']}" for source in mix.sources)
-    say(f"Rows: {len(mix.train):,} to train ({sources}), {len(mix.val):,} to validate")
-    if mix.dropped:
-        say("Dropped: " + ", ".join(f"{count} {reason}" for reason, count in mix.dropped.items()))
+    say(f"Rows: {mix.rows_in_words()}")
+    for remark in mix.remarks():
+        say(remark)
     return mix
 
 

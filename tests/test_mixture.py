@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from sft.data import draws
 from sft.data.labels import masks
-from sft.data.mixture import Mix, losses, mix, prepare_mix
+from sft.data.losses import losses
+from sft.data.mixture import Mix, mix, prepare_mix
 from sft.data.sources.load import Rows
 from sft.data.sources.shapes import content_hash
 from sft.data.split import EARLIER, GENERATION
@@ -224,7 +225,7 @@ def test_what_the_split_takes_beyond_its_share_counts_as_lost(make_settings: Any
     assert mixed.dropped == {"equal to a validation row": 89}
     assert mixed.unasked == 89 - 9  # 100 rows of 11 contents: 9 copies of the average one
     settings = make_settings(val_ratio=0.1, seed=seed)
-    (problem,) = losses([rows], mixed, settings)
+    (problem,) = losses([rows], mixed.unasked, mixed.dropped, settings)
     assert problem.startswith("SFT_OVERLONG=drop: 80 of 100 rows would be dropped (89 equal to a validation row); ")
 
 
@@ -413,7 +414,7 @@ def test_losing_more_than_a_tenth_is_a_problem(tmp_path: Path, make_settings: An
         settings = make_settings(dataset_id=str(path))
         if lost == 2:
             assert prepare_mix(settings, word_tokenizer()).dropped == {"empty answer": 2}
-    with pytest.raises(Problems, match=r"3 of 20 rows would be dropped \(3 empty answer\)"):
+    with pytest.raises(Problems, match=r"3 of 20 rows would be dropped \(3 empty answer \(row 1\)\)"):
         prepare_mix(settings, word_tokenizer())
     accepted = make_settings(dataset_id=str(path), origins={"SFT_OVERLONG": "stage1.env"})
     assert prepare_mix(accepted, word_tokenizer()).dropped == {"empty answer": 3}
@@ -432,7 +433,9 @@ def test_over_long_rows_can_be_an_error(tmp_path: Path, make_settings: Any):
 def test_nothing_left_is_a_problem(tmp_path: Path, make_settings: Any):
     """An empty file, empty answers alone, a failed audit: listed, not trained on."""
     path = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": ""}] * 3)
-    with pytest.raises(Problems, match=r"none of its 3 rows can be trained on \(3 empty answer\); repair the rows"):
+    with pytest.raises(
+        Problems, match=r"none of its 3 rows can be trained on \(3 empty answer \(row 1\)\); repair the rows"
+    ):
         prepare_mix(make_settings(dataset_id=str(path), origins={"SFT_OVERLONG": "stage1.env"}), word_tokenizer())
     (tmp_path / "rows.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(Problems, match="no row is left to train on"):

@@ -16,7 +16,7 @@ from tests import tiny
 
 KEYS = [
     "stage", "settings", "sources", "train_rows", "val_rows", "dropped", "upsampling", "tokens", "masked_loss", "steps",
-    "memory", "time", "lineage", "problems",
+    "memory", "time", "unread", "lineage", "problems",
 ]  # fmt: skip
 MEMORY = [
     "weights", "adapter", "optimizer", "gradients", "activations", "generation", "total", "available", "activations_by",

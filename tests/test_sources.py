@@ -15,6 +15,7 @@ from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
 from sft.data.sources.shapes import content_hash, read_messages, shape_of, task_key
 from sft.data.sources.turns import Dropped
+from sft.errors import Problems
 from sft.settings import Source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -62,6 +63,20 @@ def reason(path: object, **options: Any) -> str:
             [{"role": "user", "content": "Hi\n\nx=1"}, PAIR[1]],
         ),
         ({"instruction": "Hi", "output": "Bye", "history": [["Hi", "Bye"]]}, PAIR + PAIR),
+        ({"instruction": "Hi", "output": "Bye", "history": PAIR}, PAIR + PAIR),
+        ({"instruction": "Hi", "output": "Bye", "history": [{"question": "Hi", "answer": "Bye"}]}, PAIR + PAIR),
+        (
+            {"instruction": "Hi", "context": "In 1895.", "response": "Bye"},
+            [{"role": "user", "content": "Hi\n\nIn 1895."}, PAIR[1]],
+        ),
+        ({"messages": [PAIR[0], {"role": "AI", "content": "Bye"}, PAIR[0]]}, PAIR),
+        ({"messages": PAIR, "system": "S"}, [{"role": "system", "content": "S"}, *PAIR]),
+        ({"prompt": "Hi", "completion": "Bye", "system": "S"}, [{"role": "system", "content": "S"}, *PAIR]),
+        (
+            {"messages": [{"role": "system", "content": "T"}, *PAIR], "system": "S"},
+            [{"role": "system", "content": "S\n\nT"}, *PAIR],
+        ),
+        ({"messages": PAIR, "images": []}, PAIR),
         ({"prompt": "Hi", "completion": "Bye"}, PAIR),
         ({"prompt": [PAIR[0]], "completion": [PAIR[1]]}, PAIR),
         ({"prompt": [PAIR[0]], "completion": "Bye"}, PAIR),
@@ -88,30 +103,48 @@ def test_each_shape_becomes_messages(row: dict[str, Any], expected: list[dict[st
         ({"messages": []}, "no answer"),
         ({"messages": None}, "no answer"),
         ({"messages": PAIR[:1]}, "no answer"),
-        ({"messages": [*PAIR, PAIR[0]]}, "no answer"),
         ({"messages": [PAIR[0], {"role": "assistant", "content": " \n"}]}, "empty answer"),
         ({"messages": [PAIR[0], {"role": "assistant", "content": None}]}, "empty answer"),
-        ({"messages": [PAIR[0], {"role": "assistant", "content": 7}]}, "unreadable"),
-        ({"messages": [{"role": "user", "content": None}, PAIR[1]]}, "unreadable"),
-        ({"messages": [{"role": None, "content": "Hi"}, PAIR[1]]}, "unreadable"),
-        ({"messages": ["Hi", "Bye"]}, "unreadable"),
-        ({"messages": "Hi"}, "unreadable"),
-        ({"messages": {"role": "user"}}, "unreadable"),
+        ({"messages": [PAIR[0], {"role": "assistant", "content": 7}]}, "the content of a turn is a number"),
+        ({"messages": [{"role": "user", "content": None}, PAIR[1]]}, "the content of a turn is missing"),
+        ({"messages": [{"role": None, "content": "Hi"}, PAIR[1]]}, "the role of a turn is missing"),
+        ({"messages": [PAIR[0], {"role": "assistent", "content": "Bye"}]}, 'unknown role "assistent"'),
+        ({"messages": ["Hi", "Bye"]}, "a turn of messages is text, no object with role and content"),
+        ({"messages": "Hi"}, "messages is text that is no JSON"),
+        ({"messages": str(PAIR)}, "messages is Python's repr and no JSON: write it with json.dumps"),
+        ({"messages": {"role": "user"}}, "messages is an object and no list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, PAIR[1]]},
+            'the content of a turn has a part of type "image_url", which is no text',
+        ),
+        ({"messages": PAIR, "images": ["a.png"]}, 'it has "images", and only text is trained'),
+        ({"conversations": "x"}, "conversations is text that is no JSON"),
         ({"prompt": "Hi", "completion": None}, "empty answer"),
-        ({"instruction": 5, "output": "Bye"}, "unreadable"),
-        ({"instruction": "Hi", "output": "Bye", "history": ["Hi"]}, "unreadable"),
+        ({"prompt": "Hi", "completion": 2}, "completion is a number"),
+        ({"prompt": "Hi", "completion": True}, "completion is true or false"),
+        ({"prompt": {"a": 1}, "completion": "Bye"}, "prompt is an object"),
+        ({"instruction": 5, "output": "Bye"}, "instruction is a number"),
+        ({"instruction": "Hi", "input": float("nan"), "output": "Bye"}, "input is NaN"),
+        ({"instruction": "Hi", "output": "Bye", "system": 3}, "system is a number"),
+        (
+            {"instruction": "Hi", "output": "Bye", "history": ["Hi"]},
+            "an entry of history is text, no pair of question and answer",
+        ),
         ({"title": "T", "abstract": "A", "paths": []}, "empty answer"),
         ({"title": "T", "abstract": "A", "paths": [[]]}, "empty answer"),
-        ({"title": "T", "abstract": "A", "paths": ["x"]}, "unreadable"),
+        ({"title": "T", "abstract": "A", "paths": ["x"]}, "a path is text that is no JSON"),
+        ({"title": "T", "abstract": "A", "paths": [[1]]}, "a name in paths is a number"),
         ({"text": ""}, "empty answer"),
+        ({"text": 1}, "text is a number"),
     ],
 )
 def test_a_row_without_an_answer_is_dropped_with_its_reason(row: dict[str, Any], expected: str):
     """Empty, missing and unreadable answers are told apart."""
     shape = shape_of(list(row))
     assert shape is not None
-    with pytest.raises(Dropped, match=f"^{expected}$"):
+    with pytest.raises(Dropped) as caught:
         read_messages(row, shape)
+    assert str(caught.value) == expected
 
 
 def test_dropped_rows_are_counted(tmp_path: Path):
@@ -133,7 +166,76 @@ def test_half_a_surrogate_pair_is_unreadable(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "\\ud83d"}\n{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     rows = load(path)
-    assert (len(rows.dataset), rows.dropped) == (1, {"unreadable": 1})
+    assert (len(rows.dataset), rows.dropped) == (1, {"half of a character that is no Unicode text": 1})
+
+
+def test_every_loss_names_its_first_row(tmp_path: Path):
+    """Rows are counted from 1; a row that lacks a column the others have is lost alone, the source goes on."""
+    good = {"prompt": "a", "completion": "b"}
+    bad = [{"prompt": "a"}, {"prompt": "a", "completion": 3}, {"prompt": "a", "completion": 4}, {"x": 1}]
+    rows = load(write_lines(tmp_path / "rows.jsonl", bad[0], good, *bad, good))
+    assert len(rows.dataset) == 2
+    assert rows.dropped == {'no "completion"': 2, "completion is a number": 2, 'no "completion" and no "prompt"': 1}
+    assert rows.first == {'no "completion"': 3, "completion is a number": 4, 'no "completion" and no "prompt"': 6}
+
+
+def test_turns_after_the_last_answer_are_left_out_and_counted(tmp_path: Path):
+    """The answers of a conversation that ends with the user are trained."""
+    rows = load(write_lines(tmp_path / "rows.jsonl", {"messages": [*PAIR, PAIR[0]]}, {"messages": PAIR}))
+    assert messages(rows) == [PAIR, PAIR]
+    assert rows.noted == {"turns after the last answer left out": 1}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "folder"])
+def test_what_nobody_reads_is_named(tmp_path: Path, ending: str):
+    """Columns and keys of turns with text; not numbers, not empty text, not what is read."""
+    turns = [PAIR[0] | {"thoughts": "T", "id": 1}, PAIR[1] | {"thoughts": "", "id": 2}]
+    row = {"messages": turns, "source": "web", "score": 0.5, "note": " ", "tags": ["x"], "pack": "hard", "system": "S"}
+    table = [row | {"source": ""}, row]
+    path = tmp_path / f"rows.{ending}"
+    if ending == "jsonl":
+        write_lines(path, *table)
+    elif ending == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(table), path)
+    else:
+        datasets.Dataset.from_list(table).save_to_disk(path)
+    unread = load(path).unread
+    assert set(unread) - {"note"} == {"messages.thoughts", "source", "tags"}
+
+
+def test_a_text_column_beside_an_answer_is_no_plain_text(tmp_path: Path):
+    """text and label: a problem with both remedies; each of them is accepted."""
+    path = write_lines(tmp_path / "rows.jsonl", {"text": "Nice.", "label": "good"})
+    with pytest.raises(Problems) as caught:
+        load(path)
+    assert caught.value.problems == [
+        f'{path}: the column text stands beside label; say in SFT_DATASET_MIX whether it asks for that ("columns":'
+        ' {"prompt": "text", "completion": "label"}) or is trained whole ("columns": {"text": "text"})'
+    ]
+    asked = load(path, columns={"prompt": "text", "completion": "label"})
+    assert [turn["content"] for turn in messages(asked)[0]] == ["Nice.", "good"]
+    whole = load(path, columns={"text": "text"})
+    assert (messages(whole)[0][0]["content"], whole.unread) == ("Nice.", ("label",))
+
+
+def test_a_mapped_column_that_is_not_read_is_a_problem(tmp_path: Path):
+    """prompt/completion rows have no input; a row without a mapped column is lost alone."""
+    table = [{"q": "a", "c": "x", "a": "b"}, {"q": "a"}]
+    path = write_lines(tmp_path / "rows.jsonl", *table)
+    with pytest.raises(Problems, match='"columns" maps input, which rows of prompt/completion do not have; leave it'):
+        load(path, columns={"prompt": "q", "completion": "a", "input": "c"})
+    rows = load(path, columns={"instruction": "q", "output": "a", "input": "c"})
+    assert (messages(rows)[0][0]["content"], rows.dropped) == ("a\n\nx", {'no "a"': 1})
+
+
+def test_preferences_are_named(tmp_path: Path):
+    """chosen and rejected are no answer; the remedy maps the chosen ones."""
+    pairs = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert '"columns": {"completion": "chosen"} trains the chosen answers' in reason(
+        write_lines(tmp_path / "a.jsonl", pairs)
+    )
+    rows = load(write_lines(tmp_path / "b.jsonl", {"conversations": PAIR[:1], "chosen": {}, "rejected": {}}))
+    assert rows.dropped == {"no answer but chosen and rejected, which are preferences and not trained on": 1}
 
 
 def test_unknown_columns_name_what_there_is_and_what_is_known(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,16 @@ from sft.data import draws
 from sft.data.draws import Hashes, Indices
 from sft.data.labels.audit import audit
 from sft.data.labels.label import label
+from sft.data.losses import asked, in_words, losses, placed
 from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
-from sft.data.split import EARLIER, GENERATION, VALIDATION, Split, first_of_equal, splits
+from sft.data.split import EARLIER, GENERATION, Split, first_of_equal, splits
 from sft.errors import Problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft.settings import Settings, Source
-
-_MOST_DROPPED = 0.1
 
 # Columns a validation row has and a training row needs not: reading them would slow down every step.
 VAL_COLUMNS = ("messages", "extras", "task_key", "pack")
@@ -39,6 +39,7 @@ class Mix:
 
     `sources` and `upsampling` are the records of the contract's `--check --json`; `tokens` those of `train`.
     `held` are the contents that no later stage may train on; `unasked` counts rows left out beyond the share asked for.
+    `first` says where a row was first dropped; `unread` are columns and keys with text that nothing reads, by source.
     """
 
     train: datasets.Dataset
@@ -51,6 +52,24 @@ class Mix:
     tokens: dict[str, int] = field(default_factory=dict)
     held: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
     unasked: int = 0
+    first: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, list[str]] = field(default_factory=dict)
+
+    def rows_in_words(self) -> str:
+        """How many rows there are and how they add up."""
+        sources = ", ".join(f"{Path(source['id']).name} {source['drawn']:,}" for source in self.sources)
+        added = len(self.train) - sum(source["drawn"] for source in self.sources)
+        upsampled = f"; upsampling {added:+,}" if self.upsampling else ""
+        return f"{len(self.train):,} to train ({sources}{upsampled}), {len(self.val):,} to validate"
+
+    def remarks(self) -> list[str]:
+        """What was lost, what was done to rows that are kept, and what of them nobody reads."""
+        kept = ", ".join(f"{count:,} {what}" for what, count in self.noted.items() if count)
+        unread = (f"{Path(name).name}: {', '.join(columns)}" for name, columns in self.unread.items())
+        texts = {
+            "Dropped": in_words(self.dropped, self.first), "Kept, but": kept, "Not read": "; ".join(unread),
+        }  # fmt: skip
+        return [f"{title}: {text}" for title, text in texts.items() if text]
 
 
 def prepare_mix(
@@ -70,12 +89,13 @@ def prepare_mix(
     evaluation = load_mix(settings.eval_sources, settings, tokenizer, say=say) if settings.eval_sources else []
     questions = {EARLIER: np.array(sorted(earlier), np.uint64), GENERATION: _contents(load_questions(settings))}
     mixed = mix(rows, settings, evaluation=evaluation, questions=questions)
-    problems = losses([*rows, *evaluation], mixed, settings)
+    problems = losses([*rows, *evaluation], mixed.unasked, mixed.dropped, settings)
     if problems:
         raise Problems(problems)
     problems = [problem for part in (*rows, *evaluation) for problem in audit(part, tokenizer, settings)]
     if not len(mixed.train):
-        problems.append(f"{_asked(settings)}: no row is left to train on{_reasons(mixed.dropped)}")
+        lost = f" ({in_words(mixed.dropped, mixed.first)})" if mixed.dropped else ""
+        problems.append(f"{asked(settings)}: no row is left to train on{lost}")
     if problems:
         raise Problems(problems)
     return mixed
@@ -128,45 +148,6 @@ def load_mix(
     return loaded
 
 
-def losses(loaded: Sequence[Rows], mixed: Mix, settings: Settings) -> list[str]:
-    """Problems where more rows are lost than the person may expect. What SFT_DEDUPLICATE, a multiplier or
-    SFT_VAL_RATIO takes away was asked for."""
-    total = sum(rows.dropped.total() + len(rows.dataset) for rows in loaded)
-    unreadable = sum((rows.dropped for rows in loaded), Counter[str]())
-    if settings.overlong == "error" and unreadable["over-long"]:
-        return [
-            f"SFT_OVERLONG=error: {unreadable['over-long']} rows are longer than"
-            f" SFT_MAX_SEQ_LEN={settings.max_seq_len}; raise it, shorten them, or choose drop or truncate"
-        ]
-    lost = unreadable.total() + mixed.unasked
-    reasons, remedy = _reasons(mixed.dropped), _remedy(mixed.dropped, settings)
-    if total and unreadable.total() == total:
-        return [f"{_asked(settings)}: none of its {total} rows can be trained on{reasons}; {remedy}"]
-    if settings.origins.get("SFT_OVERLONG", "default") != "default" or lost <= _MOST_DROPPED * total:
-        return []
-    return [
-        f"SFT_OVERLONG={settings.overlong}: {lost} of {total} rows would be dropped{reasons}; {remedy}, "
-        f"or write SFT_OVERLONG=drop into stage{settings.stage}.env to accept it"
-    ]
-
-
-def _reasons(dropped: Counter[str]) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
-    return f" ({reasons})" if reasons else ""
-
-
-def _remedy(dropped: Counter[str], settings: Settings) -> str:
-    if dropped["over-long"]:
-        return f"raise SFT_MAX_SEQ_LEN={settings.max_seq_len}"
-    left_out = sum(dropped[reason] for reason in (VALIDATION, EARLIER, GENERATION))
-    return "take rows that are asked out of the data" if left_out * 2 > dropped.total() else "repair the rows"
-
-
-def _asked(settings: Settings) -> str:
-    """The setting that names the sources."""
-    return "SFT_DATASET_MIX" if settings.dataset_mix else "SFT_DATASET_ID"
-
-
 def mix(
     sources: Sequence[Rows],
     settings: Settings,
@@ -180,7 +161,9 @@ def mix(
     No row equal to a validation row is in `train`, nor one whose content is among `questions` (by who asks them).
     """
     base = _Base([*sources, *evaluation])
-    report = Mix(base.rows, base.rows, [], [], base.counted("dropped"), noted=base.counted("noted"))
+    dropped, first = placed(base.sources)
+    report = Mix(base.rows, base.rows, [], [], dropped, noted=base.counted("noted"), first=first)
+    report.unread = {rows.source.id: list(rows.unread) for rows in base.sources if rows.unread}
     found = _splits(base, len(sources), settings, report, questions=questions)
     drawn = _drawn([rows.source for rows in sources], found, settings, report)
     rows = np.concatenate(drawn)
@@ -305,7 +288,9 @@ def _upsampled(base: _Base, rows: Indices, settings: Settings, report: Mix) -> I
         if not matched:
             report.warnings.append(_nothing_matched(rule, names))
     factors = np.array([draws.multiplier(settings.upsample_rules, **name) for name in names])
-    return np.repeat(rows, draws.repeats(factors[kind_of_row], rows, seed=settings.seed))
+    times = draws.repeats(factors[kind_of_row], rows, seed=settings.seed)
+    report.dropped += Counter({"left out by SFT_UPSAMPLE_RULES": int((times == 0).sum())})
+    return np.repeat(rows, times)
 
 
 def _nothing_matched(rule: str, names: Sequence[dict[str, str]]) -> str:

@@ -25,6 +25,7 @@ def blank_document(stage: int | None, problems: Sequence[str] = ()) -> dict[str,
         "steps": {"global_batch": None, "per_epoch": None, "total": None},
         "memory": dict.fromkeys((*MEMORY, "activations_by")),
         "time": dict.fromkeys(TIME),
+        "unread": {},
         "lineage": {"decision": None, "parents": [], "changed": []},
         "problems": list(problems),
     }

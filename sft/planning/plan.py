@@ -138,6 +138,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     document["sources"] = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
     document["train_rows"], document["val_rows"] = len(mix.train), len(mix.val)
     document["dropped"], document["upsampling"] = dict(mix.dropped), mix.upsampling
+    document["unread"] = mix.unread
     document["tokens"] = {key: mix.tokens[key] for key in ("total", "trained", "longest_row")}
     if settings.masked_loss != "none":
         add_masked_loss(plan, mix)

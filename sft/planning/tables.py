@@ -11,6 +11,7 @@ from sft.planning.document import MEMORY
 from sft.reporting.text import aligned, duration, figure, plain
 
 if TYPE_CHECKING:
+    from sft.data.mixture import Mix
     from sft.planning.memory import Estimate
     from sft.planning.plan import Plan
     from sft.planning.step_time import StepTime
@@ -34,7 +35,7 @@ def sections(plan: Plan) -> Iterator[tuple[str, str]]:
     if document["sources"]:
         yield "Sources", sources_table(document["sources"])
     if plan.mix is not None:
-        yield "Rows and tokens", rows_text(document)
+        yield "Rows and tokens", rows_text(document, plan.mix)
         if document["upsampling"]:
             yield "Upsampling", upsampling_table(document["upsampling"])
     if plan.edges is not None:
@@ -88,17 +89,16 @@ def sources_table(sources: list[dict[str, Any]]) -> str:
     return aligned(rows)
 
 
-def rows_text(document: dict[str, Any]) -> str:
-    """Rows, tokens, and every lost row by reason."""
+def rows_text(document: dict[str, Any], mix: Mix) -> str:
+    """Rows, tokens, every lost row by reason, and what of the rows nobody reads."""
     tokens = document["tokens"]
     share = 100 * tokens["trained"] / max(tokens["total"], 1)
     lines = [
-        f"{document['train_rows']:,} rows to train, {document['val_rows']:,} to validate",
+        f"Rows: {mix.rows_in_words()}",
         f"{tokens['total']:,} tokens an epoch, {tokens['trained']:,} of them trained ({share:.1f} %), "
         f"longest row {tokens['longest_row']:,}",
     ]
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in document["dropped"].items())
-    return "\n".join([*lines, f"dropped: {dropped or 'none'}"])
+    return "\n".join([*lines, *(mix.remarks() or ["Dropped: none"])])
 
 
 def upsampling_table(rules: list[dict[str, Any]]) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from sft.data.sources.load import open_source, shaped_rows
+from sft.data.sources.columns import Columns, Tally, reason_of
+from sft.data.sources.load import open_source
 from sft.data.sources.readers import ROWS_AT_ONCE, SourceError
 from sft.data.sources.shapes import content_hash, read_messages, tools_of
 from sft.data.sources.turns import Dropped, Message, packed
@@ -38,7 +39,7 @@ class Prepared:
     """What came of a source: kept rows, lost rows by reason, tokens of every kept row (empty when not counted)."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: Tally = field(default_factory=Tally)
     lengths: list[int] = field(default_factory=list)
 
 
@@ -120,7 +121,7 @@ def prepare_dataset(
         raise Problems([f"Failed to load {source.id}: {_without_a_mix(error)}"]) from error
     progress(f"{source.id}: {len(prepared.rows):,} rows", last=True)
     if not prepared.rows:
-        raise Problems([f"{source.id}: no row is left ({lost(prepared.dropped) or 'it is empty'})"])
+        raise Problems([f"{source.id}: no row is left ({lost(prepared.dropped.placed()) or 'it is empty'})"])
     return prepared
 
 
@@ -130,20 +131,20 @@ def _without_a_mix(error: SourceError) -> str:
     return str(error).replace('give the source "encoding": ', "add --encoding ").replace("say which column", here)
 
 
-def _distinct(source: Source, text_format: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
+def _distinct(source: Source, text_format: str, dropped: Tally) -> Iterator[dict[str, Any]]:
     seen: set[int] = set()
     _, raw_rows = open_source(source)
-    for row, shape in shaped_rows(raw_rows(), source):
+    for number, row, shape in Columns(source).rows(raw_rows(), dropped):
         try:
             messages = read_messages(row, shape)
             if packed(messages, tools_of(row, shape)):
                 raise Dropped("tools, tool calls, reasoning or flags of turns, which these formats cannot hold")
             digest = content_hash(messages)
         except Dropped as reason:
-            dropped[str(reason)] += 1
+            dropped.add(reason_of(reason, row), number)
             continue
         if digest in seen:
-            dropped["duplicate"] += 1
+            dropped.add("duplicate", number)
             continue
         seen.add(digest)
         yield {"messages": messages, "text": TEXTS[text_format](messages, row)}
@@ -161,7 +162,7 @@ def _keep(
         return
     for row, ids in zip(rows, tokenizer([row["text"] for row in rows])["input_ids"], strict=True):
         if len(ids) > max_length:
-            prepared.dropped["over-long"] += 1
+            prepared.dropped.rows["over-long"] += 1
         else:
             prepared.rows.append(row)
             prepared.lengths.append(len(ids))
@@ -170,7 +171,7 @@ def _keep(
 def save_dataset(prepared: Prepared, target: Path, metadata: Mapping[str, Any]) -> None:
     """Write the rows as the split `train` and metadata.json beside it; the folder appears complete or not at all."""
     lengths = {"histogram": histogram(prepared.lengths)} if prepared.lengths else {}
-    counted = {"num_samples": len(prepared.rows), "dropped": dict(prepared.dropped), **lengths}
+    counted = {"num_samples": len(prepared.rows), "dropped": prepared.dropped.placed(), **lengths}
     with published_folder(target) as folder:
         train = datasets.Dataset.from_list(prepared.rows)
         datasets.disable_progress_bars()

@@ -20,6 +20,7 @@ from sft.data.labels.masks import MASKED, label_row, schema, with_labels
 from sft.data.labels.rendering import Rendered, render
 from sft.data.labels.template import ChatTemplate, chat_template_for, template_of
 from sft.data.labels.tokens import Encoded, encoder
+from sft.data.sources.columns import Tally
 from sft.data.sources.load import SCHEMA, Rows
 from sft.data.sources.store import Write, key_of, stored
 from sft.data.sources.turns import Dropped, Message, Tools, packed, unpacked
@@ -60,6 +61,7 @@ def label(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) ->
         dataset=found.dataset,
         dropped=rows.dropped + found.counted["dropped"],
         noted=rows.noted + found.counted["noted"],
+        first=dict(found.counted["first"]) | rows.first,
     )
 
 
@@ -98,7 +100,7 @@ def _label_all(
     tables = rows.dataset.with_format("arrow")
     encode = encoder(tokenizer)
 
-    def label_from(start: int) -> tuple[pa.Table, dict[str, Counter[str]]]:
+    def label_from(start: int) -> tuple[pa.Table, Tally, Counter[str]]:
         table = tables[start : start + _ROWS_AT_ONCE]
         table, chats = _chats(table, template)
         rendered = render(template, chats, eos=tokenizer.eos_token or "")
@@ -109,12 +111,12 @@ def _label_all(
     if template is None:
         processes = 1  # that a row needs one is found here, not in another process
     starts = range(0, total, _ROWS_AT_ONCE)
-    counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
-    for labelled, counts in in_order(label_from, starts, processes=min(processes, len(starts))):
+    dropped, noted = Tally(), Counter[str]()
+    for labelled, lost, notes in in_order(label_from, starts, processes=min(processes, len(starts))):
         write(labelled)
-        for name, count in counts.items():
-            counted[name] += count
-    return counted
+        dropped.update(lost)
+        noted += notes
+    return {"dropped": dropped.rows, "first": Counter(dropped.first), "noted": noted}
 
 
 def _chats(table: pa.Table, template: ChatTemplate | None) -> tuple[pa.Table, list[list[Message]]]:
@@ -134,18 +136,18 @@ def _chats(table: pa.Table, template: ChatTemplate | None) -> tuple[pa.Table, li
 
 def _label_batch(
     table: pa.Table, texts: Sequence[Rendered | None], encodings: Sequence[Encoded], settings: Settings
-) -> tuple[pa.Table, dict[str, Counter[str]]]:
-    """The rows of the table that can be trained on, with labels, and counts of the others by reason."""
-    counted: dict[str, Counter[str]] = {"dropped": Counter(), "noted": Counter()}
+) -> tuple[pa.Table, Tally, Counter[str]]:
+    """The rows of the table that can be trained on, with labels; the others by reason; what happened to those kept."""
+    dropped, noted = Tally(), Counter[str]()
     kept, labelled = [], []
     paths = table["paths"].to_pylist() if settings.masked_loss != "none" else [None] * len(table)
     for row, (rendered, encoded) in enumerate(zip(texts, encodings, strict=True)):
         try:
-            labelled.append(label_row(rendered, encoded, settings, noted=counted["noted"], paths=paths[row]))
+            labelled.append(label_row(rendered, encoded, settings, noted=noted, paths=paths[row]))
             kept.append(row)
         except Dropped as reason:
-            counted["dropped"][str(reason)] += 1
-    return with_labels(table.take(pa.array(kept, pa.int64())), labelled, schema(settings)), counted
+            dropped.add(str(reason), table["number"][row].as_py())
+    return with_labels(table.take(pa.array(kept, pa.int64())), labelled, schema(settings)), dropped, noted
 
 
 _work: Callable[[Any], Any] | None = None

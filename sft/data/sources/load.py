@@ -13,15 +13,14 @@ import datasets
 import huggingface_hub.errors
 import pyarrow as pa
 
+from sft.data.sources.columns import Columns, Tally, reason_of
 from sft.data.sources.readers import FILE_TYPES, ROWS_AT_ONCE, SourceError, read_file, tables_to_rows
 from sft.data.sources.shapes import (
-    SHAPES,
     Shape,
     content_hash,
     known_columns,
     paths_of,
     read_messages,
-    shape_of,
     task_key,
     tools_of,
 )
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
     from sft.settings import Settings, Source
 
 # Part of every fingerprint, by which stages know their data again: raise it only when rows mean something else.
-VERSION = 2
+VERSION = 3
 # Part of a cache's name besides: raise it when rows are kept in another form, and old caches are left alone.
-_FORM = 3
+_FORM = 4
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -52,7 +51,8 @@ SCHEMA = pa.schema(
 class Rows:
     """Rows of one source: first messages, after `chat.label` tokens and labels as well.
 
-    `dropped` counts lost rows by reason, `noted` what happened to kept ones (truncated, no marker).
+    `dropped` counts lost rows by reason, `noted` what happened to kept ones (truncated, no marker); `first` has the
+    number of the first row lost for a reason. `unread` are columns, and keys of messages, whose text nothing reads.
     """
 
     source: Source
@@ -60,6 +60,8 @@ class Rows:
     dropped: Counter[str]
     fingerprint: str
     noted: Counter[str] = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 def load_source(source: Source, settings: Settings) -> Rows:
@@ -73,10 +75,12 @@ def load_source(source: Source, settings: Settings) -> Rows:
     fingerprint = key_of("rows", VERSION, identity, source.limit, source.columns)
 
     def fill(write: Write) -> dict[str, Counter[str]]:
-        return {"dropped": _write_rows(islice(raw_rows(), source.limit), source, write)}
+        return _write_rows(islice(raw_rows(), source.limit), source, write)
 
     found = stored(f"rows-{fingerprint}-{_FORM}", SCHEMA, fill)
-    return Rows(source, found.dataset, found.counted["dropped"], fingerprint)
+    counted = found.counted
+    first, unread = dict(counted["first"]), tuple(sorted(counted["unread"]))
+    return Rows(source, found.dataset, counted["dropped"], fingerprint, counted["noted"], first=first, unread=unread)
 
 
 def open_source(source: Source) -> tuple[Any, Callable[[], Iterator[dict[str, Any]]]]:
@@ -149,60 +153,28 @@ def _first_line(error: Exception) -> str:
 
 
 def _dataset_rows(dataset: datasets.Dataset, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
-    names = [name for name in dataset.column_names if name in wanted]
-    tables = dataset.select_columns(names or dataset.column_names).with_format("arrow").iter(ROWS_AT_ONCE)
-    return tables_to_rows(tables, wanted)
+    return tables_to_rows(dataset.with_format("arrow").iter(ROWS_AT_ONCE), wanted)
 
 
-def _write_rows(raw_rows: Iterable[dict[str, Any]], source: Source, write: Write) -> Counter[str]:
-    """Normalise and write in batches, so that memory does not grow with the rows. Returns dropped rows by reason."""
-    dropped: Counter[str] = Counter()
+def _write_rows(raw_rows: Iterable[dict[str, Any]], source: Source, write: Write) -> dict[str, Counter[str]]:
+    """Normalise and write in batches, so that memory does not grow with the rows. Returns what was counted."""
+    columns, dropped, noted = Columns(source), Tally(), Counter[str]()
     batch: list[dict[str, Any]] = []
-    for number, (row, shape) in enumerate(shaped_rows(raw_rows, source), start=1):
+    for number, row, shape in columns.rows(raw_rows, dropped):
         try:
-            batch.append(_normalised(row, shape) | {"number": number})
+            batch.append(_normalised(row, shape, noted) | {"number": number})
         except Dropped as reason:
-            dropped[str(reason)] += 1
+            dropped.add(reason_of(reason, row), number)
         if len(batch) == ROWS_AT_ONCE:
             write(pa.Table.from_pylist(batch, schema=SCHEMA))
             batch = []
     write(pa.Table.from_pylist(batch, schema=SCHEMA))
-    return dropped
+    unread = Counter(columns.unread)
+    return {"dropped": dropped.rows, "first": Counter(dropped.first), "noted": noted, "unread": unread}
 
 
-def shaped_rows(raw_rows: Iterable[dict[str, Any]], source: Source) -> Iterator[tuple[dict[str, Any], Shape]]:
-    """Every row under our names for its columns, with the shape they tell. Raises SourceError for one of no shape."""
-    shapes: dict[tuple[str, ...], Shape] = {}
-    for raw in raw_rows:
-        row = _renamed(raw, source.columns or {})
-        columns = tuple(row)
-        if columns not in shapes:
-            shapes[columns] = _shape(columns, raw, source)
-        yield row, shapes[columns]
-
-
-def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """`columns` is {our name: theirs}; the person's choice wins over a column that already has our name."""
-    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-    return {**{name: value for name, value in row.items() if name not in columns.values()}, **taken}
-
-
-def _shape(columns: tuple[str, ...], raw: dict[str, Any], source: Source) -> Shape:
-    missing = sorted(set((source.columns or {}).values()) - set(raw))
-    if missing:
-        raise SourceError(f'"columns" names {", ".join(missing)}, but the columns are {", ".join(raw)}')
-    shape = shape_of(columns, source.columns or ())
-    if shape is None:
-        known = "; ".join(shape.name for shape in SHAPES)
-        raise SourceError(
-            f"its columns are {', '.join(map(str, raw))}, which is none of the known shapes ({known}); "
-            f'say which column is which with "columns": {{"prompt": "...", "completion": "..."}}'
-        )
-    return shape
-
-
-def _normalised(row: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    messages = read_messages(row, shape)
+def _normalised(row: dict[str, Any], shape: Shape, noted: Counter[str]) -> dict[str, Any]:
+    messages = read_messages(row, shape, noted)
     extras = packed(messages, tools_of(row, shape))
     pack = row.get("pack")
     return {

@@ -11,8 +11,11 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet
 
+from sft.data.sources.shapes import MEDIA
+
 _BLANK = re.compile(r"[ \t\r\n]*")
 ROWS_AT_ONCE = 1000
+_NOTHING = (None, "", [], {})
 
 
 class SourceError(Exception):
@@ -37,10 +40,30 @@ def read_file(path: Path, encoding: str | None, wanted: frozenset[str]) -> Itera
 
 
 def tables_to_rows(tables: Iterator[Any], wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Rows of Arrow tables or batches, without the columns nobody reads."""
+    """Rows of Arrow tables or batches with the columns that are wanted; of pictures and sounds, whether there is one.
+
+    Of every other column the first value is shown in one row, so that what nobody reads can be named.
+    """
+    shown: set[str] = set()
     for table in tables:
-        names = [name for name in table.schema.names if name in wanted]
-        yield from table.select(names or table.schema.names).to_pylist()
+        names = [name for name in table.schema.names if name in wanted and name not in MEDIA]
+        rows = table.select(names).to_pylist() if names else [{} for _ in range(table.num_rows)]
+        for name in MEDIA.intersection(table.schema.names):
+            for row, value in zip(rows, table.column(name), strict=True):
+                row[name] = value.is_valid and (len(value) > 0 if isinstance(value, pa.ListScalar) else True)
+        for name in table.schema.names if rows else ():
+            if name not in wanted and name not in shown:
+                rows[0][name] = _first_value(table.column(name))
+                shown.update([name] if rows[0][name] is not None else [])
+        yield from rows
+
+
+def _first_value(column: Any) -> Any:
+    """The first value that is there and not empty; None as well for what is no text and may be large."""
+    kind = column.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return None
+    return next((found for value in column if (found := value.as_py()) not in _NOTHING), None)
 
 
 def _read_jsonl(path: Path, encoding: str) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from sft.data.sources.turns import (
     Message,
     Tools,
     answer_of,
+    kind_of,
     list_of,
     read_tools,
     read_turns,
@@ -34,31 +36,52 @@ class Shape(NamedTuple):
     optional: frozenset[str]
     read: Callable[[Row], list[Message]]
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Every column it reads."""
+        return self.required | self.optional
+
 
 def shape_of(columns: Collection[str], mapped: Collection[str] = ()) -> Shape | None:
-    """The shape these columns have, None if none is known. Shapes that use a column the person `mapped` come first."""
-    fitting = [shape for shape in SHAPES if shape.required <= set(columns)]
-    chosen = [shape for shape in fitting if (shape.required | shape.optional) & set(mapped)]
-    return next(iter(chosen or fitting), None)
+    """The shape these columns have, None if none is known. Columns the person `mapped` are not passed over."""
+    named = set(mapped) - CHOOSING
+    fitting = (shape for shape in SHAPES if shape.required <= set(columns))
+    return next((shape for shape in fitting if not named or named & shape.columns), None)
 
 
 def known_columns() -> frozenset[str]:
     """Every column any shape, the task key or the upsampling rules may read."""
-    used = (shape.required | shape.optional for shape in SHAPES)
-    return frozenset({"metadata", "subcategory", "pack"}).union(*used)
+    return CHOOSING.union(MEDIA, *(shape.columns for shape in SHAPES))
 
 
-def read_messages(row: Row, shape: Shape) -> list[Message]:
-    """The row as messages that end with a non-empty answer. Raises Dropped with the reason when it cannot be."""
-    messages = shape.read(row)
-    last = messages[-1] if messages else None
-    if last is None or last["role"] not in ("assistant", TEXT_ROLE):
-        raise Dropped("no answer")
+def read_messages(row: Row, shape: Shape, noted: Counter[str] | None = None) -> list[Message]:
+    """The row as messages that end with a non-empty answer. Raises Dropped with the reason when it cannot be.
+
+    `noted` counts rows whose last answer is followed by turns, which are left out.
+    """
+    for name in MEDIA & row.keys():
+        if row[name] and kind_of(row[name]) != "NaN":
+            raise Dropped(f'it has "{name}", and only text is trained')
+    messages = _with_system(row, shape.read(row)) if row.get("system") else shape.read(row)
+    messages, closing = _up_to_answer(messages)
+    if closing and noted is not None:
+        noted["turns after the last answer left out"] += 1
+    last = messages[-1]
     if not last["content"].strip() and "tool_calls" not in last:
         raise Dropped("empty answer")
     if not any(message.get("trained", message["role"] in ("assistant", TEXT_ROLE)) for message in messages):
         raise Dropped("no answer that is to be trained")
     return messages
+
+
+def _up_to_answer(messages: list[Message]) -> tuple[list[Message], bool]:
+    """The messages without the turns after the last answer, and whether there were any."""
+    count = len(messages)
+    while count and messages[count - 1]["role"] not in ("assistant", TEXT_ROLE):
+        count -= 1
+    if not count:
+        raise Dropped("no answer")
+    return messages[:count], count < len(messages)
 
 
 def tools_of(row: Row, shape: Shape) -> Tools:
@@ -77,7 +100,7 @@ def content_hash(messages: list[Message], extras: str | None = None) -> int:
     try:
         return xxhash.xxh3_64_intdigest("\x1e".join([*texts, extras] if extras else texts).encode())
     except UnicodeEncodeError as error:  # half of a surrogate pair, as "\ud83d" alone in a JSON file
-        raise Dropped("unreadable") from error
+        raise Dropped("half of a character that is no Unicode text") from error
 
 
 def task_key(row: Row, messages: list[Message]) -> str:
@@ -109,13 +132,22 @@ def _first_line_of_prompt(messages: list[Message]) -> str:
     return prompts[-1].lstrip().partition("\n")[0] if prompts else ""
 
 
-def _optional_text(value: Any) -> str:
-    return "" if value is None else text_of(value)
+def _optional_text(row: Row, column: str) -> str:
+    return "" if row.get(column) is None else text_of(row[column], column)
 
 
-def _system(row: Row) -> list[Message]:
-    system = _optional_text(row.get("system"))
-    return [turn_of("system", system)] if system.strip() else []
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The `system` column put first, before a system turn that the conversation has itself."""
+    system = _optional_text(row, "system")
+    if not system.strip() or messages[:1] == [{"role": "system", "content": system}] or _is_plain(messages):
+        return messages
+    if messages and messages[0]["role"] == "system":
+        return [messages[0] | {"content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _is_plain(messages: list[Message]) -> bool:
+    return bool(messages) and messages[0]["role"] == TEXT_ROLE
 
 
 def _from_messages(row: Row) -> list[Message]:
@@ -123,54 +155,74 @@ def _from_messages(row: Row) -> list[Message]:
 
 
 def _from_conversations(row: Row) -> list[Message]:
-    return _system(row) + read_turns(row["conversations"])
+    return read_turns(row["conversations"], "conversations")
 
 
 def _from_instruction(row: Row) -> list[Message]:
-    history = []
-    for pair in list_of(row.get("history")):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Dropped("unreadable")
-        history += [turn_of("user", pair[0]), turn_of("assistant", pair[1])]
-    parts = (text_of(row["instruction"]), _optional_text(row.get("input")))
+    parts = [text_of(row["instruction"], "instruction"), *(_optional_text(row, name) for name in ("input", "context"))]
     prompt = "\n\n".join(part for part in parts if part.strip())
-    answer = row["output"] if "output" in row else row["response"]
-    return [*_system(row), *history, turn_of("user", prompt), turn_of("assistant", answer)]
+    answer = "output" if "output" in row else "response"
+    return [*_history(row), turn_of("user", prompt), turn_of("assistant", row[answer], answer)]
+
+
+def _history(row: Row) -> list[Message]:
+    """Earlier turns: pairs of question and answer, as lists or as objects, or turns with their roles."""
+    turns: list[Message] = []
+    for pair in list_of(row.get("history"), "history"):
+        if isinstance(pair, Mapping) and pair.keys() & {"role", "from"}:
+            turns += read_turns([pair], "history")
+            continue
+        if isinstance(pair, Mapping):
+            pair = [next((pair[key] for key in keys if key in pair), None) for keys in _PAIR_KEYS]
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Dropped(f"an entry of history is {kind_of(pair)}, no pair of question and answer")
+        turns += [turn_of(role, text, "an entry of history") for role, text in zip(_PAIR, pair, strict=True)]
+    return turns
 
 
 def _from_prompt(row: Row) -> list[Message]:
     turns = []
     for role, column in (("user", "prompt"), ("assistant", "completion")):
         value = row[column]
-        turns += read_turns(value) if isinstance(value, list) else [turn_of(role, value)]
+        turns += read_turns(value, column) if isinstance(value, list) else [turn_of(role, value, column)]
     return turns
 
 
 def _from_paths(row: Row) -> list[Message]:
     """Document 003: title and abstract ask, the answer is one `A -> B -> C` line per path, each ended by a newline."""
-    prompt = f"Title: {text_of(row['title'])}\n{_optional_text(row['abstract'])}"
+    prompt = f"Title: {text_of(row['title'], 'title')}\n{_optional_text(row, 'abstract')}"
     return [turn_of("user", prompt), turn_of("assistant", render_paths(_paths(row)))]
 
 
 def _paths(row: Row) -> list[list[str]]:
-    return [[text_of(name) for name in list_of(path)] for path in list_of(row["paths"])]
+    paths = list_of(row["paths"], "paths")
+    return [[text_of(name, "a name in paths") for name in list_of(path, "a path")] for path in paths]
 
 
 def _from_text(row: Row) -> list[Message]:
-    return [{"role": TEXT_ROLE, "content": answer_of(row["text"])}]
+    return [{"role": TEXT_ROLE, "content": answer_of(row["text"], "text")}]
 
 
 def _shape(name: str, read: Callable[[Row], list[Message]], required: str, optional: str = "") -> Shape:
     return Shape(name, frozenset(required.split()), frozenset(optional.split()), read)
 
 
+_PAIR = ("user", "assistant")
+_PAIR_KEYS = (
+    ("user", "human", "prompt", "instruction", "question", "query"),
+    ("assistant", "bot", "gpt", "model", "ai", "completion", "output", "response", "answer"),
+)
 # In order of preference where a row has the columns of several.
 SHAPES = (
-    _shape("messages", _from_messages, "messages", "tools"),
+    _shape("messages", _from_messages, "messages", "system tools"),
     _shape("conversations", _from_conversations, "conversations", "system tools"),
-    _shape("instruction/input/output", _from_instruction, "instruction output", "input history system"),
-    _shape("instruction/input/response", _from_instruction, "instruction response", "input history system"),
-    _shape("prompt/completion", _from_prompt, "prompt completion", "tools"),
-    _shape("title/abstract/paths", _from_paths, "title abstract paths"),
+    _shape("instruction/input/output", _from_instruction, "instruction output", "input context history system"),
+    _shape("instruction/input/response", _from_instruction, "instruction response", "input context history system"),
+    _shape("prompt/completion", _from_prompt, "prompt completion", "system tools"),
+    _shape("title/abstract/paths", _from_paths, "title abstract paths", "system"),
     _shape("text", _from_text, "text"),
 )
+# Columns that hold no text: a row that has something in one is refused.
+MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+# Read whatever the shape: they choose rows, and are not trained.
+CHOOSING = frozenset({"metadata", "subcategory", "pack"})

@@ -14,9 +14,10 @@ TEXT_ROLE = "text"
 
 _ROLES = {
     "assistant": "assistant", "model": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "ai": "assistant", "chatbot": "assistant", "llm": "assistant",
     "user": "user", "human": "user", "prompter": "user",
     "system": "system", "developer": "system",
-    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
+    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 # Roles of a turn that is nothing but a call: its text is the call, or a list of calls, as JSON.
 _CALL_ROLES = ("function_call", "tool_call")
@@ -28,15 +29,25 @@ TURN_KEYS = frozenset(
 )
 
 
+# Characters of what stands in a row that a reason shows.
+_SHOWN = 40
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "missing"), (bool, "true or false"), ((int, float), "a number"), (str, "text"), (list, "a list"),
+    (Mapping, "an object"),
+)  # fmt: skip
+
+
 class Dropped(Exception):
     """This row cannot be trained on; the message is the reason it is counted under."""
 
 
-def read_turns(value: Any) -> list[Message]:
-    """A list of turns, OpenAI's or ShareGPT's, as messages. Raises Dropped with the reason when one cannot be read."""
-    turns = list_of(value)
-    if not all(isinstance(turn, Mapping) for turn in turns):
-        raise Dropped("unreadable")
+def read_turns(value: Any, what: str = "messages") -> list[Message]:
+    """A list of turns, OpenAI's or ShareGPT's, as messages. Raises Dropped with the reason when one cannot be read;
+    `what` is the column it stands in."""
+    turns = list_of(value, what)
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise Dropped(f"a turn of {what} is {kind_of(turn)}, no object with role and content")
     messages: list[Message] = []
     calling = False
     for turn in turns:
@@ -49,12 +60,13 @@ def read_turns(value: Any) -> list[Message]:
     return messages
 
 
-def turn_of(role: Any, content: Any) -> Message:
-    """A message with this text. Raises Dropped when role or text is none."""
+def turn_of(role: Any, content: Any, what: str = "the content of a turn") -> Message:
+    """A message with this text. Raises Dropped when role or text is none; `what` is the text in a reason."""
     if not isinstance(role, str):
-        raise Dropped("unreadable")
-    role = _ROLES.get(role.lower(), role)
-    return {"role": role, "content": answer_of(content) if role == "assistant" else text_of(content)}
+        raise Dropped(f"the role of a turn is {kind_of(role)}")
+    if (known := _ROLES.get(role.strip().lower())) is None:
+        raise Dropped(f"unknown role {json.dumps(role[:_SHOWN], ensure_ascii=False)}")
+    return {"role": known, "content": answer_of(content, what) if known == "assistant" else text_of(content, what)}
 
 
 def read_tools(value: Any) -> Tools:
@@ -89,30 +101,42 @@ def unpacked(messages: Sequence[Message], extras: str | None) -> tuple[list[Mess
     return [message | turns.get(str(k), {}) for k, message in enumerate(messages)], found["tools"]
 
 
-def text_of(value: Any) -> str:
-    """Text, or a list of text parts. Raises Dropped for anything else."""
+def text_of(value: Any, what: str) -> str:
+    """Text, or a list of text parts. Raises Dropped that says what of the row is something else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-        return "".join(part["text"] for part in value)
-    raise Dropped("unreadable")
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+        return "".join(_part_text(part, what) for part in value)
+    raise Dropped(f"{what} is {kind_of(value)}")
 
 
-def answer_of(value: Any) -> str:
+def answer_of(value: Any, what: str) -> str:
     """The text of an answer, which must be there."""
     if value is None:
         raise Dropped("empty answer")
-    return text_of(value)
+    return text_of(value, what)
 
 
-def list_of(value: Any) -> list[Any]:
+def list_of(value: Any, what: str) -> list[Any]:
     """A list, also when a table without nesting (CSV) holds it as JSON text."""
-    value = _json(value, "unreadable")
+    if isinstance(value, str) and value.lstrip().startswith(("[{'", "['", "[[")) and "'" in value:
+        value = _json(value, f"{what} is Python's repr and no JSON: write it with json.dumps")
+    value = _json(value, f"{what} is text that is no JSON")
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Dropped("unreadable")
+        raise Dropped(f"{what} is {kind_of(value)} and no list")
     return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is that should have been something else, for people."""
+    if isinstance(value, float) and value != value:
+        return "NaN"
+    for kinds, name in _KINDS:
+        if isinstance(value, kinds):
+            return name
+    return f"of type {type(value).__name__}"
 
 
 def _json(value: Any, reason: str) -> Any:
@@ -125,8 +149,16 @@ def _json(value: Any, reason: str) -> Any:
         raise Dropped(reason) from error
 
 
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _part_text(part: Mapping[str, Any], what: str) -> str:
+    """The text of a part; a part that is an image, a sound or anything else is named by its type."""
+    kind = part.get("type")
+    if kind != "text":
+        raise Dropped(
+            f"{what} has a part of type {json.dumps(str(kind)[:_SHOWN], ensure_ascii=False)}, which is no text"
+        )
+    if not isinstance(part.get("text"), str):
+        raise Dropped(f"{what} has a text part whose text is {kind_of(part.get('text'))}")
+    return part["text"]
 
 
 def _role(turn: Mapping[str, Any]) -> Any:
@@ -152,7 +184,7 @@ def _read(turn: Mapping[str, Any]) -> Message:
 
 def _call_alone(content: Any) -> Message:
     """A turn whose text is a call, after the thoughts some sets write before it."""
-    text = answer_of(content)
+    text = answer_of(content, "the content of a turn")
     thoughts = ""
     if text.lstrip().startswith("<think>") and "</think>" in text:
         thoughts, end, text = text.partition("</think>")
