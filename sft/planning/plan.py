@@ -177,6 +177,8 @@ def add_unlabelled(plan: Plan) -> None:
             plan.document["sources"].append(record | {"rows": rows, "validation_rows": None, "drawn": None})
         except SourceError as error:
             failed.append(f"[ERROR] Failed to load {source.id}: {error}")
+        except Problems as found:
+            failed += found.problems
     known = {*plan.problems, *plan.notes}
     strict = plan.settings.strict or len(failed) == len(plan.settings.sources)
     (plan.problems if strict else plan.notes).extend(text for text in failed if text not in known)

@@ -15,7 +15,7 @@ from sft.data.sources.shapes import MEDIA
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 ROWS_AT_ONCE = 1000
-_NOTHING = (None, "", [], {})
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 class SourceError(Exception):
