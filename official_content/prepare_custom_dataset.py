@@ -21,6 +21,7 @@ from sft.programs.prepare_dataset import Prepared
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
     from sft.settings import Source
 
@@ -114,10 +115,11 @@ def build(options: argparse.Namespace) -> None:
     from sft.programs import prepare_dataset
 
     source = chosen_source(options)
+    tokenizer = prepare_dataset.load_tokenizer(options.model) if options.max_length else None
     prepared = prepare_dataset.prepare_dataset(
         source,
         text_format=options.format,
-        tokenizer=prepare_dataset.load_tokenizer(options.model) if options.max_length else None,
+        tokenizer=tokenizer,
         max_length=options.max_length,
         num_samples=options.num_samples,
     )
@@ -133,7 +135,14 @@ def build(options: argparse.Namespace) -> None:
     }
     prepare_dataset.save_dataset(prepared, target, metadata)
     tell(options, source.id, prepared)
-    print(f"In stageN.env: SFT_DATASET_ID={target}")
+    print(f"In stageN.env:\nSFT_DATASET_ID={target}\n{template_line(options.format, tokenizer)}")
+
+
+def template_line(text_format: str, tokenizer: "PreTrainedTokenizerBase | None") -> str:
+    """The setting by which the text of this format is trained; only a model with its own template can do without."""
+    line = f"SFT_CHAT_TEMPLATE={text_format}"
+    own = tokenizer is not None and tokenizer.chat_template
+    return f"# {line} would train the text as shown here; unset, the model's own chat template is used" if own else line
 
 
 def tell(options: argparse.Namespace, name: str, prepared: "Prepared") -> None:

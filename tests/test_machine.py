@@ -68,6 +68,18 @@ def test_disk_space(monkeypatch, tmp_path, free, state):
     assert machine.disk(tmp_path / "not" / "there").state == state
 
 
+def test_on_kaggle_results_belong_into_the_folder_that_is_kept(tmp_path, monkeypatch):
+    """Inside it is good, outside a warning with the setting, elsewhere there is nothing to say."""
+    assert list(machine.kaggle(tmp_path)) == []
+    monkeypatch.setattr(machine, "KAGGLE", tmp_path / "working")
+    (tmp_path / "working").mkdir()
+    assert [finding.state for finding in machine.kaggle(tmp_path / "working" / "outputs")] == ["ok"]
+    (lost,) = machine.kaggle(tmp_path / "outputs")
+    assert lost.text.endswith(
+        f"outputs is lost when the session ends; set SFT_OUT_LORA_DIR to a path below {tmp_path}/working"
+    )
+
+
 def test_stores(tmp_path):
     """A sqlite file is good, a file store is refused by MLflow, an unreachable server is a warning without its
     password.

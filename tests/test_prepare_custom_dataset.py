@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from sft.data.labels.template import chat_template_for
 from sft.data.sources.load import load_source
 from sft.programs.command_line import run_program
 from sft.programs.prepare_dataset import HUB_SOURCES, histogram
@@ -23,7 +26,7 @@ ROWS = [
 ]
 MESSAGES = [
     [{"role": "user", "content": "東京の人口は?"}, {"role": "assistant", "content": "約1400万人です"}],
-    [{"role": "user", "content": "Sum up.\n\nLong, long text"}, {"role": "assistant", "content": "Short."}],
+    [{"role": "user", "content": "Sum up.\n\n### Input:\nLong, long text"}, {"role": "assistant", "content": "Short."}],
 ]
 
 
@@ -94,6 +97,25 @@ def test_text_is_in_the_chosen_format(prepare, name, text):
     """The second row, which has an input, in each of the three formats."""
     prepare("--model", "m", "--source", "json", "--source-path", "rows.json", "--max-length", "0", "--format", name)
     assert train_rows("datasets/json_m_2")[1]["text"] == text
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "llama2"])
+def test_training_sees_the_text_with_the_template_that_is_named(prepare, name):
+    """The last line names SFT_CHAT_TEMPLATE; rendered with it, the messages hold the words and headings of `text`."""
+    arguments = ["--source", "json", "--source-path", "rows.json", "--max-length", "0", "--format", name]
+    lines = prepare("--model", "m", *arguments)[1].splitlines()
+    assert lines[-2:] == ["SFT_DATASET_ID=datasets/json_m_2", f"SFT_CHAT_TEMPLATE={name}"]
+    for row in train_rows("datasets/json_m_2"):
+        rendered = render_jinja_template([row["messages"]], chat_template=chat_template_for(name), eos_token="")[0][0]
+        assert rendered.replace("<s>", "").split() == row["text"].replace("<s>", "").replace("</s>", "").split()
+
+
+def test_a_model_with_a_template_needs_no_other(program, tmp_path):
+    """The line that would change the format is only a comment."""
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / word_tokenizer(tmp_path))
+    assert program.template_line("alpaca", tokenizer) == "SFT_CHAT_TEMPLATE=alpaca"
+    tokenizer.chat_template = "{{ messages }}"
+    assert program.template_line("alpaca", tokenizer).startswith("# SFT_CHAT_TEMPLATE=alpaca would train the text")
 
 
 def test_an_empty_input_has_no_heading(prepare):

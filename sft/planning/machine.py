@@ -31,6 +31,7 @@ OPTIONAL = {"deepspeed": "make install-deepspeed, for the launch files zero2 and
 PINS = Path(__file__).resolve().parents[2] / "constraints.txt"
 INSTALL = "run make install"
 SECONDS = 3.0
+KAGGLE = Path("/kaggle/working")
 _ROOMY, _CRAMPED = 10 * 2**30, 2**30
 # Where Linux shows NVIDIA's driver and the first card.
 DRIVER, DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
@@ -97,6 +98,7 @@ def examine(settings: Settings | None) -> list[Finding]:
         *libraries(),
         *devices(),
         disk(outputs),
+        *kaggle(outputs),
         hub(),
         *([store(uri)] if tracked else []),
     ]
@@ -278,6 +280,17 @@ def disk(folder: Path) -> Finding:
     if free < _ROOMY:
         return Finding(name, "warning", found, "a merged model takes as much as the base model: free some space for it")
     return Finding(name, "ok", found)
+
+
+def kaggle(outputs: Path) -> Iterator[Finding]:
+    """On Kaggle only: whether what is written outlives the session."""
+    if not KAGGLE.is_dir():
+        return
+    if outputs.absolute().is_relative_to(KAGGLE):
+        yield Finding("Kaggle", "ok", f"what is below {KAGGLE} is kept as the notebook's output")
+    else:
+        text = f"{outputs.absolute()} is lost when the session ends"
+        yield Finding("Kaggle", "warning", text, f"set SFT_OUT_LORA_DIR to a path below {KAGGLE}")
 
 
 def hub() -> Finding:

@@ -43,24 +43,19 @@ class Prepared:
     lengths: list[int] = field(default_factory=list)
 
 
-def alpaca_text(messages: Sequence[Message], row: Mapping[str, Any]) -> str:
-    """Stanford Alpaca's headings; an empty `input` leaves its heading out."""
+def alpaca_text(messages: Sequence[Message]) -> str:
+    """Stanford Alpaca's headings."""
     headings = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n", "text": ""}
-    if len(messages) == 2 and str(row.get("input") or "").strip() and "instruction" in row:
-        prompt = f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}"
-        return f"{prompt}\n\n### Response:\n{messages[-1]['content']}"
     return "\n\n".join(headings.get(message["role"], "") + message["content"] for message in messages)
 
 
-def chatml_text(messages: Sequence[Message], row: Mapping[str, Any]) -> str:
+def chatml_text(messages: Sequence[Message]) -> str:
     """<|im_start|>role ... <|im_end|> around every message."""
-    del row
     return "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
 
 
-def llama2_text(messages: Sequence[Message], row: Mapping[str, Any]) -> str:
+def llama2_text(messages: Sequence[Message]) -> str:
     """[INST] user [/INST] answer, one <s> ... </s> per exchange; the system text stands in the first prompt."""
-    del row
     text, system = "", ""
     for message in messages:
         if message["role"] == "system":
@@ -72,7 +67,7 @@ def llama2_text(messages: Sequence[Message], row: Mapping[str, Any]) -> str:
     return text
 
 
-TEXTS: dict[str, Callable[[Sequence[Message], Mapping[str, Any]], str]] = {
+TEXTS: dict[str, Callable[[Sequence[Message]], str]] = {
     "alpaca": alpaca_text,
     "chatml": chatml_text,
     "llama2": llama2_text,
@@ -147,7 +142,16 @@ def _distinct(source: Source, text_format: str, dropped: Tally) -> Iterator[dict
             dropped.add("duplicate", number)
             continue
         seen.add(digest)
-        yield {"messages": messages, "text": TEXTS[text_format](messages, row)}
+        if text_format == "alpaca":
+            messages = _with_input_heading(messages, row)
+        yield {"messages": messages, "text": TEXTS[text_format](messages)}
+
+
+def _with_input_heading(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
+    """Alpaca shows the input of an instruction under a heading of its own; training is to see what `text` shows."""
+    if len(messages) != 2 or "instruction" not in row or not str(row.get("input") or "").strip():
+        return messages
+    return [messages[0] | {"content": f"{row['instruction']}\n\n### Input:\n{row['input']}"}, messages[1]]
 
 
 def _keep(
