@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft.reporting.tracker import Tracker
+from sft.reporting.tracker import Tracker, end_run, metric_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,6 +165,83 @@ def test_values_over_the_limits_are_cut(store, tmp_path):
             connection.execute("select key, value from params where run_uuid = ?", (tracker.run_id,)).fetchall()
         )
     assert rows == {"SFT_DATASET_MIX": "x" * 500, "SFT_LR": "0.0001"}
+
+
+def test_a_name_that_mlflow_does_not_take_loses_nothing(store, tmp_path):
+    """Task keys are people's own words: brackets and ampersands become _, the rest arrives as it is."""
+    tracker = Tracker(settings(f"sqlite:///{store}"), tmp_path / "out_stage1", run_id=None, say=pytest.fail)
+    keys = {"gen_score/text_to_json (easy)": 0.25, "gen_score/Q&A": 0.5, "gen_score/日本語": 0.75, "gen_score//x": 1.0}
+    tracker.log_metrics(record(tmp_path / "out_stage1", 4, eval_loss=2.0, **keys))
+    tracker.close("FINISHED")
+    names = ("eval_loss", "gen_score/text_to_json _easy_", "gen_score/Q_A", "gen_score/日本語", "gen_score/x")
+    assert [history(store, tracker.run_id, name) for name in names] == [
+        [(4, value)] for value in (2.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+
+
+def test_names_that_fall_together_stay_apart():
+    """The plain one keeps its name; nothing is longer than MLflow allows or leaves the run's folder."""
+    found = metric_names({"a_b", "a&b", "a(b", "../../x", "z" * 300, ""})
+    assert found["a_b"] == "a_b"
+    assert len(set(found.values())) == 6
+    assert max(map(len, found.values())) <= 250
+    assert found["../../x"] == "x"
+
+
+def test_a_metric_that_is_refused_all_the_same_is_named_and_the_others_sent(store, tmp_path, monkeypatch):
+    """One by one, where the server refuses the whole batch for one of them."""
+    monkeypatch.setattr("sft.reporting.tracker.metric_names", lambda names: {name: name for name in names})
+    said: list[str] = []
+    tracker = Tracker(settings(f"sqlite:///{store}"), tmp_path / "out_stage1", run_id=None, say=said.append)
+    for step in (1, 2):
+        tracker.log_metrics(record(tmp_path / "out_stage1", step, eval_loss=2.0, **{"a(b": 1.0}))
+    tracker.close("FINISHED")
+    assert history(store, tracker.run_id, "eval_loss") == [(1, 2.0), (2, 2.0)]
+    assert len(said) == 1
+    assert said[0].startswith("[WARNING] MLflow refuses the metric 'a(b'; it is in ")
+
+
+def runs(store: Path) -> dict[str, tuple[str, str, str | None]]:
+    """run id -> name, status, parent."""
+    with sqlite3.connect(store) as connection:
+        tags = connection.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'").fetchall()
+        found = connection.execute("select run_uuid, name, status from runs").fetchall()
+    return {identity: (name, status, dict(tags).get(identity)) for identity, name, status in found}
+
+
+def test_stages_of_a_ladder_stand_below_one_run(store, tmp_path):
+    """Named after the output folder, with a child per stage named after its own; another ladder has another."""
+    made = {}
+    for name in ("out_stage1", "out_stage2", "other_stage1"):
+        tracker = Tracker(settings(f"sqlite:///{store}"), tmp_path / name, run_id=None, say=pytest.fail)
+        tracker.close("FINISHED")
+        made[name] = tracker.run_id
+    found = runs(store)
+    parents = {name: found[identity][2] for name, identity in made.items()}
+    assert [found[identity][0] for identity in made.values()] == list(made)
+    assert parents["out_stage1"] == parents["out_stage2"] != parents["other_stage1"]
+    assert found[parents["out_stage1"]] == ("out", "FINISHED", None)
+
+
+def test_no_run_stays_running_after_its_process_was_killed(store, tmp_path):
+    """A stage trained afresh ends the run the kill left; one looked at again has its run ended by end_run."""
+    uri, folder = f"sqlite:///{store}", tmp_path / "out_stage1"
+    killed = Tracker(settings(uri), folder, run_id=None, say=pytest.fail)
+    assert killed.wait_for_run(60.0)
+    killed.calls.put(None)  # the thread ends and nobody says that the run did
+    killed.thread.join()
+    other = Tracker(settings(uri), tmp_path / "out_stage2", run_id=None, say=pytest.fail)
+    assert other.wait_for_run(60.0)
+    again = Tracker(settings(uri), folder, run_id=None, say=pytest.fail)
+    again.close("FINISHED")
+    assert [runs(store)[t.run_id][1] for t in (killed, again, other)] == ["KILLED", "FINISHED", "RUNNING"]
+    assert end_run(uri, other.run_id)
+    assert runs(store)[other.run_id][1] == "FINISHED"
+    assert end_run(uri, killed.run_id)
+    assert runs(store)[killed.run_id][1] == "KILLED"
+    assert not end_run(uri, "no such run")
+    assert not end_run(uri, None)
+    other.close("FINISHED")
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from sft.distributed import ranks
 from sft.distributed.ranks import say
 from sft.distributed.signals import STOP, Stopped
+from sft.errors import hide_secrets
 from sft.evaluation.generation_evaluation import show_samples
 from sft.reporting.tracker import Tracker
 from sft.stages import paths
@@ -46,16 +47,19 @@ def start_tracking(stage: Stage, mix: Mix) -> Tracker:
     tracker = Tracker(settings, stage.folder, run_id=stage.manifest.get("mlflow_run_id"), say=say)
     values = {name: record["value"] for name, record in settings.record().items()}
     tracker.log_parameters(values | {"train_rows": len(mix.train), "val_rows": len(mix.val)})
-    ladder = str(settings.out_lora_dir)
-    tracker.log_tags(
-        {
-            "ladder": ladder,
-            "stage": str(stage.number),
-            "parents": ", ".join(f"stage {parent.stage} {parent.adapter_sha256[:12]}" for parent in stage.parents),
-        }
-    )
+    tracker.log_tags({"ladder": str(settings.out_lora_dir), "stage": str(stage.number)} | lineage_tags(stage))
     tracker.log_sources(stage.manifest["sources"])
     return tracker
+
+
+def lineage_tags(stage: Stage) -> dict[str, str]:
+    """What a stage is made from, by digest: a run can be found by the data or the adapter behind it."""
+    tags = {"lineage.base_model": hide_secrets(str(stage.settings.base_model))}
+    for parent in stage.parents:
+        tags[f"lineage.parent.stage_{parent.stage}"] = parent.adapter_sha256
+    for number, source in enumerate(stage.manifest["sources"], 1):
+        tags[f"lineage.dataset.{number}"] = f"{hide_secrets(source['id'])} {source.get('fingerprint') or 'unknown'}"
+    return tags
 
 
 class RunRecord:

@@ -147,6 +147,7 @@ def close_stage(stage: Stage, tracker: Tracker | None) -> None:
     report = write_report(stage.folder)
     manifest = stage.manifest
     if tracker:
+        tracker.log_tags({"lineage.adapter": manifest["adapter_sha256"]})
         for path in (stage.folder / paths.MANIFEST, report, stage.folder / paths.REPORT_FACTS):
             tracker.log_artifact(path)
     metrics = manifest["metrics"]

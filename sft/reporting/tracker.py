@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import posixpath
 import queue
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from sft.storage import json_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
     from sft.settings import Settings
 
@@ -31,7 +35,10 @@ CLOSING_SECONDS = 20.0
 RETRY_SECONDS = 30.0
 MOST_TRIES = 3
 # A record is of one kind; kind and step tell whether a server has it.
-KINDS = ("loss", "eval_loss")
+KINDS = ("loss", "eval_loss", "gen_score")
+NAME_LIMIT = 250
+# Which folder a run belongs to: a digest, as a path may hold quotes that a search of MLflow can't.
+FOLDER_TAG, LADDER_TAG = "sft.folder", "sft.ladder"
 Call = Callable[["MlflowClient"], None]
 
 
@@ -44,8 +51,57 @@ def artifact_location(uri: str) -> str | None:
     return (folder / "artifacts").as_uri()
 
 
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+
+
+def metric_names(names: Iterable[str]) -> dict[str, str]:
+    """name -> what MLflow takes for it: other characters become `_`, and two that fall together get a digest."""
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        clean = posixpath.normpath(re.sub(r"[^/\w.\- :]", "_", name)).lstrip("./")[:NAME_LIMIT] or "_"
+        if clean != name and (clean in names or clean in found.values()):
+            clean = f"{clean[: NAME_LIMIT - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        found[name] = clean
+    return found
+
+
+def quiet_client(uri: str) -> MlflowClient:
+    """A client that waits for a silent server no longer than it must, and whose package keeps its logs to itself."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_SECONDS)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient, set_tracking_uri
+    from mlflow.system_metrics import system_metrics_monitor
+
+    # MLflow sets its loggers up when it is imported.
+    for name in ("mlflow", "alembic", "sqlalchemy", "urllib3", system_metrics_monitor.__name__):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    artifact_location(uri)  # a sqlite database wants its folder
+    set_tracking_uri(uri)
+    return MlflowClient(uri)
+
+
+def end_run(uri: str, run_id: str | None, *, status: str = "FINISHED") -> bool:
+    """Ends a run that a killed process left RUNNING; False where the store does not have it or can't be reached.
+
+    For a stage that is looked at again without being trained: one that goes on ends its run itself.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return False
+    try:
+        client = quiet_client(uri)
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, status)
+    except MlflowException:
+        return False
+    return True
+
+
 class Tracker:
-    """One MLflow run per stage, continued on resume.
+    """One MLflow run per stage, continued on resume, below a run that stands for its ladder.
 
     Calls are queued and made by a thread, in order; one that fails is tried again later, so a server may come late or
     be away for a while. The first failure is said. Metrics are in metrics.jsonl in any case: what a server missed
@@ -58,6 +114,7 @@ class Tracker:
         self.warned = False
         self.lost = self.tries = 0
         self.sent: set[tuple[str, int]] = set()
+        self.refused: set[str] = set()
         self.monitor: Any = None
         self.started = threading.Event()
         self.client: MlflowClient | None = None
@@ -155,19 +212,7 @@ class Tracker:
         return True
 
     def _open(self) -> MlflowClient:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_SECONDS)
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        from mlflow import MlflowClient, set_tracking_uri
-        from mlflow.system_metrics import system_metrics_monitor
-
-        # MLflow sets its loggers up when it is imported.
-        for name in ("mlflow", "alembic", "sqlalchemy", "urllib3", system_metrics_monitor.__name__):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        uri = self.settings.mlflow_tracking_uri
-        artifact_location(uri)  # a sqlite database wants its folder
-        set_tracking_uri(uri)
-        client = MlflowClient(uri)
+        client = quiet_client(self.settings.mlflow_tracking_uri)
         self.run_id = self._continued(client) or self._created(client)
         self._start_monitor()
         return client
@@ -187,12 +232,27 @@ class Tracker:
         return self.run_id
 
     def _created(self, client: MlflowClient) -> str:
+        """A run of its own, named after the folder, below the ladder's; one that a kill left running here is ended."""
         name = self.settings.mlflow_experiment_name
         experiment = client.get_experiment_by_name(name)
         location = artifact_location(self.settings.mlflow_tracking_uri)
         number = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
-        name = self.settings.run_name or f"{self.folder.name}"
-        return client.create_run(number, run_name=name).info.run_id
+        mine = digest_of(self.folder)
+        # Whoever trains into this folder holds its lock, so that nobody else's run of it is alive.
+        for run in client.search_runs([number], f"tags.`{FOLDER_TAG}` = '{mine}' and attributes.status = 'RUNNING'"):
+            client.set_terminated(run.info.run_id, "KILLED")
+        tags = {FOLDER_TAG: mine, "mlflow.parentRunId": self._ladder_run(client, number)}
+        return client.create_run(number, run_name=self.settings.run_name or self.folder.name, tags=tags).info.run_id
+
+    def _ladder_run(self, client: MlflowClient, experiment: str) -> str:
+        """The run that all stages of a ladder stand below, in the experiment that they share."""
+        path = self.folder.with_name(re.sub(r"_stage\d+$", "", self.folder.name))
+        tags = {LADDER_TAG: digest_of(path)}
+        found = client.search_runs([experiment], f"tags.`{LADDER_TAG}` = '{tags[LADDER_TAG]}'", max_results=1)
+        run = found[0] if found else client.create_run(experiment, run_name=path.name, tags=tags)
+        if not found:
+            client.set_terminated(run.info.run_id, "FINISHED")  # it holds runs and does nothing itself
+        return run.info.run_id
 
     def _start_monitor(self) -> None:
         """GPU, CPU, memory and disk figures every ten seconds, by MLflow itself."""
@@ -242,7 +302,32 @@ class Tracker:
         # An evaluation may fall on a step that was logged already, with the same epoch.
         left_out = {"step", "time"} if "loss" in record else {"step", "time", "epoch"}
         numbers = {k: v for k, v in record.items() if k not in left_out and isinstance(v, int | float)}
-        metrics = [Metric(name, float(value), stamp, step) for name, value in numbers.items()]
+        names = metric_names(numbers)
+        metrics = [Metric(names[name], float(value), stamp, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), 500):
-            client.log_batch(self.run_id, metrics=metrics[start : start + 500])
+            self._send_batch(client, metrics[start : start + 500])
         self.sent.add(key)
+
+    def _send_batch(self, client: MlflowClient, metrics: list[Metric]) -> None:
+        """All metrics together, or one by one where one of them is refused: the others are not lost with it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.log_batch(self.run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            for metric in metrics:
+                self._send_one(client, metric)
+
+    def _send_one(self, client: MlflowClient, metric: Metric) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.log_batch(self.run_id, metrics=[metric])
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if metric.key not in self.refused:
+                self.say(f"[WARNING] MLflow refuses the metric {metric.key!r}; it is in {self.folder / paths.METRICS}")
+            self.refused.add(metric.key)
