@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sft.distributed.launch import launched
 from sft.distributed.signals import STOP, Stopped
-from sft.errors import Problems, RunFailed, hide_secrets
+from sft.errors import Problems, RunFailed, hide_secrets, plainly
 from sft.planning.document import blank_document, print_documents
 from sft.settings import Settings, load_settings
 
@@ -181,4 +181,4 @@ def explain(error: BaseException) -> str:
             "SFT_LOAD_IN_8BIT=1 or SFT_LOAD_IN_4BIT=1, SFT_GRADIENT_CHECKPOINTING=1, a shorter SFT_MAX_SEQ_LEN. "
             "--check estimates the need beforehand."
         )
-    return f"The run failed: {hide_secrets(text.strip().splitlines()[0])}"
+    return f"The run failed: {plainly(text).strip().splitlines()[0]}"

@@ -31,3 +31,16 @@ _CREDENTIALS = re.compile(
 def hide_secrets(text: str) -> str:
     """The text with credentials inside URLs and access tokens replaced by ***."""
     return _CREDENTIALS.sub(lambda match: (match["name"] or "") + "***", text)
+
+
+_REFUSED_PICKLE = re.compile(r"Weights only load failed\.[^\n]*")
+_UNSAFE_ADVICE = re.compile(
+    r"\n[^\n]*(?:[Rr]e-running `?torch\.load|safe_globals|weights_only=False|documentation of torch\.load)[^\n]*"
+)
+
+
+def plainly(text: str) -> str:
+    """A library's message as it may be passed on: without credentials, and without torch's advice on how to load a
+    pickle that could run code."""
+    refused = "a pickled file holds more than tensors and could run code, so it is not loaded; take safetensors instead"
+    return hide_secrets(_UNSAFE_ADVICE.sub("", _REFUSED_PICKLE.sub(refused, text)))

@@ -1,8 +1,13 @@
 """What a message, a manifest or a report never shows."""
 
-import pytest
+import pickle
+import traceback
 
-from sft.errors import hide_secrets
+import pytest
+import torch
+
+from sft.cli import explain
+from sft.errors import hide_secrets, plainly
 
 TOKEN = "hf_" + "a1" * 8
 
@@ -31,3 +36,16 @@ def test_credentials_are_hidden_wherever_they_stand(text: str, shown: str):
 def test_other_text_stays(text: str):
     """Words that only look a little like it."""
     assert hide_secrets(text) == text
+
+
+def test_torch_s_advice_to_run_pickled_code_is_never_passed_on(tmp_path):
+    """Message and traceback say why the file is not loaded, and nothing about how to load it all the same."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(pickle.dumps(print))  # a function: more than tensors
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        torch.load(path, weights_only=True)
+    for text in (str(caught.value), "".join(traceback.format_exception(caught.value)), explain(caught.value)):
+        shown = plainly(text)
+        assert "could run code, so it is not loaded; take safetensors instead" in shown
+        for advice in ("re-run", "weights_only=False", "`False`", "safe_globals", "trusted source", "docs/stable"):
+            assert advice.lower() not in shown.lower(), advice

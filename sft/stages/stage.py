@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from sft.distributed.launch import launched
-from sft.errors import Problems, RunFailed, hide_secrets
+from sft.errors import Problems, RunFailed, plainly
 from sft.stages import checkpoints, paths
 from sft.stages.changes import source_fingerprint, stage_inputs
 from sft.stages.decision import Decision, Verdict, decide, traces, unwritable
@@ -238,13 +238,13 @@ class Stage:
     def fail(self, reason: str) -> None:
         """Record that the stage failed and why. It resumes from its last checkpoint when started again."""
         if self.manifest:
-            self.update(status="failed", finished=_now(), error=hide_secrets(reason))
+            self.update(status="failed", finished=_now(), error=plainly(reason))
 
     def write_error_log(self, text: str) -> Path | None:
         """Keep a traceback in OUT_stageN/error.log (error.rank<k>.log), without credentials; None where it can't be."""
         path = self.folder / paths.error_log(0 if self.main_process else launched().rank)
         try:
-            write_text(path, hide_secrets(text))
+            write_text(path, plainly(text))
         except OSError:
             return None
         return path
