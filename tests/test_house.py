@@ -149,6 +149,13 @@ def test_wings_import_downwards_only():
     assert found == []
 
 
+def test_contributing_lists_the_wings_in_their_order():
+    """The page that sends people around the house is the house's own plan."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `sft/(\w+)(?:/|\.py)` \|", text, re.MULTILINE)
+    assert listed == list(WINGS)
+
+
 def test_imports_run_in_no_circle():
     """Types included; graphlib raises CycleError otherwise. Imports inside functions wait on purpose."""
     graph = {}
