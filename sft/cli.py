@@ -14,7 +14,7 @@ from pathlib import Path
 from sft.distributed.launch import launched
 from sft.distributed.signals import STOP, Stopped
 from sft.errors import Problems, RunFailed, hide_secrets, plainly
-from sft.planning.document import blank_document, print_documents
+from sft.planning.document import Document, print_documents
 from sft.settings import Settings, load_settings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
@@ -77,7 +77,7 @@ def load_ladder(options: argparse.Namespace) -> list[Settings]:
         except Problems as problems:
             found[number] = problems.problems
     if found and options.json:
-        print_documents([blank_document(number, problems) for number, problems in found.items()])
+        print_documents([Document(number, problems=problems) for number, problems in found.items()])
     if found:
         raise Problems(dict.fromkeys(text for problems in found.values() for text in problems))
     return ladder

@@ -33,10 +33,9 @@ def test_two_processes_print_one_page_and_end(ladder, kind: str):
 
 
 def test_zero3_claims_no_time(ladder):
-    """No device holds the model; the document is one JSON document."""
+    """No device holds the model; the document is one JSON document, the page says why."""
     code, shown = run("zero3", ladder / "zero3", "--stage", 1, "--check", "--json", "--env-dir", ladder)
     assert code == 0, shown
     document = json.loads(re.search(r"^\{.*^\}", shown, re.MULTILINE | re.DOTALL)[0])
-    assert document["time"]["seconds"] is None
-    assert document["time"]["reason"] == ("under zero3 no device holds the whole model, so one alone can't try a step")
+    assert document["time"] is None
     assert document["steps"]["global_batch"] == 16

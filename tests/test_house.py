@@ -34,6 +34,7 @@ READS_ENVIRONMENT = {
 CATCHES_EVERYTHING = {
     "sft/cli.py": "one plain message and error.log, for whatever a library raised",
     "sft/reporting/tracker.py": "a warning; what was missed is sent later",
+    "sft/planning/plan.py": "a problem: --check --json gives its document whatever is wrong",
 }
 SILENCED_CHECKERS = 16
 # A path that people type in the project they come from, and the form of a name.

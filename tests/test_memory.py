@@ -121,8 +121,9 @@ def test_full_fine_tuning_has_no_adapter(settings):
         ("adafactor", 0), ("lion_32bit", 4), ("rmsprop", 4), ("schedule_free_sgd", 4), ("ademamix", 12),
     ],
 )  # fmt: skip
-def test_optimizer_state(settings, name, bytes_per_parameter):
-    """Bytes per trained parameter by the optimizer's name."""
+def test_optimizer_state(settings, monkeypatch, name, bytes_per_parameter):
+    """Bytes per trained parameter by the optimizer's name, as if its package were installed."""
+    monkeypatch.setattr("sft.settings.values.find_spec", lambda package: object())
     chosen = settings(optim=name, dtype="float32")
     counted = parameter_bytes(dense(), chosen)
     assert optimizer_bytes(counted, chosen, Launched(0, 1)) == bytes_per_parameter * ADAPTER

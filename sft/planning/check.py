@@ -28,14 +28,13 @@ def check(ladder: list[Settings], options: argparse.Namespace) -> None:
     held: set[int] = set()
     for settings in ladder:
         plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder, held=held))
-        held.update(plans[-1].mix.held.tolist() if plans[-1].mix else ())
+        held.update(plans[-1].rows.mix.held.tolist() if plans[-1].rows else ())
         if not options.json:
             from sft.planning.tables import plan_text
 
             print(plan_text(plans[-1]), flush=True)
     if options.json:
         print_documents([plan.document for plan in plans])
-    several = len(plans) > 1
-    problems = [f"stage {plan.settings.stage}: {text}" if several else text for plan in plans for text in plan.problems]
-    if problems:
-        raise Problems(problems)
+    found = [(plan.settings.stage, text) for plan in plans for text in plan.document.problems]
+    if found:
+        raise Problems([f"stage {stage}: {text}" if len(plans) > 1 else text for stage, text in found])

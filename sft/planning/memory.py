@@ -19,13 +19,14 @@ from sft.errors import RunFailed
 from sft.models.model import compute_dtype
 from sft.planning.activations import BatchShape, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
 from sft.planning.document import MEMORY
-from sft.planning.kv_cache import AnswerBatch, cache_bytes
+from sft.planning.kv_cache import AnswerBatch, cache_bytes, largest_answers
 from sft.training.batches import largest_items
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from sft.data.mixture import Mix
     from sft.settings import Settings
 
 __all__ = [
@@ -225,11 +226,37 @@ def largest_batch(rows: datasets.Dataset, settings: Settings) -> BatchShape:
     return BatchShape(int(np.sum(chosen["length"])), max(trained, 1), rows=len(numbers))
 
 
-def shortage(need: Estimate, settings: Settings) -> str:
+@dataclass(frozen=True)
+class Need:
+    """An estimate and what it was worked out for: largest micro-batch and answers, with or without checkpointing."""
+
+    estimate: Estimate
+    batch: BatchShape
+    answers: AnswerBatch | None
+    checkpointing: bool
+
+
+def need_of(config: PretrainedConfig, settings: Settings, mix: Mix) -> Need:
+    """What a device needs for the stage; gradient checkpointing where it is asked for or needed.
+
+    Raises:
+        Problems: no target module of the adapter exists in the model.
+    """
+    batch, answers = largest_batch(mix.train, settings), largest_answers(mix.val, settings)
+    checkpointing = settings.gradient_checkpointing == "1"
+    found = estimate(config, settings, batch, checkpointing=checkpointing, answers=answers)
+    if settings.gradient_checkpointing == "auto" and found.training > COMFORTABLE * found.available:
+        checkpointing = True
+        found = estimate(config, settings, batch, checkpointing=True, answers=answers)
+    return Need(found, batch, answers, checkpointing)
+
+
+def shortage(need: Estimate, settings: Settings, *, checkpointed: bool = False) -> str:
     """What to say when memory ran out: the estimate, the measured peak of a GPU, and what to change."""
     gib = 2**30
     peak = f", {torch.cuda.max_memory_allocated() / gib:.1f} GiB at the peak" if torch.cuda.is_available() else ""
-    return f"Out of memory: {need.total / gib:.1f} GiB were estimated{peak}. Change {advice(settings)}."
+    remedy = advice(settings, checkpointed=checkpointed)
+    return f"Out of memory: {need.total / gib:.1f} GiB were estimated{peak}. Change {remedy}."
 
 
 def raise_shortage(
@@ -238,7 +265,7 @@ def raise_shortage(
     """RunFailed with estimate, peak and remedies, if the error says that memory ran out."""
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         need = estimate(config, settings, largest_batch(rows, settings), checkpointing=checkpointing)
-        raise RunFailed(shortage(need, settings)) from error
+        raise RunFailed(shortage(need, settings, checkpointed=checkpointing)) from error
 
 
 def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: BatchShape, *, held: int = 0) -> bool:
@@ -258,17 +285,18 @@ def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: Ba
 _SMALL_RANK = 8
 
 
-def advice(settings: Settings, *, answering: bool = False) -> str:
+def advice(settings: Settings, *, answering: bool = False, checkpointed: bool = False) -> str:
     """The settings that save memory, with values that fit these settings, first the one to try first.
 
-    `answering`: the generation evaluation needs more than a training step does.
+    `answering`: the generation evaluation needs more than a training step does; `checkpointed`: gradient checkpointing
+    is on already.
     """
     fewer = max(1, settings.gen_batch_size // 2)
     first = [f"SFT_GEN_BATCH_SIZE={fewer}"] if answering and fewer < settings.gen_batch_size else []
-    return "in this order: " + "; ".join([*first, *_remedies(settings)])
+    return "in this order: " + "; ".join([*first, *_remedies(settings, checkpointed)])
 
 
-def _remedies(settings: Settings) -> Iterator[str]:
+def _remedies(settings: Settings, checkpointed: bool) -> Iterator[str]:
     rows, accumulation = settings.per_device_train_bs, settings.grad_accum
     if rows > 1:
         half = rows // 2
@@ -281,7 +309,7 @@ def _remedies(settings: Settings) -> Iterator[str]:
         yield "SFT_LOAD_IN_8BIT=1 or SFT_LOAD_IN_4BIT=1"
     elif settings.load_in_8bit:
         yield "SFT_LOAD_IN_4BIT=1 instead of SFT_LOAD_IN_8BIT=1"
-    if settings.gradient_checkpointing != "1":
+    if settings.gradient_checkpointing != "1" and not checkpointed:
         yield "SFT_GRADIENT_CHECKPOINTING=1"
     yield f"SFT_MAX_SEQ_LEN below {settings.max_seq_len}"
     yield "more devices with configs/accelerate/zero3.yaml"

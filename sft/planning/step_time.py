@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from sft.distributed.launch import launched
 from sft.models.attention import confine_rows
 from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers
 from sft.planning.activations import with_adapter
-from sft.planning.document import TIME
+from sft.planning.document import Steps
 from sft.training.batches import TrainingRows, join_rows, largest_items
 from sft.training.loss import leave_out_triton, token_cross_entropy
 
@@ -142,18 +143,25 @@ def cpu_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return token_cross_entropy(logits, inputs["labels"][0, targets]).mean()
 
 
-def forecast(step_time: StepTime, *, tokens: int, steps: dict[str, int]) -> dict[str, Any]:
-    """The `time` object of `--check --json`: steps x seconds of a step with the mean number of tokens.
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds in all and of a step, the speed and what it was measured on; or, in `reason`, why nothing is claimed."""
 
-    Args:
-        tokens: of an epoch, all devices together.
-        steps: the `steps` object.
-    """
-    if step_time.reason or not step_time.fits:
-        reason = step_time.reason or f"out of memory on {step_time.device}"
-        return dict.fromkeys(TIME) | {"reason": reason}
-    speed = step_time.tokens / step_time.seconds * launched().processes
-    step = tokens / steps["per_epoch"] / speed
-    batch = f"the largest micro-batch ({step_time.rows} rows, {step_time.tokens:,} tokens)"
-    measured = f"{step_time.device}, forward and backward of {batch}"
-    return dict(zip(TIME, (steps["total"] * step, step, speed, measured, None), strict=True))
+    seconds: float | None = None
+    step_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    measured_on: str = ""
+    reason: str = ""
+    peak: int = 0
+
+
+def forecast(measured: StepTime, *, tokens: int, steps: Steps) -> Forecast:
+    """Steps x seconds of a step with the mean number of tokens; `tokens`: of an epoch, all devices together."""
+    if measured.reason or not measured.fits:
+        return Forecast(reason=measured.reason or f"out of memory on {measured.device}", peak=measured.peak)
+    assert steps.per_epoch is not None and steps.total is not None
+    speed = measured.tokens / measured.seconds * launched().processes
+    step = tokens / steps.per_epoch / speed
+    batch = f"the largest micro-batch ({measured.rows} rows, {measured.tokens:,} tokens)"
+    what = f"{measured.device}, forward and backward of {batch}"
+    return Forecast(steps.total * step, step, speed, what, peak=measured.peak)

@@ -7,21 +7,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.planning.document import MEMORY
+from sft.planning.document import MEMORY, Lineage, Steps, Tokens
 from sft.reporting.text import aligned, duration, figure, plain
 
 if TYPE_CHECKING:
     from sft.data.mixture import Mix
-    from sft.planning.memory import Estimate
-    from sft.planning.plan import Plan
-    from sft.planning.step_time import StepTime
+    from sft.planning.memory import Need
+    from sft.planning.plan import Plan, Rows
+    from sft.planning.step_time import Forecast
+    from sft.settings import Settings
 
 _SHOWN_ROWS, _SHOWN_CHARACTERS, _WIDEST = 3, 2000, 70
 
 
 def plan_text(plan: Plan) -> str:
     """Everything about one stage but its problems, which come last, on stderr."""
-    parts = [f"Stage {plan.settings.stage}: {plan.document['lineage']['decision']}"]
+    parts = [f"Stage {plan.settings.stage}: {plan.document.lineage.decision or 'unknown'}"]
     for title, text in sections(plan):
         parts.append(f"{title}\n{indented(text)}")
     return "\n\n".join(parts) + "\n"
@@ -29,23 +30,24 @@ def plan_text(plan: Plan) -> str:
 
 def sections(plan: Plan) -> Iterator[tuple[str, str]]:
     """Titles and texts in the order they are read; without those of which nothing is known."""
-    document = plan.document
-    yield "Settings that differ from the defaults", settings_table(document["settings"])
-    yield "Lineage", lineage_text(document["lineage"], plan.coming)
-    if document["sources"]:
-        yield "Sources", sources_table(document["sources"])
-    if plan.mix is not None:
-        yield "Rows and tokens", rows_text(document, plan.mix)
-        if document["upsampling"]:
-            yield "Upsampling", upsampling_table(document["upsampling"])
-    if plan.edges is not None:
-        yield "Masked loss", masked_loss_text(plan.edges)
-    if document["steps"]["total"] is not None:
-        yield "Steps", steps_text(document["steps"], plan)
-    if plan.estimate is not None:
-        yield "Memory per device", memory_table(plan.estimate, plan)
-    if plan.mix is not None and plan.tokenizer is not None:
-        yield from row_previews(plan)
+    document, rows = plan.document, plan.rows
+    yield "Settings that differ from the defaults", settings_table(document.settings)
+    if document.lineage.decision:
+        yield "Lineage", lineage_text(document.lineage, plan.coming)
+    if document.sources:
+        yield "Sources", sources_table(document.sources)
+    if rows is not None:
+        yield "Rows and tokens", rows_text(document.tokens, rows.mix)
+        if document.upsampling:
+            yield "Upsampling", upsampling_table(document.upsampling)
+        if rows.edge_mask is not None:
+            yield "Masked loss", masked_loss_text(rows.edge_mask.report(plan.settings.epochs))
+    if document.steps.total is not None:
+        yield "Steps", steps_text(document.steps, plan.settings, plan.forecast)
+    if plan.need is not None:
+        yield "Memory per device", memory_table(plan.need)
+    if rows is not None:
+        yield from row_previews(rows)
     if plan.notes:
         yield "Notes", "\n".join(plan.notes)
     if plan.machine:
@@ -63,7 +65,7 @@ def settings_table(record: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, f"{len(record) - len(given)} settings at their defaults (docs/settings.md)"])
 
 
-def lineage_text(lineage: dict[str, Any], coming: Sequence[int] = ()) -> str:
+def lineage_text(lineage: Lineage, coming: Sequence[int] = ()) -> str:
     """Decision, parents (those there are, and those of the same ladder that are trained first), what has changed."""
     meaning = {
         "fresh": "a new stage",
@@ -71,13 +73,11 @@ def lineage_text(lineage: dict[str, Any], coming: Sequence[int] = ()) -> str:
         "complete": "already trained, nothing to do",
         "refuse": "can't be run as things are",
     }
-    made_from = ["base model", *(f"stage {p['stage']} ({p['adapter_sha256'][:12]})" for p in lineage["parents"])]
+    made_from = ["base model", *(f"stage {p['stage']} ({p['adapter_sha256'][:12]})" for p in lineage.parents)]
     made_from += [f"stage {number} (trained first)" for number in coming]
-    lines = [
-        f"{lineage['decision']}: {meaning[lineage['decision']]}",
-        f"made from: {' + '.join(made_from)}",
-    ]
-    return "\n".join([*lines, *(f"changed: {change}" for change in lineage["changed"])])
+    decided = str(lineage.decision)
+    lines = [f"{decided}: {meaning[decided]}", f"made from: {' + '.join(made_from)}"]
+    return "\n".join([*lines, *(f"changed: {change}" for change in lineage.changed)])
 
 
 def sources_table(sources: list[dict[str, Any]]) -> str:
@@ -89,14 +89,13 @@ def sources_table(sources: list[dict[str, Any]]) -> str:
     return aligned(rows)
 
 
-def rows_text(document: dict[str, Any], mix: Mix) -> str:
+def rows_text(tokens: Tokens, mix: Mix) -> str:
     """Rows, tokens, every lost row by reason, and what of the rows nobody reads."""
-    tokens = document["tokens"]
-    share = 100 * tokens["trained"] / max(tokens["total"], 1)
+    total, trained, longest = tokens.total or 0, tokens.trained or 0, tokens.longest_row or 0
     lines = [
         f"Rows: {mix.rows_in_words()}",
-        f"{tokens['total']:,} tokens an epoch, {tokens['trained']:,} of them trained ({share:.1f} %), "
-        f"longest row {tokens['longest_row']:,}",
+        f"{total:,} tokens an epoch, {trained:,} of them trained ({100 * trained / max(total, 1):.1f} %), "
+        f"longest row {longest:,}",
     ]
     return "\n".join([*lines, *(mix.remarks() or ["Dropped: none"])])
 
@@ -124,61 +123,57 @@ def masked_loss_text(report: dict[str, Any]) -> str:
     return "\n".join([*lines, aligned(top)])
 
 
-def steps_text(steps: dict[str, int], plan: Plan) -> str:
+def steps_text(steps: Steps, settings: Settings, forecast: Forecast | None) -> str:
     """Steps, the global batch, and the time they take, or why that isn't known."""
-    settings = plan.settings
+    assert steps.global_batch is not None
     lines = [
-        f"{steps['total']:,} steps, {steps['per_epoch']:,} an epoch, "
-        f"{steps['global_batch']:,} {'sequences' if settings.packing else 'rows'} a step "
+        f"{steps.total:,} steps, {steps.per_epoch:,} an epoch, "
+        f"{steps.global_batch:,} {'sequences' if settings.packing else 'rows'} a step "
         f"({settings.per_device_train_bs} x {settings.grad_accum} accumulated"
-        f" x {steps['global_batch'] // settings.per_device_train_bs // settings.grad_accum} devices)"
+        f" x {steps.global_batch // settings.per_device_train_bs // settings.grad_accum} devices)"
     ]
-    if plan.step_time:
-        lines += time_lines(plan.step_time, plan.document["time"])
-    return "\n".join(lines)
+    return "\n".join([*lines, *(time_lines(forecast) if forecast else ())])
 
 
-def time_lines(step_time: StepTime, time: dict[str, Any]) -> list[str]:
+def time_lines(forecast: Forecast) -> list[str]:
     """Estimated time, speed and peak memory as measured with the largest micro-batch."""
-    peak = f", peak {size(step_time.peak)}" if step_time.peak else ""
-    if time["seconds"] is None:
-        return [f"no estimate of the time: {time['reason']}{peak}"]
+    peak = f", peak {size(forecast.peak)}" if forecast.peak else ""
+    if forecast.seconds is None:
+        return [f"no estimate of the time: {forecast.reason}{peak}"]
     return [
-        f"training about {duration(time['seconds'])}, {time['step_seconds']:.3g} s a step, "
+        f"training about {duration(forecast.seconds)}, {forecast.step_seconds:.3g} s a step, "
         "without evaluating and saving",
-        f"measured on {time['measured_on']}: {time['tokens_per_second']:,.0f} tokens/s{peak}",
+        f"measured on {forecast.measured_on}: {forecast.tokens_per_second:,.0f} tokens/s{peak}",
     ]
 
 
-def memory_table(estimate: Estimate, plan: Plan) -> str:
+def memory_table(need: Need) -> str:
     """Each part, the micro-batch and the answers it was worked out for, and how far it can be trusted."""
-    parts = [part for part in MEMORY if part != "generation" or plan.answers]
-    rows = [["part", "size"], *([part, size(getattr(estimate, part))] for part in parts)]
-    batch, answers = plan.batch, plan.answers
-    checkpointing = "with" if plan.checkpointing else "without"
-    largest = f"largest micro-batch: {batch.rows} rows, {batch.tokens:,} tokens; " if batch else ""
-    lines = [f"{largest}{checkpointing} gradient checkpointing"]
+    batch, answers = need.batch, need.answers
+    parts = [part for part in MEMORY if part != "generation" or answers]
+    rows = [["part", "size"], *([part, size(getattr(need.estimate, part))] for part in parts)]
+    checkpointing = "with" if need.checkpointing else "without"
+    lines = [f"largest micro-batch: {batch.rows} rows, {batch.tokens:,} tokens; {checkpointing} gradient checkpointing"]
     if answers:
         lines.append(
             f"generation: keys and values of {answers.rows} answers, {answers.tokens:,} tokens with their prompts; "
             "the total has the larger of activations and generation"
         )
-    if not estimate.traced:
+    if not need.estimate.traced:
         lines.append("activations: by a rule of thumb, much less exact: this model's code can't run on shapes alone")
     return "\n".join([aligned(rows), *lines])
 
 
-def row_previews(plan: Plan) -> Iterator[tuple[str, str]]:
+def row_previews(rows: Rows) -> Iterator[tuple[str, str]]:
     """The first rows as the model sees them in the first epoch, trained tokens in green."""
     from sft.data.labels.label import preview
     from sft.training.batches import TrainingRows
 
-    assert plan.mix is not None and plan.tokenizer is not None
     colour = sys.stdout.isatty()
-    rows = TrainingRows(plan.mix.train, edge_mask=plan.edge_mask)
+    trained = TrainingRows(rows.mix.train, edge_mask=rows.edge_mask)
     marks = "green" if colour else "between 「 and 」"
-    for position in range(min(_SHOWN_ROWS, len(plan.mix.train))):
-        text = preview(plan.tokenizer, rows.row(0, position), colour=colour)
+    for position in range(min(_SHOWN_ROWS, len(rows.mix.train))):
+        text = preview(rows.tokenizer, trained.row(0, position), colour=colour)
         shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..." + "\x1b[0m" * colour
         yield f"Row {position + 1} as rendered (trained tokens {marks})", shown
 
