@@ -4,7 +4,8 @@
   generate_report.py results/
 
 Writes report.html (one self-contained file) and report.md into that folder, in place of earlier ones. Scaling
-efficiency is tokens/s at n nodes over n times tokens/s at one. Unfinished and broken runs are named and left out.
+efficiency is tokens/s at n nodes over n times tokens/s at one. What collect_metrics.sh recorded in or below the folder
+is shown as use of the devices. Unfinished and broken runs are named and left out.
 """
 
 import argparse
@@ -27,6 +28,7 @@ def main() -> None:
     if not options.results.is_dir():
         raise Problems([f"{options.results}: no such folder; run_benchmark.sh MODEL NODES makes the first run in it"])
     from sft.programs import benchmark_report as report
+    from sft.programs.utilisation import HEADING, read_recordings
     from sft.reporting.report import html_page
     from sft.storage.atomic import write_text
 
@@ -39,8 +41,10 @@ def main() -> None:
     facts = {"runs": runs, "broken": broken, "explained": report.EXPLAINED, "charts": report.charts(runs)}
     facts |= {"speed": report.SPEED, "speed_rows": report.speed_rows(runs)}
     facts |= {"costs": report.COSTS, "cost_rows": report.cost_rows(runs)}
+    recorded = read_recordings(options.results)
+    facts |= {"use": HEADING, "use_rows": [each.cells for each in recorded]}
     folder = options.output or options.results
-    write_text(folder / "report.md", report.markdown(runs, broken))
+    write_text(folder / "report.md", report.markdown(runs, broken, recorded))
     write_text(folder / "report.html", html_page("benchmark.html.jinja", facts))
     print(f"{len(runs)} runs: {folder / 'report.html'} and {folder / 'report.md'}")
 

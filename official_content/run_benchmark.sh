@@ -3,11 +3,11 @@
 #   ./official_content/run_benchmark.sh MODEL [NODES=1] [options of benchmark.py ...]
 #   ./official_content/run_benchmark.sh Qwen/Qwen3-4B-Instruct-2507 1 --seq-len 2048 --micro-batch 2
 # Environment: PROCESSES per machine (its GPUs, else 1) · CONFIG launch file (configs/accelerate/single.yaml or ddp.yaml).
-# Several machines: inside a Slurm allocation nothing more is needed; else run it on each with NODE_RANK=0.. and
-# MASTER_ADDR set. LOCAL_NODES=1 starts all of them on this machine, to try it out. Then: generate_report.py results/
+# Several machines: inside a Slurm allocation nothing more is needed; HOSTFILE=FILE (one machine a line) starts it on the
+# first NODES of them by ssh, in this same folder; else run it on each with NODE_RANK=0.. and MASTER_ADDR set. LOCAL_NODES=1 starts all of them on this machine, to try it out. Then: generate_report.py results/
 set -euo pipefail
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
 fail() { echo "[ERROR] $1" >&2; exit 2; }
 
 case "${1:-}" in -h | --help) usage; exit 0 ;; "") usage >&2; fail "MODEL is missing" ;; esac
@@ -35,11 +35,23 @@ launch=("$accelerate" launch --config_file "$config" --num_processes "$total" --
 
 if ((nodes == 1)); then
   exec "${launch[@]}" "${program[@]}"
-elif [ "${LOCAL_NODES:-0}" = 1 ]; then
+elif [ "${LOCAL_NODES:-0}" = 1 ] || [ -n "${HOSTFILE:-}" ]; then
+  hosts=()
+  if [ -n "${HOSTFILE:-}" ]; then
+    [ -r "$HOSTFILE" ] || fail "HOSTFILE $HOSTFILE: no such file"
+    mapfile -t hosts < <(awk 'NF && $1 !~ /^#/ {print $1}' "$HOSTFILE")
+    ((${#hosts[@]} >= nodes)) || fail "HOSTFILE $HOSTFILE: lists ${#hosts[@]} machines, $nodes are asked for"
+  fi
   pids=()
   trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
   for ((rank = 0; rank < nodes; rank++)); do
-    "${launch[@]}" --machine_rank "$rank" --main_process_ip 127.0.0.1 "${program[@]}" &
+    command=("${launch[@]}" --machine_rank "$rank" --main_process_ip "${hosts[0]:-127.0.0.1}" "${program[@]}")
+    if [ -n "${HOSTFILE:-}" ]; then
+      # -tt: who stops this stops the run there as well
+      ssh -tt "${hosts[$rank]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}")" </dev/null &
+    else
+      "${command[@]}" &
+    fi
     pids+=($!)
   done
   failed=0
@@ -55,4 +67,4 @@ elif [ -n "${SLURM_JOB_ID:-}" ] && command -v srun >/dev/null; then
 elif [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ]; then
   exec "${launch[@]}" --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" "${program[@]}"
 fi
-fail "$nodes machines: run inside a Slurm allocation, or on each machine with NODE_RANK and MASTER_ADDR set"
+fail "$nodes machines: run inside a Slurm allocation, with HOSTFILE set, or on each machine with NODE_RANK and MASTER_ADDR set"

@@ -66,7 +66,7 @@ def main() -> None:
     token = sys.stdin.read().strip()
     name = account(token)
     path = store(token)
-    print(f"stored in {path} (readable by you alone)")
+    print(f"stored in {path} (readable by you alone); every Hugging Face tool finds it there, nothing has to be sourced")
     if name is None:
         raise RunFailed("the hub could not be reached, so the token is untested; run this again with a network")
     print(f"the hub knows it as {name}")

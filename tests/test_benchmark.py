@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sft.programs.benchmark_report import read_runs, with_efficiency
+from sft.programs.utilisation import read_recordings
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / "official_content"
@@ -194,6 +195,54 @@ def test_slurm_starts_every_machine(machine):
     lines = start(machine, "tiny", "2", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node[A-B]").stdout.splitlines()
     assert [line.split("--machine_rank ")[1].split(" ")[0] for line in lines] == ["0", "1"]
     assert all("--main_process_ip nodeA" in line and line.endswith("benchmark.py tiny --nodes 2") for line in lines)
+
+
+def test_a_hostfile_starts_every_machine_by_ssh(machine):
+    """The first two of three machines, comments and slots passed over; the first one leads, in this very folder."""
+    (machine / "hosts").write_text("# ours\nnodeA slots=8\n\nnodeB slots=8\nnodeC\n", encoding="utf-8")
+    tool(machine / "bin" / "ssh", 'echo "$2: $(bash -c "$3")"')
+    out = start(machine, "tiny", "2", "--results", "my results", HOSTFILE=str(machine / "hosts")).stdout
+    lines = sorted(out.splitlines())
+    assert [line.split(":")[0] for line in lines] == ["nodeA", "nodeB"]
+    for rank, line in enumerate(lines):
+        assert f"--machine_rank {rank} --main_process_ip nodeA" in line
+        assert line.endswith("benchmark.py tiny --nodes 2 --results my results")
+    short = start(machine, "tiny", "4", HOSTFILE=str(machine / "hosts"))
+    assert (short.returncode, "lists 3 machines, 4 are asked for" in short.stderr) == (2, True)
+
+
+def record(folder: Path) -> None:
+    """Two GPUs, three samples each, the last one cut off; one card does not say how busy it is."""
+    folder.mkdir()
+    (folder / "cpu_metrics.csv").write_text("timestamp,node,utilization_cpu\nt,n,50\n", encoding="utf-8")
+    head = "timestamp,node,gpu_index,gpu_name,utilization_gpu,utilization_memory,memory_used_mb,memory_total_mb,t"
+    rows = [
+        "t,n,0,H100,0,0,1000,80000,30",
+        "t,n,1,H100,[N/A],0,0,80000,30",
+        "t,n,0,H100,95,9,60000,80000,60",
+        "t,n,0,H1",
+    ]
+    (folder / "gpu_metrics.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
+
+
+def test_the_use_of_the_devices_stands_in_the_report(tmp_path):
+    """0 and 95 % are 48 % in the mean and half of the samples busy; 60,000 MiB are 62.9 GB."""
+    write(tmp_path, "one", json.dumps(summary(1, 1000.0)))
+    record(tmp_path / "metrics")
+    (series,) = read_recordings(tmp_path)
+    assert series.cells == ["metrics", "n, GPU 0 (H100)", "2", "48%", "50%", "62.9"]
+    assert generate(tmp_path).returncode == 0
+    assert "<h2>Use of the devices</h2>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "| metrics | n, GPU 0 (H100) | 2 | 48% | 50% | 62.9 |" in (tmp_path / "report.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_without_a_gpu_the_cpu_is_what_is_used(tmp_path):
+    """No gpu_metrics.csv: the processor's series, no memory."""
+    record(tmp_path / "metrics")
+    (tmp_path / "metrics" / "gpu_metrics.csv").unlink()
+    assert [series.cells for series in read_recordings(tmp_path)] == [["metrics", "n, CPU", "1", "50%", "0%", "–"]]
 
 
 @pytest.mark.parametrize(

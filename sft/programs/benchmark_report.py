@@ -7,6 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sft.programs import utilisation
+from sft.programs.utilisation import Recorded, is_recording
 from sft.reporting import plots
 from sft.reporting.text import figure
 
@@ -40,7 +42,7 @@ def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """
     runs, broken = [], []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if (place / "cpu_metrics.csv").is_file():
+        if is_recording(place):
             continue
         try:
             summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
@@ -149,10 +151,12 @@ def _chart(scaled: Mapping[str, Mapping[int, Summary]], name: str, title: str) -
     }
 
 
-def markdown(runs: Sequence[Summary], broken: Sequence[str]) -> str:
+def markdown(runs: Sequence[Summary], broken: Sequence[str], recorded: Sequence[Recorded] = ()) -> str:
     """The tables for a README or an issue."""
     parts = ["# Benchmark", _table(SPEED, speed_rows(runs), left=2), EXPLAINED]
     parts += ["## Evaluation and checkpoints", _table(COSTS, cost_rows(runs), left=1)]
+    if recorded:
+        parts += ["## Use of the devices", _table(utilisation.HEADING, [each.cells for each in recorded], left=2)]
     if broken:
         parts += ["## Left out", "\n".join(f"- {text}" for text in broken)]
     return "\n\n".join(parts) + "\n"
