@@ -71,11 +71,11 @@ def train_step(model: Path, length: int, *, total: int = 4096) -> dict[str, floa
 
     from benchmarks.training import TARGETS
     from benchmarks.training_peers import adapted_model
-    from sft.models.attention import confine_rows
+    from sft.models.isolation import keep_rows_apart
     from sft.training.loss import token_cross_entropy
 
     loaded, adapted = adapted_model(model, TARGETS.split(","))
-    confine_rows(loaded, SimpleNamespace(attn="auto", torch_compile=False))
+    keep_rows_apart(loaded, SimpleNamespace(attn="auto", torch_compile=False))
     ids = torch.randint(0, 1000, (1, total), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(total)[None] % length
     trained = (positions[0] >= length // 2).nonzero()[:, 0]

@@ -45,9 +45,9 @@ def bare_loop(model: Path, folder: Path, attention: str, *, accumulation: int, t
 
     loaded, adapted = adapted_model(model, targets)
     if attention == "rows":
-        from sft.models.attention import confine_rows
+        from sft.models.isolation import keep_rows_apart
 
-        confine_rows(loaded, SimpleNamespace(attn="auto", torch_compile=False))
+        keep_rows_apart(loaded, SimpleNamespace(attn="auto", torch_compile=False))
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     adapted.train()

@@ -149,6 +149,8 @@ def build_trainer(
 
 def announce(trainer: StagedTrainer) -> None:
     """What will be trained, and how slowly where experts are a kind we don't know."""
+    if not trainer.isolation.kept_apart:
+        say(trainer.isolation.sentence())
     for reason in trainer.unrouted:
         say(f"[WARNING] adapters on experts take PEFT's slower way, through all experts for every batch: {reason}")
     trained, total = parameter_counts(trainer.model)

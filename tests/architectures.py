@@ -1,9 +1,14 @@
 """Tiny random models of every kind of layer that rows are joined for, all with the same vocabulary of 64."""
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from sft.models.isolation import Isolation
+from sft.training.trainer import StagedTrainer
 
 _COMMON = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,3 +50,11 @@ def tiny_model(kind: str, *, seed: int = 1, **values: Any) -> Any:
     """A random model of that kind, in float32 and evaluation mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(tiny_config(kind, **values)).eval()
+
+
+def token_losses(model: Any, batch: dict[str, Any], isolation: Isolation) -> torch.Tensor:
+    """The trainer's loss of each trained token of a joined micro-batch."""
+    trainer: Any = SimpleNamespace(keeps_logits=True, isolation=isolation)
+    trainer.pass_losses = partial(StagedTrainer.pass_losses, trainer)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "row_lengths", "row_ends")}
+    return StagedTrainer.token_losses(trainer, model, inputs, batch["labels"])

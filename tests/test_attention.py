@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from sft.models.attention import NAME, RowsUnknown, attend, confine_rows, row_lengths
+from sft.models.attention import NAME, RowsUnknown, attend, row_lengths
+from sft.models.isolation import keep_rows_apart
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -61,7 +62,7 @@ def test_a_row_ends_where_positions_restart():
 def test_logits_and_gradients_are_those_of_the_padded_batch(build: Callable[[], Any], make_settings: Any):
     """Grouped heads, no window and one shorter than a row, learnt positions: differences below 1e-4 of the largest."""
     reference, model = build(), build()
-    assert confine_rows(model, make_settings())
+    assert keep_rows_apart(model, make_settings()).lengths
     assert model.config._attn_implementation == NAME
     weights = torch.randn(sum(LENGTHS), 50, generator=torch.Generator().manual_seed(3))
     expected, found = padded(reference), joined(model)
@@ -121,12 +122,13 @@ def test_a_model_that_hides_positions_keeps_its_attention(make_settings: Any, mo
     with pytest.raises(RowsUnknown):
         attend(torch.nn.Module(), states, states, states, None)
     model = llama()
+    kept = ("hidden_states", "attention_mask", "position_embeddings")
     for layer in model.model.layers:
         attention = layer.self_attn.forward
         monkeypatch.setattr(
-            layer.self_attn, "forward", lambda *a, position_ids, forward=attention, **k: forward(*a, **k)
+            layer.self_attn, "forward", lambda *a, forward=attention, **k: forward(*a, **{n: k[n] for n in kept})
         )
-    assert not confine_rows(model, make_settings())
+    assert not keep_rows_apart(model, make_settings()).lengths
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -134,13 +136,13 @@ def test_a_model_that_hides_positions_keeps_its_attention(make_settings: Any, mo
 def test_what_the_person_chose_stands(setting: dict[str, Any], make_settings: Any):
     """Only SFT_ATTN=auto without compilation is ours to decide."""
     model = llama()
-    assert not confine_rows(model, make_settings(**setting))
+    assert not keep_rows_apart(model, make_settings(**setting)).lengths
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_saved_configuration_does_not_name_it(tmp_path: Path, make_settings: Any):
     """Anybody's transformers loads best_model/config.json."""
     model = llama()
-    assert confine_rows(model, make_settings())
+    assert keep_rows_apart(model, make_settings()).lengths
     model.config.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()

@@ -12,12 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from sft.errors import RunFailed
+from sft.models.isolation import Isolation
 from sft.models.model import adapter_config, casts_left_to_autocast, linear_names, lora_layers, trained_modules
 from sft.planning.activations import Tally
 from sft.settings.values import Scheduler
 from sft.training import trainer as trainer_module
 from sft.training.arguments import scheduler, steps_to_schedule
 from sft.training.batches import TrainingRows, join_rows
+from tests.architectures import token_losses
 from tests.tiny import metric_lines, run_train, tokenizer, write_model, write_rows, write_stage
 
 
@@ -53,9 +55,7 @@ def test_rows_joined_without_padding_have_the_losses_of_padded_rows(tmp_path: Pa
     for packs in (None, [[0, 1, 2, 3, 4]]):
         training = TrainingRows(rows, packs=packs)
         batch = join_rows([training[item] for item in range(len(training))])
-        stand_in = SimpleNamespace(keeps_logits=True)
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        losses = trainer_module.StagedTrainer.token_losses(stand_in, model, inputs, batch["labels"])
+        losses = token_losses(model, batch, Isolation())
         assert losses.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 

@@ -62,6 +62,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers; every rank gives one, on the device its processes talk through."""
+    found = torch.tensor([number], device=device)
+    if PartialState().num_processes > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
 def wait(what: str = "the other processes", *, hours: float = HOURS) -> None:
     """Returns when every rank has come here. Unlike a library's barrier it hears stop signals, has hours, and says
     who is missing.

@@ -1,33 +1,32 @@
-"""Attention over joined rows on the CPU: each row by itself, instead of all of them under a block-diagonal mask.
+"""Attention over joined rows: each row by itself, instead of all of them under a block-diagonal mask.
 
-A mask of T x T for T joined tokens makes the CPU compute, and throw away, what lies outside the rows: with B rows of
+A mask of T x T for T joined tokens makes a device compute, and throw away, what lies outside the rows: with B rows of
 equal length B times as much work as needed, twice that for the half above the diagonal, and keys repeated for every
-query head besides. Here every row is one causal call without a mask, which also takes grouped heads as they are.
+query head besides. Here rows are causal calls without a mask, which also take grouped heads as they are: all of them
+in one kernel on a GPU that has it (`torch.nn.attention.varlen`), one after the other elsewhere.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from sft.settings import Settings
-
 NAME = "staged_sft_rows"
-# Two rows of four tokens; their logits must come out as under sdpa, up to rounding.
-_PROBE_POSITIONS = (0, 1, 2, 3, 0, 1, 2, 3)
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+# What the kernel for rows of any length takes: two number formats, heads up to 256 wide, Ampere and later.
+_HALVES = (torch.bfloat16, torch.float16)
+_WIDEST_HEAD = 256
+_VARLEN_SINCE = (8, 0)
 
 
 class RowsUnknown(RuntimeError):
-    """The model does not hand positions to its attention, so rows cannot be told apart there."""
+    """Rows can't be told apart in this attention, or it does more than a causal product."""
 
 
 def row_lengths(position_ids: torch.Tensor) -> list[int]:
@@ -36,74 +35,121 @@ def row_lengths(position_ids: torch.Tensor) -> list[int]:
     return ends.diff(prepend=ends.new_zeros(1), append=ends.new_tensor([position_ids.shape[1]])).tolist()
 
 
+def row_ends(lengths: Sequence[int]) -> torch.Tensor:
+    """Where rows of these lengths begin and end, shape (rows + 1,), int32, as kernels want it."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None = None,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention, row by row where one sequence without a mask holds several rows.
 
-    Shapes as there: query (batch, heads, tokens, size), result (batch, tokens, heads, size).
+    Shapes as there: query (batch, heads, tokens, size), result (batch, tokens, heads, size). The lengths of the rows
+    come with the batch (`row_lengths`, and `row_ends` on the device), else from the positions.
 
     Raises:
-        RowsUnknown: there is no mask and no positions.
+        RowsUnknown: there is no mask and nothing that tells rows apart, or a bias, a cap or sinks besides the product.
     """
     tokens = query.shape[2]
     if attention_mask is not None or tokens != key.shape[2] or query.shape[0] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
-    if position_ids is None:
-        raise RowsUnknown("no positions")
-    lengths = row_lengths(position_ids)
-    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    rows = [sdpa_attention_forward(module, q, k, v, None, **keywords)[0] for q, k, v in parts]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1), None
+    if any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
+        raise RowsUnknown("more than a product")
+    lengths, positions = keywords.get("row_lengths"), keywords.get("position_ids")
+    if lengths is None:
+        if positions is None:
+            raise RowsUnknown("no positions")
+        lengths = row_lengths(positions)
+    window = keywords.get("sliding_window") or tokens
+    dropout, scale = keywords.get("dropout") or 0.0, keywords.get("scaling")
+    query, key, value = alike(query, key, value)
+    if not dropout and takes_varlen(query, value):
+        ends = keywords.get("row_ends")
+        ends = row_ends(lengths).to(query.device) if ends is None else ends
+        return rows_at_once(query, key, value, ends=ends, longest=max(lengths), window=window, scale=scale), None
+    parts = zip(*(states.split(list(lengths), dim=2) for states in (query, key, value)), strict=True)
+    rows = [causal_row(*part, window=window, dropout_p=dropout, scale=scale) for part in parts]
+    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+
+
+def alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All three in one number format, that of autocast where it is on: norms in float32 leave the query in it."""
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def takes_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel for rows of any length runs on this device and takes these states."""
+    size = query.shape[-1]
+    fits = size == value.shape[-1] and size <= _WIDEST_HEAD and size % 8 == 0 and query.dtype in _HALVES
+    return query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= _VARLEN_SINCE
+
+
+def rows_at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    ends: torch.Tensor,
+    longest: int,
+    window: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """All rows in one kernel: states (1, heads, tokens, size) to (1, tokens, heads, size)."""
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    # A window counts the token itself, the kernel those before it; a row shorter than that is plainly causal.
+    before = window - 1 if window < longest else -1
+    grouped = query.shape[1] != key.shape[1]
+    reach: dict[str, Any] = {"scale": scale, "window_size": (before, 0), "enable_gqa": grouped}
+    found = varlen_attn(q, k, v, ends, ends, longest, longest, **reach)
+    assert isinstance(found, torch.Tensor)
+    return found[None]
+
+
+def causal_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, window: int, **keywords: Any
+) -> torch.Tensor:
+    """One row through sdpa, (1, heads, tokens, size), without a mask of tokens x tokens.
+
+    A row longer than the window goes block by block, each block of `window` queries with the keys it can reach.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and torch.cuda.get_device_capability(query.device) < _VARLEN_SINCE:
+        # The kernels before Ampere know no grouped heads: sdpa would keep all scores instead.
+        key, value = (s.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for s in (key, value))
+        grouped = False
+    tokens = query.shape[2]
+    keywords |= {"enable_gqa": grouped}
+    q, k, v = (states[:, :, :window] for states in (query, key, value))
+    parts = [scaled_dot_product_attention(q, k, v, is_causal=True, **keywords)]
+    for start in range(window, tokens, window):
+        end, reached = min(start + window, tokens), start - window + 1
+        places = torch.arange(reached, end, device=query.device)
+        distance = places[window - 1 :, None] - places
+        band = (distance >= 0) & (distance < window)
+        states = query[:, :, start:end], key[:, :, reached:end], value[:, :, reached:end]
+        parts.append(scaled_dot_product_attention(*states, attn_mask=band, **keywords))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def mask(*, local_size: int | None = None, use_vmap: bool = False, **keywords: Any) -> torch.Tensor | None:
     """No mask for a sequence that `attend` can split into causal rows; for everything else sdpa's.
 
-    A window shorter than the sequence (`local_size`), padding, a cache or a mask of the model's own needs one.
+    Chunks shorter than the sequence, padding, a cache or a mask of the model's own needs one; a window does not.
     """
-    whole = keywords["q_length"] == keywords["kv_length"] and (
-        local_size is None or local_size >= keywords["kv_length"]
-    )
+    length = keywords["kv_length"]
+    windowed = local_size is None or local_size in (getattr(keywords.get("config"), "sliding_window", None),)
+    whole = keywords["q_length"] == length and (windowed or local_size >= length)  # type: ignore[operator]
     if whole and keywords["batch_size"] == 1 and keywords.get("attention_mask") is None and not use_vmap:
         return None
     return sdpa_mask(local_size=local_size, use_vmap=use_vmap, **keywords)
-
-
-def confine_rows(model: PreTrainedModel, settings: Settings) -> bool:
-    """Puts row-wise attention into a model that trains on the CPU with SFT_ATTN=auto; whether it did.
-
-    Left alone are models with an attention of their own, and those whose probe logits come out differently.
-    """
-    plain = settings.attn == "auto" and model.config._attn_implementation == "sdpa"
-    if not plain or settings.torch_compile or is_deepspeed_zero3_enabled() or model.device.type != "cpu":
-        return False
-    expected = _probe(model)
-    model.set_attn_implementation(NAME)
-    try:
-        difference = (_probe(model) - expected).abs().max()
-    except RowsUnknown:
-        difference = expected.new_tensor(torch.inf)
-    same = bool(difference <= _TOLERANCES.get(model.dtype, 0.0) * expected.abs().max())
-    if not same:
-        model.set_attn_implementation("sdpa")
-    return same
-
-
-def _probe(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of two joined rows of different tokens, in float32."""
-    from sft.models.model import answering, preserved_random_state
-
-    positions = torch.tensor([_PROBE_POSITIONS])
-    ids = torch.arange(positions.shape[1])[None] % model.config.get_text_config().vocab_size
-    with preserved_random_state(), answering(model):
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
 
 
 AttentionInterface.register(NAME, attend)

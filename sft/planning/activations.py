@@ -25,6 +25,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from sft.models.experts import route_experts
 from sft.models.model import adapter_config, casts_left_to_autocast, compute_dtype, lora_layers
+from sft.models.stand_in import shortened
 from sft.training.loss import token_cross_entropy
 
 if TYPE_CHECKING:
@@ -102,19 +103,6 @@ def rule_of_thumb(config: PretrainedConfig, batch: BatchShape, *, device: Device
     words = _TILE_WORDS if device.fused_head else text.vocab_size
     logits = min(batch.trained, _TILE_TOKENS if device.fused_head else batch.trained) * min(words, text.vocab_size)
     return round(batch.tokens * kept * device.dtype.itemsize + logits * (device.dtype.itemsize + 12))
-
-
-def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A copy with that many layers; lists with one entry per layer are cut as well."""
-    short = copy.deepcopy(config)
-    text = short.get_text_config()
-    all_layers = text.num_hidden_layers
-    if all_layers != layers:
-        for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == all_layers:
-                setattr(text, name, value[:layers])
-        text.num_hidden_layers = layers
-    return short
 
 
 def blank_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:

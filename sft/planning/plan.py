@@ -92,6 +92,7 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
         return
     document.steps = steps_of(plan.rows.mix, settings)
     if config is not None:
+        add_isolation(plan, config)
         add_memory(plan, plan.rows.mix, config)
     if plan.need is not None and not document.problems:
         add_time(plan, plan.rows.mix, plan.need, start_model)
@@ -214,6 +215,13 @@ def steps(items: int, settings: Settings, *, processes: int) -> Steps:
     )
 
 
+def add_isolation(plan: Plan, config: PretrainedConfig) -> None:
+    """Whether joined rows stay apart in models of this architecture; `add_time` asks the model itself."""
+    from sft.models.isolation import expected_isolation
+
+    plan.document.isolation = expected_isolation(config, plan.settings).record()
+
+
 def add_memory(plan: Plan, mix: Mix, config: PretrainedConfig) -> None:
     """What a device needs and has; checkpointing where it is asked for or needed."""
     from sft.planning.memory import advice, need_of
@@ -237,6 +245,8 @@ def add_time(plan: Plan, mix: Mix, need: Need, base: str) -> None:
     measured = plan.attempt(
         measure_step, base, plan.settings, mix, estimate=need.estimate, checkpointing=need.checkpointing
     )
+    if measured is not None and measured.isolation is not None:
+        plan.document.isolation = measured.isolation.record()
     if measured is not None:
         plan.forecast = forecast(measured, tokens=mix.tokens["total"], steps=plan.document.steps)
         plan.document.time = plan.forecast.seconds

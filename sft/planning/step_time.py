@@ -11,7 +11,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sft.distributed.launch import launched
-from sft.models.attention import confine_rows
+from sft.models.isolation import Isolation, keep_rows_apart
 from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers
 from sft.planning.activations import with_adapter
 from sft.planning.document import Steps
@@ -42,6 +42,7 @@ class StepTime(NamedTuple):
     rows: int = 0
     device: str = ""
     reason: str = ""
+    isolation: Isolation | None = None
 
 
 def measure_step(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkpointing: bool) -> StepTime:
@@ -60,16 +61,17 @@ def measure_step(base: str, settings: Settings, mix: Mix, *, estimate: Estimate,
         return StepTime(tokens=tokens, rows=len(rows), reason=reason)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels")}
-    seconds, fits = 0.0, True
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels", "row_ends")}
+    seconds, fits, isolation = 0.0, True, None
     try:
-        model = trained_model(base, settings, device=device, checkpointing=checkpointing)
+        model, isolation = trained_model(base, settings, device=device, checkpointing=checkpointing)
+        passes = isolation.passes(inputs | {"row_lengths": batch["row_lengths"]})
         for _ in range(2):
-            seconds = timed_pass(model, inputs, compute_dtype(settings))
+            seconds = timed_passes(model, passes, compute_dtype(settings))
     except torch.OutOfMemoryError:
         fits = False
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return StepTime(seconds, tokens, peak, fits, rows=len(rows), device=device_name())
+    return StepTime(seconds, tokens, peak, fits, rows=len(rows), device=device_name(), isolation=isolation)
 
 
 def why_unmeasured(settings: Settings, estimate: Estimate, tokens: int) -> str:
@@ -95,47 +97,49 @@ def device_name() -> str:
     return f"this CPU with {threads} {'thread' if threads == 1 else 'threads'}"
 
 
-def trained_model(base: str, settings: Settings, *, device: torch.device, checkpointing: bool) -> torch.nn.Module:
-    """The model as the trainer has it, with the stage's adapter: on a GPU with TRL's fused head, on the CPU with
-    attention row by row."""
+def trained_model(
+    base: str, settings: Settings, *, device: torch.device, checkpointing: bool
+) -> tuple[torch.nn.Module, Isolation]:
+    """The model as the trainer has it, with the stage's adapter, on a GPU with TRL's fused head; and how joined rows
+    stay apart in it."""
     disable_progress_bar()
     bare = load_model(base, settings, device=device)
+    isolation = keep_rows_apart(bare, settings)
     if device.type == "cuda":
         from trl.trainer.utils import add_fused_lm_head
 
         leave_out_triton()
         torch.cuda.reset_peak_memory_stats()
         add_fused_lm_head(bare)
-    else:
-        confine_rows(bare, settings)
     model = with_adapter(bare, settings)
     if not settings.load_in_4bit and not settings.load_in_8bit:
         model.to(device)  # a quantised model was placed while it was loaded
     if checkpointing:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
         bare.enable_input_require_grads()
-    return model.train()
+    return model.train(), isolation
 
 
-def timed_pass(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
-    """Seconds of one forward and backward pass."""
-    device = inputs["input_ids"].device.type
+def timed_passes(model: torch.nn.Module, passes: list[dict[str, Any]], dtype: torch.dtype) -> float:
+    """Seconds of a micro-batch, forward and backward."""
+    device = passes[0]["input_ids"].device.type
     mixed = dtype != torch.float32
     start = time.perf_counter()
     with casts_left_to_autocast(lora_layers(model) if mixed else ()):
         with torch.autocast(device, dtype, enabled=mixed):
-            loss = model(**inputs, fused_lm_head=True).loss if device == "cuda" else cpu_loss(model, inputs)
-        loss.backward()
+            on_gpu = device == "cuda"
+            losses = [model(**each, fused_lm_head=True).loss if on_gpu else cpu_loss(model, each) for each in passes]
+        torch.stack(losses).sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def cpu_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def cpu_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Loss of the trained tokens; where the model can, only their positions go through the output head."""
     targets = (inputs["labels"][0] != -100).nonzero()[:, 0]
     bare: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = {name: inputs[name] for name in ("input_ids", "position_ids")}
+    names = {name: value for name, value in inputs.items() if name != "labels"}
     if "logits_to_keep" in inspect.signature(type(bare).forward).parameters:
         logits = model(**names, use_cache=False, logits_to_keep=targets - 1).logits.squeeze(0)
     else:

@@ -44,6 +44,10 @@ def sections(plan: Plan) -> Iterator[tuple[str, str]]:
             yield "Masked loss", masked_loss_text(rows.edge_mask.report(plan.settings.epochs))
     if document.steps.total is not None:
         yield "Steps", steps_text(document.steps, plan.settings, plan.forecast)
+    if document.isolation["kept_apart"] is not None:
+        from sft.models.isolation import Isolation
+
+        yield "Joined rows", Isolation(**document.isolation).sentence()
     if plan.need is not None:
         yield "Memory per device", memory_table(plan.need)
     if rows is not None:

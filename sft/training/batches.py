@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sft.data.masked_loss.edge_mask import masked_labels, token_weights
 from sft.distributed.launch import launched
+from sft.models.attention import row_ends
 
 if TYPE_CHECKING:
     import datasets
@@ -105,8 +106,9 @@ class TrainingRows(Dataset):
 
 def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Joins the rows of a micro-batch into one sequence of shape (1, tokens) without padding; `position_ids` restart
-    with every row, by which transformers confines attention to the row. A micro-batch without rows (a rank that has
-    none left at the end of an epoch) becomes two masked tokens."""
+    with every row, by which transformers confines attention to the row; `row_lengths` and `row_ends` say the same once
+    for all layers. A micro-batch without rows (a rank that has none left at the end of an epoch) becomes two masked
+    tokens."""
     rows = [row for item in items for row in item]
     if not rows:
         nothing = {"position": -1, "input_ids": np.zeros(2, np.int64), "labels": np.full(2, -100, np.int64)}
@@ -117,6 +119,8 @@ def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
         if name in rows[0]
     }
     batch["position_ids"] = torch.from_numpy(np.concatenate([np.arange(len(row["input_ids"])) for row in rows]))[None]
+    batch["row_lengths"] = [len(row["input_ids"]) for row in rows]
+    batch["row_ends"] = row_ends(batch["row_lengths"])
     batch["rows"] = [row["position"] for row in rows]
     trained = int((batch["labels"] != -100).sum())
     batch["num_items"] = sum(row["expected_tokens"] for row in rows) if "expected_tokens" in rows[0] else trained

@@ -13,9 +13,11 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
+from sft.distributed import ranks
+from sft.distributed.launch import launched
 from sft.distributed.signals import follow_parent
-from sft.models.attention import confine_rows
 from sft.models.experts import route_experts
+from sft.models.isolation import keep_rows_apart
 from sft.models.model import (
     RandomState,
     adapter_config,
@@ -87,7 +89,7 @@ class StagedTrainer(SFTTrainer):
         self.step_rate: float | None = None
         self.step_start: StepStart | None = None
         leave_out_triton()
-        confine_rows(model, settings)
+        self.isolation = keep_rows_apart(model, settings)
         super().__init__(
             model=model,
             args=args,
@@ -163,7 +165,18 @@ class StagedTrainer(SFTTrainer):
             return super().training_step(*args, **kwargs)
 
     def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood of each trained token, shape (trained tokens,).
+        """Negative log-likelihood of each trained token, shape (trained tokens,); of joined rows or, where the model
+        would mix them, of row after row."""
+        passes = self.isolation.passes(inputs | {"labels": labels})
+        if not self.isolation.kept_apart and launched().splits_weights:
+            # All ranks call the model equally often, or those that wait for its weights wait for ever.
+            most = ranks.largest(len(passes), self.args.device)
+            passes = self.isolation.passes(inputs | {"labels": labels}, at_least=most)
+        losses = [self.pass_losses(model, **each) for each in passes]
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+    def pass_losses(self, model: torch.nn.Module, *, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """`token_losses` of one forward pass.
 
         On a GPU TRL's fused head does it in tiles. On the CPU that head scores masked positions too, so there the
         model itself is asked for the logits of the positions that count.
@@ -215,20 +228,20 @@ class StagedTrainer(SFTTrainer):
 
     def validation_loss(self, rows: TrainingRows) -> float:
         """Mean loss per trained token over all the rows, the same whatever the number of ranks."""
-        size, ranks, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        size, together, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         model = self.model_wrapped
         sums = torch.zeros(2, dtype=torch.float64)
         with answering(model):
-            for start in range(0, len(rows), size * ranks):
+            for start in range(0, len(rows), size * together):
                 self.rhythm.raise_if_stopped()
                 mine = range(start + rank * size, min(start + (rank + 1) * size, len(rows)))
                 batch = self._prepare_inputs(join_rows([rows[row] for row in mine]))
                 labels = batch.pop("labels")
-                batch = {name: batch[name] for name in ("input_ids", "position_ids")}
+                batch = {name: batch[name] for name in ("input_ids", "position_ids", "row_lengths", "row_ends")}
                 with self.compute_loss_context_manager():
                     losses = self.token_losses(model, batch, labels)
                 sums += torch.tensor([losses.double().sum().item(), losses.numel()], dtype=torch.float64)
-        if ranks > 1:
+        if together > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         return (sums[0] / sums[1].clamp(min=1)).item()
 
