@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sft.data.labels import label as labelling
 from sft.data.labels.audit import audit
 from sft.data.labels.label import in_order, label, preview
-from sft.data.labels.rendering import render
-from sft.data.labels.template import BUILT_IN, chat_template_for, template_of
+from sft.data.labels.rendering import Rendered, render
+from sft.data.labels.template import BUILT_IN, Chat, chat_template_for, template_of
 from sft.data.sources.load import Rows, load_source
 from sft.errors import Problems, RunFailed
 from sft.settings import Source
@@ -25,10 +25,10 @@ from tests.conftest import CHATML, byte_tokenizer, word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 M = -100
-Chat = list[dict[str, str]]
+Turns = list[dict[str, str]]
 
 
-def exchange(*contents: str) -> Chat:
+def exchange(*contents: str) -> Turns:
     """user, assistant, user, ... with these contents."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
@@ -37,7 +37,7 @@ def exchange(*contents: str) -> Chat:
 def rows_of(tmp_path: Path) -> Any:
     """Rows with these messages."""
 
-    def rows(*chats: Chat) -> Rows:
+    def rows(*chats: Turns) -> Rows:
         path = tmp_path / "rows.jsonl"
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in chats]
         path.write_text("\n".join(lines), encoding="utf-8")
@@ -121,7 +121,7 @@ def test_rows_the_template_refuses_are_counted(rows_of: Any, make_settings: Any)
         word_tokenizer(strict),
         make_settings(),
     )
-    assert (len(rows.dataset), rows.dropped) == (2, {"unreadable": 1})
+    assert (len(rows.dataset), rows.dropped) == (2, {"the template refused it: no": 1})
     assert [row[3] for row in rows.dataset["input_ids"]] == [9, 20]
 
 
@@ -162,8 +162,8 @@ def test_turns_of_every_published_template(text: str):
     assert template is not None
     contents = ("Where is it?", "It is here.", "Where is it?", "  It is {here}.\n")
     for chat_ in (exchange(*contents[:2]), exchange(*contents)):
-        (row,) = render(template, [chat_], eos="</s>")
-        assert row is not None
+        (row,) = render(template, [Chat(chat_)])
+        assert isinstance(row, Rendered)
         turns = [row.text[start:end] for start, end in row.turns]
         assert len(turns) == len(chat_) // 2
         for turn, message in zip(turns, chat_[1::2], strict=True):
@@ -193,7 +193,9 @@ def test_comparing_prompts_finds_what_marks_say(name: str):
         template = template_of(byte_tokenizer(text, eos="</s>"))
         assert template is not None
         assert template.marked == (text is marked)
-        found.append([(row.text, row.turns) for row in render(template, chats, eos="") if row])
+        found.append(
+            [(row.text, row.turns) for row in render(template, list(map(Chat, chats))) if isinstance(row, Rendered)]
+        )
     assert found[0] == found[1]
     assert len(found[0]) == 3
 
@@ -396,8 +398,8 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = labelling.encoder
 
-    def counting(tokenizer: Any) -> Any:
-        encode = original(tokenizer)
+    def counting(tokenizer: Any, **options: Any) -> Any:
+        encode = original(tokenizer, **options)
 
         def count(texts: Sequence[str]) -> Any:
             calls.append(len(texts))
@@ -545,7 +547,7 @@ def test_any_text_is_trained_exactly(pairs: list[tuple[str, str]], trim: bool):
     tokenizer = BYTES[trim]
     template = template_of(tokenizer)
     messages = exchange(*(text for pair in pairs for text in pair))
-    (row,) = render(template, [messages], eos="")
+    (row,) = render(template, [Chat(messages)])
     assert row is not None
     assert [row.text[start:end] for start, end in row.turns] == [f"{answer}<|im_end|>" for _, answer in pairs]
     (encoded,) = labelling.encoder(tokenizer)([row.text])

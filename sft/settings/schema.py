@@ -65,6 +65,10 @@ class Settings(BaseModel):
         None, f"Chat template instead of the tokenizer's: {', '.join(values.CHAT_TEMPLATES)} or a .jinja file."
     )
 
+    template_options: Annotated[dict[str, Any], BeforeValidator(values.parse_template_options)] = setting(
+        {}, 'Options handed to the chat template, as a JSON object: {"enable_thinking": false}.'
+    )
+
     use_lora: Switch = setting(True, "Train an adapter; 0 trains all weights.")
     lora_r: AtLeastOne = setting(16, "Rank of the adapter's matrices.")
     lora_alpha: AtLeastOne = setting(32, "Scale of the adapter: its output is multiplied by alpha / r.")
@@ -100,6 +104,9 @@ class Settings(BaseModel):
         False, "Pack rows into sequences of SFT_MAX_SEQ_LEN; 0 joins the rows of a micro-batch only."
     )
     train_on_prompt: Switch = setting(False, "Train on the prompt's tokens too, not on the answers alone.")
+    train_turns: Literal["all", "last"] = setting(
+        "all", "Which of the assistant's turns are trained; one marked train: false or weight: 0 never is."
+    )
     shuffle: Literal["mix", "sources", "none"] = setting(
         "mix",
         "Order of the rows: all mixed, source after source with each mixed in itself, or as the files have them.",
@@ -110,7 +117,11 @@ class Settings(BaseModel):
     upsample_rules: Annotated[dict[str, NotNegative], BeforeValidator(values.parse_rules)] = setting(
         {}, 'Multipliers by task key, as a JSON object: {"text_to_toml": 3.0, "pack:hard": 2}.'
     )
-    mask_cot: Switch = setting(False, "Train only on what follows the first output marker of the final answer.")
+    mask_cot: Switch = setting(
+        False,
+        "Train only on what follows the first output marker of the final answer; reasoning_content, thinking and"
+        " <think> blocks are context, and markers count behind them.",
+    )
     output_markers: Names = setting(
         DEFAULT_MARKERS,
         "Texts that end the reasoning and start the payload, as a comma list.",

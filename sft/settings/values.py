@@ -37,6 +37,11 @@ OPTIMIZER_PACKAGES = {
     "adamw_torch_npu_fused": ("torch_npu", "torch-npu"),
     "adamw_anyprecision": ("torchdistx", "torchdistx"),
 }
+# What chat templates are handed besides options, and names of the functions' own arguments on the way there.
+_TEMPLATE_ARGUMENTS = frozenset(
+    "messages tools documents add_generation_prompt conversations chat_template continue_final_message"
+    " return_assistant_tokens_mask compiled_template self".split()
+)
 TRACKERS = ("mlflow", "tensorboard", "wandb", "none")
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::-([^}]*))?\})")
@@ -145,6 +150,19 @@ def parse_rules(value: Any) -> Any:
                 f'rule "{key}" has {json.dumps(multiplier)[:40]}, which is no number; write one, for instance 2.0'
             )
     return rules
+
+
+def parse_template_options(value: Any) -> Any:
+    """A JSON object of options, none of which the program itself hands to chat templates."""
+    options = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(options, dict):
+        raise ValueError('is no JSON object; write {"enable_thinking": false}')
+    for name in options:
+        if not name.isidentifier():
+            raise ValueError(f'"{name[:40]}" cannot be the name of an option; write {{"enable_thinking": false}}')
+        if name in _TEMPLATE_ARGUMENTS:
+            raise ValueError(f'"{name}" is not yours to choose: it is filled in for every row; leave it out')
+    return options
 
 
 def recordable(value: Any) -> Any:

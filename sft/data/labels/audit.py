@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sft.data.labels.masks import MASKED
-from sft.data.labels.rendering import is_plain
-from sft.data.labels.template import PROBE, TEMPLATE_ERRORS, ChatTemplate, template_of
+from sft.data.labels.rendering import Rendered, is_plain, render
+from sft.data.labels.template import TEMPLATE_ERRORS, Chat, ChatTemplate, chats_of, probes, template_of
 from sft.data.labels.tokens import encoder
 from sft.data.sources.load import Rows
-from sft.data.sources.turns import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +28,7 @@ def audit(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) ->
 
     Labels are read as they are, not made again: a damaged cache or a template with marks in the wrong place shows.
     """
-    template = template_of(tokenizer)
+    template = template_of(tokenizer, settings.template_options)
     untrained, unended, altered = _scan(rows, _end_tokens(template, tokenizer))
     if settings.overlong == "truncate":
         lengths = rows.dataset["length"]
@@ -70,11 +69,12 @@ def _scan(rows: Rows, ends: Sequence[int]) -> tuple[list[int], list[int], list[i
 
 
 def _end_tokens(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens a turn may end with: the last one the template writes, and the end of text of plain rows."""
+    """Tokens a turn may end with: the last ones of the template's turns, and the end of text of plain rows."""
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if template is not None and template.closing:
-        (text,) = template.render([PROBE])
-        ends.append(encoder(tokenizer)([text.rstrip()])[0].ids[-1])
+        rows = [row for row in render(template, probes(template)) if isinstance(row, Rendered)]
+        for row, encoded in zip(rows, encoder(tokenizer)([row.text for row in rows]), strict=True):
+            ends += [encoded.ids[encoded.end(end) - 1] for _, end in row.turns]
     return ends
 
 
@@ -82,8 +82,8 @@ def _trained_prompts(rows: Rows, template: ChatTemplate, tokenizer: PreTrainedTo
     """Of rows spread over the source, those with a trained token before their first answer, found by its prompt."""
     step = max(1, len(rows.dataset) // _PROMPTS_CHECKED)
     numbers = list(range(0, len(rows.dataset), step))
-    chosen = rows.dataset.select(numbers).select_columns(["messages", "labels"]).to_dict()
-    prompts = [_prompt(template, messages) for messages in chosen["messages"]]
+    chosen = rows.dataset.select(numbers).select_columns(["messages", "extras", "labels"]).to_dict()
+    prompts = [_prompt(template, chat) for chat in chats_of(chosen["messages"], chosen["extras"])]
     encodings = encoder(tokenizer)([text for text, _ in prompts])
     checked = zip(numbers, prompts, encodings, chosen["labels"], strict=True)
     return [
@@ -93,13 +93,14 @@ def _trained_prompts(rows: Rows, template: ChatTemplate, tokenizer: PreTrainedTo
     ]
 
 
-def _prompt(template: ChatTemplate, messages: list[Message]) -> tuple[str, int]:
+def _prompt(template: ChatTemplate, chat: Chat) -> tuple[str, int]:
     """The whole text and how much of it is the prompt of the first answer; 0 where the template rewrites prompts."""
+    messages, tools = chat
     first = next((k for k, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if is_plain(messages) or not first:
         return "", 0
     try:
-        (text,), (prompt,) = template.render([messages]), template.render([messages[:first]], prompt=True)
+        (text,), (prompt,) = template.render([chat]), template.render([Chat(messages[:first], tools)], prompt=True)
     except TEMPLATE_ERRORS:
         return "", 0
     return (text, len(prompt)) if text.startswith(prompt) else ("", 0)

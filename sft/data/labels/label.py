@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from sft.data.labels.masks import MASKED, label_row, schema, with_labels
 from sft.data.labels.rendering import Rendered, render
-from sft.data.labels.template import ChatTemplate, chat_template_for, template_of
-from sft.data.labels.tokens import Encoded, encoder
+from sft.data.labels.template import Chat, ChatTemplate, chat_template_for, chats_of, template_of
+from sft.data.labels.tokens import Encoded, encoder, plain_ends
 from sft.data.sources.columns import Tally
 from sft.data.sources.load import SCHEMA, Rows
 from sft.data.sources.store import Write, key_of, stored
-from sft.data.sources.turns import Dropped, Message, Tools, packed, unpacked
+from sft.data.sources.turns import Dropped, packed
 from sft.distributed.signals import die_with_parent
 from sft.errors import RunFailed
 
@@ -52,7 +52,7 @@ def label(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) ->
     Raises:
         Problems: the tokenizer has no usable chat template.
     """
-    template = template_of(tokenizer)
+    template = template_of(tokenizer, settings.template_options)
     text = template.text if template else None
     key = key_of("labels", VERSION, rows.fingerprint, text, _tokenizer_key(tokenizer), _settings_key(settings))
     found = stored(f"labels-{key}", schema(settings), partial(_label_all, rows, tokenizer, template, settings))
@@ -89,7 +89,8 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 def _settings_key(settings: Settings) -> list[Any]:
     markers = [settings.output_markers, settings.output_learn_mode] if settings.mask_cot else None
     unit = [settings.masked_loss_unit, settings.output_markers] if settings.masked_loss != "none" else None
-    return [settings.max_seq_len, settings.overlong == "truncate", settings.train_on_prompt, markers, unit]
+    told = [settings.template_options, settings.train_turns]
+    return [settings.max_seq_len, settings.overlong == "truncate", settings.train_on_prompt, markers, unit, told]
 
 
 def _label_all(
@@ -98,14 +99,13 @@ def _label_all(
     """Label all rows in their order, batch by batch, so that memory does not grow with the rows."""
     total = len(rows.dataset)
     tables = rows.dataset.with_format("arrow")
-    encode = encoder(tokenizer)
+    encode, ends = _row_encoder(tokenizer), plain_ends(tokenizer)
 
     def label_from(start: int) -> tuple[pa.Table, Tally, Counter[str]]:
         table = tables[start : start + _ROWS_AT_ONCE]
         table, chats = _chats(table, template)
-        rendered = render(template, chats, eos=tokenizer.eos_token or "")
-        encodings = encode([row.text if row else "" for row in rendered])
-        return _label_batch(table, rendered, encodings, settings)
+        rendered = render(template, chats, ends=ends, train=settings.train_turns)
+        return _label_batch(table, rendered, encode(rendered), settings)
 
     processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
     if template is None:
@@ -119,15 +119,30 @@ def _label_all(
     return {"dropped": dropped.rows, "first": Counter(dropped.first), "noted": noted}
 
 
-def _chats(table: pa.Table, template: ChatTemplate | None) -> tuple[pa.Table, list[list[Message]]]:
+def _row_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Rendered | Dropped]], list[Encoded]]:
+    """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts."""
+    written, plain = encoder(tokenizer), encoder(tokenizer, special=True)
+
+    def encode(rows: Sequence[Rendered | Dropped]) -> list[Encoded]:
+        texts = ["" if isinstance(row, Dropped) else row.text for row in rows]
+        if not any(isinstance(row, Rendered) and row.plain for row in rows):
+            return list(written(texts))
+        kinds = [isinstance(row, Rendered) and row.plain for row in rows]
+        found = {
+            kind: iter(each([text for text, its in zip(texts, kinds, strict=True) if its == kind]))
+            for kind, each in ((False, written), (True, plain))
+        }
+        return [next(found[kind]) for kind in kinds]
+
+    return encode
+
+
+def _chats(table: pa.Table, template: ChatTemplate | None) -> tuple[pa.Table, list[Chat]]:
     """The conversations of the table as the template takes them, and the table with them."""
-    chats, extras = table["messages"].to_pylist(), table["extras"]
-    tools: list[Tools] = [[]] * len(chats)
-    if extras.null_count < len(chats):
-        chats, tools = map(list, zip(*map(unpacked, chats, extras.to_pylist()), strict=True))
+    chats = chats_of(table["messages"].to_pylist(), table["extras"].to_pylist())
     if template is not None and not template.takes_system:
-        chats = [template.fitted(chat) for chat in chats]
-        columns = {"messages": chats, "extras": map(packed, chats, tools)}
+        chats = [Chat(template.fitted(messages), tools) for messages, tools in chats]
+        columns = {"messages": [messages for messages, _ in chats], "extras": [packed(*chat) for chat in chats]}
         for name, values in columns.items():
             place = SCHEMA.get_field_index(name)
             table = table.set_column(place, SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
@@ -135,7 +150,7 @@ def _chats(table: pa.Table, template: ChatTemplate | None) -> tuple[pa.Table, li
 
 
 def _label_batch(
-    table: pa.Table, texts: Sequence[Rendered | None], encodings: Sequence[Encoded], settings: Settings
+    table: pa.Table, texts: Sequence[Rendered | Dropped], encodings: Sequence[Encoded], settings: Settings
 ) -> tuple[pa.Table, Tally, Counter[str]]:
     """The rows of the table that can be trained on, with labels; the others by reason; what happened to those kept."""
     dropped, noted = Tally(), Counter[str]()

@@ -48,7 +48,7 @@ def schema(settings: Settings) -> pa.Schema:
 
 
 def label_row(
-    rendered: Rendered | None,
+    rendered: Rendered | Dropped,
     encoded: Encoded,
     settings: Settings,
     *,
@@ -58,8 +58,8 @@ def label_row(
     """What is trained of one row; `noted` counts what happened to rows that are kept. Raises Dropped.
 
     `paths`: of an ontology row, the units' own borders."""
-    if rendered is None:
-        raise Dropped("unreadable")
+    if isinstance(rendered, Dropped):
+        raise rendered
     spans = _learned(rendered, settings, noted)
     ids, limit = encoded.ids, len(encoded.ids)
     if limit > settings.max_seq_len:
@@ -71,6 +71,7 @@ def label_row(
     trained = [(start, end) for start, end in tokens if start < end]
     if not trained:
         raise Dropped("fully masked")
+    noted.update(rendered.noted)
     if settings.masked_loss == "none" or rendered.shift is None:
         return Labelled(ids[:limit], trained)
     edges, unit_spans = _units(rendered, encoded, settings, noted, paths)
@@ -88,12 +89,17 @@ def _learned(rendered: Rendered, settings: Settings, noted: Counter[str]) -> lis
     if not settings.mask_cot or rendered.content is None:
         return spans
     start, end = rendered.turns[-1]
-    found = _markers(settings.output_markers).search(rendered.text, start, end)
-    if found is None:
+    # Reasoning is context, whatever markers it holds; without a marker behind it all of the answer is trained.
+    found = _markers(settings.output_markers).search(rendered.text, rendered.answer or start, end)
+    if found is None and rendered.answer is None:
         noted["no output marker"] += 1
         return spans
-    learned = found.start() if settings.output_learn_mode == "from_marker" else found.end()
-    if rendered.shift is not None and found.end() >= rendered.shift + len(rendered.content.rstrip()):
+    if found is None:
+        learned = behind = rendered.answer or start
+    else:
+        learned = found.start() if settings.output_learn_mode == "from_marker" else found.end()
+        behind = found.end()
+    if rendered.shift is not None and behind >= rendered.shift + len(rendered.content.rstrip()):
         raise Dropped("fully masked")  # only the end-of-turn mark would be left
     return [(0, start), (learned, spans[-1][1])] if settings.train_on_prompt else [*spans[:-1], (learned, end)]
 

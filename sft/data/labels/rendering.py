@@ -3,120 +3,169 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from sft.data.labels.template import NO_TEMPLATE, TEMPLATE_ERRORS, ChatTemplate, Span, shared
-from sft.data.sources.turns import TEXT_ROLE, Message
+from sft.data.labels.spans import located, reasoning_of, thoughts_apart
+from sft.data.labels.template import NO_TEMPLATE, TEMPLATE_ERRORS, Chat, ChatTemplate, Span, said
+from sft.data.labels.tokens import NO_ENDS, PlainEnds
+from sft.data.sources.turns import TEXT_ROLE, Dropped, Message
 from sft.errors import Problems
+
+REWRITTEN = "turn rewritten by the template"
+NO_CALLS = "tool calls that the chat template cannot write"
+NO_TOOL_ANSWERS = "tool answers that the chat template cannot write"
+TOOLS_UNSAID = "tools left out by the template"
+REASONING_CUT = "reasoning left out by the template"
+THOUGHTS_TWICE = "think block that the template wraps in another"
+EARLIER_REASONING_CUT = "reasoning of an earlier turn left out by the template"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One row as text. `turns` are the characters of each assistant turn, from its first to the end-of-turn mark.
+    """One row as text. `turns` are the characters of each trained turn, from its first to the end-of-turn mark.
 
     `content` is the final answer as the row has it, None for plain text; `shift` is where it stands in `text`, None
-    where the template rewrote it.
+    where the template rewrote it. `answer` is where the final answer begins behind its reasoning, None where it has
+    none. `noted` are things to count. `plain`: the tokenizer adds what it adds to any text, such as BOS.
     """
 
     text: str
     turns: tuple[Span, ...]
     content: str | None = None
     shift: int | None = None
+    answer: int | None = None
+    noted: tuple[str, ...] = ()
+    plain: bool = False
 
 
-def render(template: ChatTemplate | None, conversations: Sequence[list[Message]], *, eos: str) -> list[Rendered | None]:
-    """Conversations as text with their assistant turns; None where the template refuses one. `eos` ends plain text.
+def render(
+    template: ChatTemplate | None,
+    chats: Sequence[Chat],
+    *,
+    ends: PlainEnds = NO_ENDS,
+    train: Literal["all", "last"] = "all",
+) -> list[Rendered | Dropped]:
+    """Conversations as text with their trained turns, or why there is none. `ends` are those of plain text.
 
     Raises:
         Problems: there are conversations and no template.
     """
-    chats = [chat for chat in conversations if not is_plain(chat)]
-    if chats and template is None:
+    conversations = [chat for chat in chats if not is_plain(chat.messages)]
+    if conversations and template is None:
         raise Problems([NO_TEMPLATE])
-    rendered = iter(_render_chats(template, chats) if template and chats else [])
-    return [_plain(chat[0]["content"], eos) if is_plain(chat) else next(rendered) for chat in conversations]
+    rendered = iter(_texts(template, conversations) if template and conversations else [])
+    found: list[Rendered | Dropped] = []
+    for chat in chats:
+        if is_plain(chat.messages):
+            found.append(_plain(chat.messages[0]["content"], ends))
+            continue
+        assert template is not None
+        text = next(rendered)
+        try:
+            found.append(_rendered(template, chat, text, train=train))
+        except Dropped as reason:
+            found.append(reason)
+    return found
 
 
-def is_plain(chat: Sequence[Message]) -> bool:
+def is_plain(messages: Sequence[Message]) -> bool:
     """Whether a row is text to be trained whole, without a template."""
-    return chat[0]["role"] == TEXT_ROLE
+    return messages[0]["role"] == TEXT_ROLE
 
 
-def _plain(content: str, eos: str) -> Rendered:
-    text = content if content.endswith(eos) else content + eos
-    return Rendered(text, ((0, len(text)),))
+def _plain(content: str, ends: PlainEnds) -> Rendered:
+    """Text that begins and ends as the tokenizer begins texts, and ends with EOS in any case; neither twice."""
+    text = content.removeprefix(ends.bos)
+    if ends.eos_added:
+        text = text.removesuffix(ends.eos)
+    elif not text.endswith(ends.eos):
+        text += ends.eos
+    return Rendered(text, ((0, len(text)),), plain=True)
 
 
-def _render_chats(template: ChatTemplate, chats: list[list[Message]]) -> list[Rendered | None]:
+def _texts(template: ChatTemplate, chats: list[Chat]) -> list[tuple[str, list[Span]] | Dropped]:
+    """The text of each conversation and, of a marked template, the characters in its marks."""
     try:
-        found = template.render_marked(chats) if template.marked else _compared_spans(template, chats)
-    except TEMPLATE_ERRORS:
+        if template.marked:
+            return list(template.render_marked(chats))
+        return [(text, []) for text in template.render(chats)]
+    except TEMPLATE_ERRORS as error:
         if len(chats) == 1:
-            return [None]
+            return [Dropped(f"the template refused it: {said(error)}")]
         middle = len(chats) // 2
-        return _render_chats(template, chats[:middle]) + _render_chats(template, chats[middle:])
-    return [_trimmed(template, chat, text, spans) for chat, (text, spans) in zip(chats, found, strict=True)]
+        return _texts(template, chats[:middle]) + _texts(template, chats[middle:])
 
 
-def _compared_spans(template: ChatTemplate, chats: Sequence[list[Message]]) -> list[tuple[str, list[Span]]]:
-    """By comparing the text with that of the turns before: an assistant turn is what its prompt does not hold yet.
-
-    A text that ends with opening, final answer and ending as the probe showed them needs no second rendering.
-    """
-    texts = template.render(chats)
-    finals = [_final(template, text, chat[-1]["content"]) for text, chat in zip(texts, chats, strict=True)]
-    turns = [
-        (i, k)
-        for i, chat in enumerate(chats)
-        for k, turn in enumerate(chat)
-        if turn["role"] == "assistant" and k and (k < len(chat) - 1 or finals[i] is None)
-    ]
-    prompts = template.render([chats[i][:k] for i, k in turns], prompt=True)
-    wholes = template.render([chats[i][: k + 1] for i, k in turns])
-    spans: list[list[Span]] = [[] for _ in chats]
-    for (i, k), prompt, whole in zip(turns, prompts, wholes, strict=True):
-        span = _compared(template, texts[i], prompt, whole, content=chats[i][k]["content"].strip(), before=spans[i])
-        if span is not None:
-            spans[i].append(span)
-        elif k == len(chats[i]) - 1:
-            spans[i].clear()  # without its final answer a row is unreadable
-    found = [earlier + ([final] if final else []) for earlier, final in zip(spans, finals, strict=True)]
-    return list(zip(texts, found, strict=True))
-
-
-def _final(template: ChatTemplate, text: str, content: str) -> Span | None:
-    for answer in (content, content.strip()):
-        if text.endswith(template.opening + answer + template.ending):
-            return len(text) - len(answer) - len(template.ending), len(text)
-    return None
+def _rendered(
+    template: ChatTemplate, chat: Chat, text: tuple[str, list[Span]] | Dropped, *, train: Literal["all", "last"]
+) -> Rendered:
+    messages = chat.messages
+    if any("tool_calls" in message for message in messages) and template.arguments is None:
+        raise Dropped(NO_CALLS)
+    if any(message["role"] == "tool" for message in messages) and not template.writes_tool_answers:
+        raise Dropped(NO_TOOL_ANSWERS)
+    if isinstance(text, Dropped):
+        raise text
+    whole, marked = text
+    turns = [message for message in messages if message["role"] == "assistant"]
+    spans: Sequence[Span | None] = marked if len(marked) == len(turns) else located(template, chat, whole)
+    spans = [_trimmed(template, whole, span) for span in spans]
+    wanted = [_is_trained(message) and (train == "all" or message is turns[-1]) for message in turns]
+    if not any(wanted):
+        raise Dropped("no answer that is to be trained")
+    last = max(number for number, is_wanted in enumerate(wanted) if is_wanted)
+    if spans[last] is None:
+        raise Dropped(f"final {REWRITTEN}")
+    kept = tuple(span for span, is_wanted in zip(spans, wanted, strict=True) if span and is_wanted)
+    noted = [REWRITTEN] * (sum(wanted) - len(kept)) + _left_out(template, chat, turns, spans, whole)
+    return _answered(Rendered(whole, kept, noted=tuple(noted)), turns[last])
 
 
-def _compared(
-    template: ChatTemplate, text: str, prompt: str, whole: str, *, content: str, before: Sequence[Span]
-) -> Span | None:
-    """The span of one turn; None where the template writes it differently once more turns follow: it stays context."""
-    start = len(prompt)
-    if not text.startswith(prompt):
-        earliest = before[-1][1] if before else 0
-        start = text.find(content, max(earliest, shared(text, prompt) - len(template.opening)))
-    end = shared(text, whole)
-    if start < 0 or start + len(content) > end:
+def _is_trained(message: Message) -> bool:
+    """Neither marked as context nor empty: nobody is to learn to say nothing."""
+    return message.get("trained", True) and bool(message["content"].strip() or "tool_calls" in message)
+
+
+def _trimmed(template: ChatTemplate, text: str, span: Span | None) -> Span | None:
+    """A turn without what the prompt already ends with and without white space after the end-of-turn mark."""
+    if span is None:
         return None
-    if end < len(whole):  # where the next turn's mark begins alike ("<|"), back to the white space before it
-        words = text[start + len(content) : end].rsplit(maxsplit=1)
-        end -= len(words[-1]) if len(words) == 2 else 0
-    return start, end
+    start, end = span
+    if template.marked and text.startswith(template.lead, start):
+        start += len(template.lead)
+    end = len(text[:end].rstrip())
+    return (start, end) if start < end else None
 
 
-def _trimmed(template: ChatTemplate, chat: list[Message], text: str, spans: Sequence[Span]) -> Rendered | None:
-    """Turns without what the prompt already ends with and without white space after the end-of-turn mark."""
-    lead = template.lead if template.marked else ""
-    starts = [start + len(lead) if text.startswith(lead, start) else start for start, _ in spans]
-    ends = [len(text[:end].rstrip()) for _, end in spans]
-    turns = tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end)
-    if not turns:
-        return None
-    content = chat[-1]["content"]
-    position = text.find(content.strip(), *turns[-1])
-    shift = None if position < 0 else position - (len(content) - len(content.lstrip()))
-    return Rendered(text, turns, content, shift)
+def _left_out(
+    template: ChatTemplate, chat: Chat, turns: Sequence[Message], spans: Sequence[Span | None], text: str
+) -> list[str]:
+    """What the row has and the text has not."""
+    noted = [TOOLS_UNSAID] if chat.tools and not template.writes_tools else []
+    for turn, span in zip(turns, spans, strict=True):
+        reasoning = reasoning_of(turn)
+        if reasoning and span and text.find(reasoning, *span) < 0:
+            noted.append(REASONING_CUT if turn is turns[-1] else EARLIER_REASONING_CUT)
+        if span and text.count("</think>", *span) > max(turn["content"].count("</think>"), 1):
+            noted.append(THOUGHTS_TWICE)
+    return noted
+
+
+def _answered(row: Rendered, message: Message) -> Rendered:
+    """With the place of the final answer, whole as the row has it or else what is behind its reasoning."""
+    span = row.turns[-1]
+    content, reasoning = message["content"], reasoning_of(message)
+    place = row.text.find(content.strip(), *span)
+    answer = None
+    thoughts = row.text.find(reasoning, *span) if reasoning else -1
+    if thoughts >= 0:
+        behind = thoughts_apart(content)[1]
+        answer = row.text.find(behind.strip(), thoughts + len(reasoning), span[1])
+        if place < 0 or behind == content:
+            content, place = behind, answer
+    elif place < 0:
+        content = thoughts_apart(content)[1]
+        place = row.text.find(content.strip(), *span)
+    shift = None if place < 0 else place - (len(content) - len(content.lstrip()))
+    return replace(row, content=content, shift=shift, answer=answer)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import difflib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.data.sources.turns import Message
+from sft.data.sources.turns import Message, Tools, unpacked
 from sft.errors import Problems
 from sft.settings.values import CHAT_TEMPLATES
 
@@ -20,16 +23,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+_Rendered = tuple[list[str], list[list[Span]]]
 
 PROBE: list[Message] = [{"role": "user", "content": "Ping?"}, {"role": "assistant", "content": "Pong."}]
 _SYSTEM: Message = {"role": "system", "content": "Peng!"}
-# What templates raise for conversations they refuse (no alternation, no system role) or cannot read.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+_PARAMETERS = {"type": "object", "properties": {"pang": {"type": "string", "description": "Pang."}}}
+_TOOL = {"type": "function", "function": {"name": "pung", "description": "Pyng.", "parameters": _PARAMETERS}}
+# An id as Mistral's templates want it: nine letters and digits.
+_CALL = {"type": "function", "id": "pingpong1", "function": {"name": "pung", "arguments": {"pang": "Pong."}}}
+_CALLING: list[Message] = [PROBE[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+_ANSWER: Message = {"role": "tool", "tool_call_id": "pingpong1", "name": "pung", "content": "Pingpang"}
+# What templates raise: they are programs of other people.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 NO_TEMPLATE = (
     f"SFT_CHAT_TEMPLATE=: the base model's tokenizer has no chat template; set {', '.join(CHAT_TEMPLATES)}"
     " or a .jinja file"
 )
+# A mark such as <|end|> or </s>.
+MARK = re.compile(r"\s*<[^<>\s]{1,60}>")
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Chat(NamedTuple):
+    """A row's conversation and the tools it may call."""
+
+    messages: list[Message]
+    tools: Sequence[dict[str, Any]] = ()
+
+
+def chats_of(conversations: Sequence[list[Message]], extras: Sequence[str | None]) -> list[Chat]:
+    """Conversations with what rows keep beside them (`turns.packed`)."""
+    pairs = zip(conversations, extras, strict=True)
+    return [Chat(messages) if more is None else Chat(*unpacked(messages, more)) for messages, more in pairs]
 
 
 @dataclass(frozen=True)
@@ -37,8 +65,10 @@ class ChatTemplate:
     """A template and what the probe showed.
 
     `marked`: its {% generation %} marks hold answers and what closes them. `lead`: what marks hold before an answer
-    though the prompt already ends with it. `opening`: what a prompt adds before an answer. `ending`: what stands after
-    the last answer. `takes_system`: system messages are written.
+    though the prompt already ends with it. `header`: what stands before each answer and nowhere else; `supplied`: what
+    a prompt adds to it before the last one. `ending`: what stands after the last answer; `middle`: the end-of-turn mark
+    of others. `stop`: the next turn's mark, where nothing else ends an answer (GLM's <|user|>); it is written after the
+    last one. `takes_system`: system messages are written.
     """
 
     text: str
@@ -46,99 +76,199 @@ class ChatTemplate:
     marked: bool = False
     takes_system: bool = True
     lead: str = ""
-    opening: str = ""
+    header: str = ""
+    supplied: str = ""
     ending: str = ""
+    middle: str = ""
+    stop: str = ""
 
     @property
     def closing(self) -> str:
         """The end-of-turn mark and what else follows an answer, without white space at its end."""
         return self.ending.rstrip()
 
-    def render(self, conversations: Sequence[list[Message]], *, prompt: bool = False) -> list[str]:
+    @cached_property
+    def arguments(self) -> Literal["object", "text"] | None:
+        """As what tool calls must hold their arguments to be written as JSON; None where calls can't be written."""
+        for kind, messages, spoilt in (
+            ("object", _CALLING, "{'pang"),
+            ("text", with_text_arguments(_CALLING), '\\"pang'),
+        ):
+            text = self._attempt(messages, tools=[_TOOL])
+            if all(word in text for word in ("pung", "pang", "Pong.")) and spoilt not in text:
+                return "object" if kind == "object" else "text"
+        return None
+
+    @cached_property
+    def writes_tool_answers(self) -> bool:
+        """Whether what a tool answered comes into the text."""
+        return _ANSWER["content"] in self._attempt(self._written([*_CALLING, _ANSWER, PROBE[1]]), tools=[_TOOL])
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the tools there are come into the text."""
+        return "pang" in self._attempt(PROBE, tools=[_TOOL])
+
+    def render(self, chats: Sequence[Chat], *, prompt: bool = False) -> list[str]:
         """The texts of conversations; `prompt` adds what opens the next answer. Errors are the template's own."""
-        return self._rendered(conversations, add_generation_prompt=prompt)[0]
+        texts, _ = self._rendered(chats, add_generation_prompt=prompt)
+        if prompt or not self.stop:
+            return texts
+        return [text + self._stop_of(chat.messages[-1]) for text, chat in zip(texts, chats, strict=True)]
 
-    def render_marked(self, conversations: Sequence[list[Message]]) -> list[tuple[str, list[Span]]]:
+    def render_marked(self, chats: Sequence[Chat]) -> list[tuple[str, list[Span]]]:
         """The texts and what stands between the template's own {% generation %} marks."""
-        texts, spans = self._rendered(conversations, return_assistant_tokens_mask=True)
-        return list(zip(texts, spans, strict=True))
+        return list(zip(*self._rendered(chats, return_assistant_tokens_mask=True), strict=True))
 
-    def fitted(self, chat: list[Message]) -> list[Message]:
+    def fitted(self, messages: list[Message]) -> list[Message]:
         """The conversation as the template takes it: without a system role, its text begins the first user turn."""
-        if self.takes_system or chat[0]["role"] != "system":
-            return chat
-        system, *rest = chat
+        if self.takes_system or messages[0]["role"] != "system":
+            return messages
+        system, *rest = messages
         if rest and rest[0]["role"] == "user":
             content = f"{system['content']}\n\n{rest[0]['content']}"
-            return [{"role": "user", "content": content}, *rest[1:]]
+            return [rest[0] | {"content": content}, *rest[1:]]
         return [{"role": "user", "content": system["content"]}, *rest]
 
-    def _rendered(self, conversations: Sequence[list[Message]], **options: Any) -> tuple[list[str], list[list[Span]]]:
+    def _rendered(self, chats: Sequence[Chat], **options: Any) -> _Rendered:
+        """Conversations with the same tools are rendered together, as all that have none."""
+        texts: list[str] = []
+        spans: list[list[Span]] = []
+        for tools, group in groupby(chats, key=lambda chat: chat.tools):
+            found = self._jinja([self._written(chat.messages) for chat in group], tools=list(tools), **options)
+            texts += found[0]
+            spans += found[1]
+        return texts, spans
+
+    def _stop_of(self, last: Message) -> str:
+        if last["role"] != "assistant":
+            return ""
+        return self._stop_of_calls if "tool_calls" in last else self.stop
+
+    @cached_property
+    def _stop_of_calls(self) -> str:
+        """The mark of a tool's answer, which ends the call."""
+        called, answered = (self._attempt(self._written(m), tools=[_TOOL]) for m in (_CALLING, [*_CALLING, _ANSWER]))
+        mark = MARK.match(answered, len(called)) if answered.startswith(called) else None
+        return mark.group() if mark else ""
+
+    def _written(self, messages: list[Message]) -> list[Message]:
+        calling = any("tool_calls" in message for message in messages)
+        return with_text_arguments(messages) if calling and self.arguments == "text" else messages
+
+    def _jinja(self, conversations: list[list[Message]], *, tools: Tools, **options: Any) -> _Rendered:
         """transformers declares a text and returns two lists."""
-        rendered: Any = render_jinja_template(
-            conversations=list(conversations), chat_template=self.text, **options, **self.variables
-        )
+        given: dict[str, Any] = {**self.variables, **options, "tools": tools or None}
+        rendered: Any = render_jinja_template(conversations=conversations, chat_template=self.text, **given)
         return rendered
 
+    def _attempt(self, messages: list[Message], *, tools: Tools) -> str:
+        """The text; "" where the template refuses."""
+        try:
+            return self._jinja([messages], tools=tools)[0][0]
+        except TEMPLATE_ERRORS:
+            return ""
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The tokenizer's chat template, in TRL's training version where there is one; None when it has none.
+
+def probes(template: ChatTemplate) -> list[Chat]:
+    """Conversations that show how the template ends a turn, where others follow and where it calls a tool."""
+    calls = [Chat(_CALLING, [_TOOL]), Chat([*_CALLING, _ANSWER, PROBE[1]], [_TOOL])] if template.arguments else []
+    return [Chat(PROBE), Chat(PROBE + PROBE), *calls]
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose tool calls hold their arguments as JSON text."""
+
+    def worded(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        message | {"tool_calls": [worded(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> ChatTemplate | None:
+    """The tokenizer's chat template with the options it is handed; None when it has none.
+
+    TRL's training versions are not taken: some write earlier turns otherwise than a server does.
 
     Raises:
-        Problems: it fails on a question and its answer, or does not write them.
+        Problems: it fails on a question and its answer, does not write them, or does not read an option.
     """
     if not tokenizer.chat_template:
         return None
+    options = options or {}
     try:
         text = tokenizer.get_chat_template()
-        if not _MARKED.search(text):
-            text = _training_version(text) or text
-        template = _probed(ChatTemplate(text, dict(tokenizer.special_tokens_map)))
+        template = _probed(ChatTemplate(text, {**tokenizer.special_tokens_map, **options}))
     except TEMPLATE_ERRORS as error:
-        template, reason = None, str(error)
+        template, reason = None, said(error)
     else:
         reason = "it does not write the text of messages"
     if template is None:
         raise Problems([f"SFT_CHAT_TEMPLATE=: the chat template cannot be used ({reason}); name another or repair it"])
+    if unread := [_unread(name, text) for name in options if not re.search(rf"\b{re.escape(name)}\b", text)]:
+        raise Problems(unread)
     return template
+
+
+def _unread(option: str, text: str) -> str:
+    near = difflib.get_close_matches(option, set(re.findall(r"\w{4,}", text)), 1)
+    remedy = f"did you mean {near[0]}?" if near else "leave it out"
+    return f"SFT_TEMPLATE_OPTIONS={option}: the chat template reads no such option; {remedy}"
+
+
+def said(error: BaseException) -> str:
+    """A template's own words in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:159] + "…"
 
 
 def _probed(template: ChatTemplate) -> ChatTemplate | None:
     """None when the answer is not in the text: templates for images want lists of parts."""
-    answer = PROBE[1]["content"]
-    (whole,), (asked,), (prompt,) = (
-        template.render([PROBE]),
-        template.render([PROBE[:1]]),
-        template.render([PROBE[:1]], prompt=True),
-    )
+    question, answer = PROBE[0]["content"], PROBE[1]["content"]
+    whole, asked = template.render([Chat(PROBE), Chat(PROBE[:1])])
+    (prompt,) = template.render([Chat(PROBE[:1])], prompt=True)
     before, found, ending = whole.rpartition(answer)
     if not found:
         return None
-    template = replace(template, opening=prompt[shared(asked, prompt) :], ending=ending)
-    spans = template.render_marked([PROBE])[0][1] if _MARKED.search(template.text) else []
+    agreed = shared(before, prompt)
+    opening = prompt[shared(asked, prompt) : agreed]
+    if not opening.strip():  # the mark that ends a question opens the answer: [/INST]
+        opening = prompt[prompt.rfind(question) + len(question) : agreed]
+    twice = template._attempt(PROBE + PROBE, tools=[])
+    header = _header(twice, opening)
+    after = twice[twice.find(answer) + len(answer) :]
+    mark = MARK.match(after)
+    next_mark = mark.group() if mark and not header.startswith(mark.group()) else ""
+    stop = "" if ending.strip() else next_mark
+    closing = (ending or stop).rstrip()
+    begins = re.search(rf"{re.escape(next_mark)}\s*{re.escape(question)}", asked)  # whose turn it is, not an end
+    middle = closing if after.startswith(closing) else "" if begins else next_mark
+    template = replace(
+        template, header=header, supplied=opening[len(header) :], ending=ending or stop, middle=middle, stop=stop
+    )
+    spans = template.render_marked([Chat(PROBE)])[0][1] if _MARKED.search(template.text) else []
     if len(spans) == 1 and answer + template.closing in whole[slice(*spans[0])]:
-        template = replace(template, marked=True, lead=whole[spans[0][0] : shared(before, prompt)])
+        template = replace(template, marked=True, lead=whole[spans[0][0] : agreed])
     return replace(template, takes_system=_takes_system(template))
+
+
+def _header(twice: str, opening: str) -> str:
+    """As much of the opening as stands before both answers of two exchanges; "" where that is nothing of use."""
+    sizes = range(len(opening), 0, -1)
+    return next((opening[:n] for n in sizes if opening[:n].strip() and twice.count(opening[:n]) == 2), "")
 
 
 def _takes_system(template: ChatTemplate) -> bool:
     try:
-        return _SYSTEM["content"] in template.render([[_SYSTEM, *PROBE]])[0]
+        return _SYSTEM["content"] in template.render([Chat([_SYSTEM, *PROBE])])[0]
     except TEMPLATE_ERRORS:
         return False
-
-
-def _training_version(text: str) -> str | None:
-    """TRL keeps `X.jinja` as published beside `X_training.jinja` with generation marks. Importing trl takes 5 s."""
-    package = importlib.util.find_spec("trl")
-    if package is None or package.origin is None:
-        return None
-    folder = Path(package.origin).parent / "chat_templates"
-    for marked in sorted(folder.glob("*_training.jinja")):
-        published = marked.with_name(marked.name.replace("_training", ""))
-        if published.is_file() and published.read_text(encoding="utf-8") == text:
-            return marked.read_text(encoding="utf-8")
-    return None
 
 
 def shared(first: str, second: str) -> int:
@@ -154,15 +284,32 @@ def shared(first: str, second: str) -> int:
 
 
 # Where <|im_end|> is no token of the vocabulary, generation can only stop at the end-of-text token: both are written.
+# Tools and calls stand there as Hermes and Qwen 2.5 were taught them.
 _CHATML = """\
+{%- set listed -%}
+{%- for tool in tools or [] -%}{{ '\\n' + tool | tojson }}{%- endfor -%}
+{%- endset -%}
+{%- if tools -%}
+{%- set listed = 'You may call these functions:\\n<tools>' + listed + '\\n</tools>\\nA call is written so:\\n'
+ + '<tool_call>\\n{"name": "...", "arguments": {...}}\\n</tool_call>' -%}
+{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\\n' + listed + '<|im_end|>\\n' }}{%- endif -%}
+{%- endif -%}
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' -%}
 {%- generation -%}
-{{ message['content'] + '<|im_end|>' }}{{ '' if eos_token == '<|im_end|>' else eos_token }}{{ '\\n' }}
+{{ message['content'] }}
+{%- for call in message['tool_calls'] or [] -%}
+{{ '\\n' if message['content'] or not loop.first else '' }}{{ '<tool_call>\\n{"name": ' }}
+{{- call['function']['name'] | tojson + ', "arguments": ' + call['function']['arguments'] | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>' }}{{ '' if eos_token == '<|im_end|>' else eos_token }}{{ '\\n' }}
 {%- endgeneration -%}
 {%- else -%}
-{{ message['content'] + '<|im_end|>\\n' }}
+{{ message['content'] }}
+{%- if loop.first and tools and message['role'] == 'system' -%}{{ '\\n\\n' + listed }}{%- endif -%}
+{{ '<|im_end|>\\n' }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}

@@ -5,11 +5,22 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerBase
+
+
+class PlainEnds(NamedTuple):
+    """Marks around plain text: BOS where the tokenizer adds it ("" where not), EOS, whether it adds that by itself."""
+
+    bos: str = ""
+    eos: str = ""
+    eos_added: bool = False
+
+
+NO_ENDS = PlainEnds()
 
 
 class Encoded(Protocol):
@@ -34,8 +45,8 @@ class FastEncoded:
         self.text, self.encoding, self.ids = text, encoding, encoding.ids
 
     def first(self, char: int) -> int:
-        if char == 0:
-            return 0
+        if char == 0:  # behind what the tokenizer adds to a text, such as BOS
+            return next((token for token, added in enumerate(self.encoding.special_tokens_mask) if not added), 0)
         token = self._containing(char)
         start, end = self._span(token)
         if start >= char:
@@ -84,32 +95,39 @@ class SlowEncoded:
         return bisect_left(range(len(self.text)), token, key=self.first)
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Sequence[Encoded]]:
-    """A function from texts to encodings, without the special tokens the tokenizer would add around them.
+def encoder(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> Callable[[list[str]], Sequence[Encoded]]:
+    """A function from texts to encodings; with `special` the tokenizer adds what it adds to any text, such as BOS.
 
     A fast tokenizer encodes a batch on all cores in one call; it holds no lock of Python's while it does.
     """
 
     def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    if not tokenizer.is_fast or not _same_as_backend(tokenizer, encode):
+    if not tokenizer.is_fast or not _same_as_backend(tokenizer, encode, special=special):
         return lambda texts: [SlowEncoded(text, encode) for text in texts]
     backend = tokenizer.backend_tokenizer
 
     def encode_batch(texts: list[str]) -> Sequence[Encoded]:
         return [
             FastEncoded(*pair)
-            for pair in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True)
+            for pair in zip(texts, backend.encode_batch(texts, add_special_tokens=special), strict=True)
         ]
 
     return encode_batch
 
 
-def _same_as_backend(tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]) -> bool:
+def plain_ends(tokenizer: PreTrainedTokenizerBase) -> PlainEnds:
+    """What stands around plain text, seen from what the tokenizer makes of a letter."""
+    ids = tokenizer("x")["input_ids"]
+    bos = str(tokenizer.bos_token) if ids[:1] == [tokenizer.bos_token_id] else ""
+    return PlainEnds(bos, tokenizer.eos_token or "", ids[-1:] == [tokenizer.eos_token_id])
+
+
+def _same_as_backend(tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]], *, special: bool) -> bool:
     """Whether the tokenizer's class adds nothing of its own to what its backend does."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     probe = '  Ping?\n\nPong: {"a": [1, 2]} 東京 <|im_end|>\n' + (tokenizer.eos_token or "")
-    return encode(probe) == backend.encode(probe, add_special_tokens=False).ids
+    return encode(probe) == backend.encode(probe, add_special_tokens=special).ids

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # {"role", "content"} and, where the row has them, "tool_calls" and "tool_call_id" (OpenAI's form, arguments parsed),
-# "name", "reasoning" (text) and "trained" (False: an assistant turn that is context).
+# "name", "reasoning_content" and "trained" (False: an assistant turn that is context).
 Message = dict[str, Any]
 Tools = list[dict[str, Any]]
 
@@ -77,7 +77,7 @@ def read_tools(value: Any) -> Tools:
     return [_tool(tool) for tool in tools or []]
 
 
-def packed(messages: Sequence[Message], tools: Tools) -> str | None:
+def packed(messages: Sequence[Message], tools: Sequence[Any]) -> str | None:
     """What a row has beside roles and texts, as JSON text; None for nearly all rows, which have nothing."""
     turns = {
         str(k): {name: value for name, value in message.items() if name not in ("role", "content")}
@@ -87,15 +87,13 @@ def packed(messages: Sequence[Message], tools: Tools) -> str | None:
     if not turns and not tools:
         return None
     try:
-        return json.dumps({"turns": turns, "tools": tools}, ensure_ascii=False)
+        return json.dumps({"turns": turns, "tools": list(tools)}, ensure_ascii=False)
     except (RecursionError, TypeError, ValueError) as error:  # nested too deeply, or dates and bytes of a Parquet file
         raise Dropped("tools or tool calls that JSON cannot hold") from error
 
 
-def unpacked(messages: Sequence[Message], extras: str | None) -> tuple[list[Message], Tools]:
+def unpacked(messages: Sequence[Message], extras: str) -> tuple[list[Message], Tools]:
     """The messages as `read_turns` gave them, and the row's tools."""
-    if extras is None:
-        return list(messages), []
     found = json.loads(extras)
     turns = found["turns"]
     return [message | turns.get(str(k), {}) for k, message in enumerate(messages)], found["tools"]
@@ -231,7 +229,7 @@ def _reasoning(turn: Mapping[str, Any]) -> Message:
         if turn.get(key) is not None and not isinstance(turn[key], str):
             raise Dropped(f'"{key}" of a turn is no text')
         if (turn.get(key) or "").strip():
-            return {"reasoning": turn[key]}
+            return {"reasoning_content": turn[key]}
     return {}
 
 
