@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="with --check: one JSON document on stdout")
     add("--strict", action="store_true", help="a missing adapter or data set is an error")
     add("--fresh", action="store_true", help="train again; the old output is moved aside, never deleted")
+    # The launcher `deepspeed` adds it; the rank is read from the environment, where every launcher says it.
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -8,10 +8,14 @@ import sysconfig
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from sft.distributed.launch import launched
+
+# A name server that knows a name says so within this time.
+_NAME_SECONDS = 5.0
 
 
 def silence_libraries() -> None:
@@ -91,6 +95,16 @@ def hub_is_off() -> bool:
 
 
 def _resolves(host: str) -> bool:
+    """Whether the name has an address. A name server that keeps silent takes no notice of a time limit: a thread can
+    be left behind."""
+    answers: list[bool] = []
+    asking = Thread(target=lambda: answers.append(_has_address(host)), daemon=True)
+    asking.start()
+    asking.join(_NAME_SECONDS)
+    return answers == [True]
+
+
+def _has_address(host: str) -> bool:
     try:
         socket.getaddrinfo(host, 443)
     except OSError:

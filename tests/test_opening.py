@@ -1,10 +1,14 @@
 """What a launch file must not say, what its engine refuses, and which checkpoints it can go on from."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
+from sft import cli
+from sft.environment import offline_unless_reachable
 from sft.stages.checkpoints import saved_under
 from sft.stages.opening import launch_problems, resume_problems
 from tests.ladders import make_settings
@@ -114,3 +118,34 @@ def test_checkpoints_tell_who_can_go_on_from_them(tmp_path: Path, monkeypatch: p
     assert len(resume_problems(plain)) == 1
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "this run is DeepSpeed ZeRO-2 with 4 processes" in resume_problems(split)[0]
+
+
+def test_a_launch_file_that_needs_deepspeed_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An extra that is missing is one line with the command."""
+    monkeypatch.setattr("sft.stages.opening.find_spec", lambda name: None)
+    (problem,) = launch_problems(make_settings(tmp_path), deepspeed_file(tmp_path))
+    assert "make install-deepspeed" in problem
+    assert launch_problems(make_settings(tmp_path), {}) == []
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=0"])
+def test_the_flag_of_the_deepspeed_launcher_is_taken(flag: str):
+    """It is handed to every rank; what rank a process has stands in the environment."""
+    assert cli.parser().parse_args(["--stage", "1", flag]).stage == "1"
+
+
+def test_a_name_server_without_an_answer_does_not_hold_up_a_run(monkeypatch: pytest.MonkeyPatch):
+    """No address, or no word for longer than the limit: the hub's client is told to use its cache alone."""
+    monkeypatch.setattr("sft.environment.getproxies", dict)
+    monkeypatch.setattr("sft.environment._NAME_SECONDS", 0.05)
+    for answer in (lambda *name: (_ for _ in ()).throw(OSError("no")), lambda *name: time.sleep(1.0)):
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        monkeypatch.setattr("sft.environment.socket.getaddrinfo", answer)
+        start = time.monotonic()
+        assert offline_unless_reachable()
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+        assert time.monotonic() - start < 0.5
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("sft.environment.socket.getaddrinfo", lambda *name: ["an address"])
+    assert not offline_unless_reachable()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

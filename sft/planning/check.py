@@ -21,8 +21,8 @@ def check(ladder: list[Settings], options: argparse.Namespace) -> None:
     if launched().rank != 0:
         return
     silence_libraries()
-    offline_unless_reachable()
     ladder[0].export_passthrough()
+    offline_unless_reachable()
     silence_torch()
     plans = []
     held: set[int] = set()

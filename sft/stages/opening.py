@@ -6,11 +6,12 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sft.distributed.launch import launched
-from sft.environment import silence_libraries, silence_torch
+from sft.environment import offline_unless_reachable, silence_libraries, silence_torch
 from sft.errors import Problems
 from sft.settings import Settings
 from sft.stages.checkpoints import saved_under
@@ -27,6 +28,7 @@ def open_stage(settings: Settings, *, fresh: bool) -> Stage:
     """
     silence_libraries()
     settings.export_passthrough()
+    offline_unless_reachable()  # half a minute of retries for every name that only the hub could know
     if problems := launch_problems(settings):
         raise Problems(problems)
     alone = launched().processes == 1
@@ -100,6 +102,8 @@ def launch_problems(settings: Settings, environ: Mapping[str, str] | None = None
     environ = os.environ if environ is None else environ
     launch = launched(environ)
     found = [*_precision_problems(settings, environ)]
+    if launch.deepspeed and find_spec("deepspeed") is None:
+        found.append("DeepSpeed is not installed, which this launch file needs: make install-deepspeed, or ddp.yaml")
     if launch.deepspeed:
         found += _deepspeed_problems(settings, deepspeed_values(environ), launch.processes)
     if launch.sharding in ("zero3", "fsdp"):
