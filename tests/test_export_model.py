@@ -259,3 +259,48 @@ def test_help_comes_without_torch():
     check = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {program}"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_all_stages_become_one_adapter_for_the_untouched_base(export, ladder):
+    """Ranks add up, plain PEFT loads it on the base alone, and it answers as base + adapter 1 + adapter 2."""
+    base, stages = ladder
+    code, out, err = export("--checkpoint_dir", stages[1], "--as-adapter")
+    assert (code, err) == (0, "")
+    assert f"Joining 2 adapters for {base} ..." in out
+    assert f"Adapter: {stages[1] / 'adapter'} (rank 4)" in out
+    assert "Serving: vLLM: --max-lora-rank 8" in out
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), stages[1] / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    for name, expected in expected_weights(base, stages).items():
+        assert torch.allclose(merged[name], expected, atol=1e-6), name
+    assert AutoTokenizer.from_pretrained(stages[1] / "adapter").chat_template == "{{ messages }}"
+    record = json.loads((stages[1] / "adapter" / "merge.json").read_text())
+    assert record["kl"] < 1e-9
+    code, out, _ = export("--checkpoint_dir", stages[1], "--as-adapter", "--rank", 2)
+    assert code == 0
+    assert "Shortened: 4 matrices lose up to " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--rank", 4), "--rank 4: is a number from 1 on and goes with --as-adapter"),
+        (("--as-adapter", "--rank", 0), "--rank 0: is a number from 1 on"),
+    ],
+)
+def test_a_rank_that_means_nothing_is_refused(export, ladder, arguments, said):
+    """Without --as-adapter, or below 1: exit 2, nothing written."""
+    code, _, err = export("--checkpoint_dir", ladder[1][1], *arguments)
+    assert code == 2
+    assert said in err
+    assert not (ladder[1][1] / "adapter").exists()
+
+
+def test_a_ladder_with_a_fully_trained_stage_has_no_adapter(export, ladder):
+    """The weights of that stage are no sum of low-rank updates: refused, with what to do instead."""
+    manifest = json.loads((ladder[1][0] / "stage.json").read_text())
+    manifest["settings"]["SFT_USE_LORA"] = {"value": False, "origin": "stage1.env"}
+    (ladder[1][0] / "stage.json").write_text(json.dumps(manifest))
+    code, _, err = export("--checkpoint_dir", ladder[1][1], "--as-adapter")
+    assert code == 2
+    assert "--as-adapter: stage 1 trained all weights, which no adapter on the base model holds" in err
