@@ -17,6 +17,7 @@ from sft.data.sources.shapes import content_hash, read_messages, shape_of, task_
 from sft.data.sources.turns import Dropped
 from sft.errors import Problems
 from sft.settings import Source
+from sft.stages.changes import source_fingerprint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}]
@@ -326,6 +327,94 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, table: list[dict[st
     assert 'no split "val"; there are train, test' in reason(tmp_path / "splits", split="val")
 
 
+def packed(path: Path, content: bytes) -> Path:
+    kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+    with pa.output_stream(str(path), compression=kind) as stream:
+        stream.write(content)
+    return path
+
+
+def test_packed_files_and_other_endings(tmp_path: Path, table: list[dict[str, Any]]):
+    """jsonl.gz, jsonl.zst, json.gz, csv.zst, ndjson, tsv; also of several packed parts, as pigz and zstd write."""
+    lines = write_lines(tmp_path / "rows.ndjson", *table).read_bytes()
+    found = [tmp_path / "rows.ndjson", packed(tmp_path / "a.jsonl.gz", lines), packed(tmp_path / "a.JSONL.zst", lines)]
+    found.append(packed(tmp_path / "a.json.gz", json.dumps(table).encode()))
+    text = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in table)
+    found.append(packed(tmp_path / "a.csv.zst", text.encode()))
+    (tmp_path / "rows.tsv").write_text(text.replace(",", "\t"), encoding="utf-8")
+    parts = [packed(tmp_path / f"{number}.zst", lines[:75] if number else lines[75:]).read_bytes() for number in (1, 0)]
+    (tmp_path / "parts.jsonl.zst").write_bytes(b"".join(parts))
+    for path in (*found, tmp_path / "rows.tsv", tmp_path / "parts.jsonl.zst"):
+        assert [chat[-1]["content"] for chat in messages(load(path))] == expected_answers(table), path.name
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+def test_a_cut_packed_file_is_named(tmp_path: Path, ending: str):
+    """Half a download is not half a data set."""
+    path = packed(tmp_path / f"rows{ending}", b"".join(b'{"text": "%d"}\n' % number for number in range(9000)))
+    path.write_bytes(path.read_bytes()[:-20])
+    assert str(path) in reason(path)
+    path.write_bytes(b"no archive at all")
+    assert str(path) in reason(path)
+
+
+def test_a_pattern_is_its_files_in_order(tmp_path: Path, table: list[dict[str, Any]]):
+    """Rows come file by file; they are known by content, so another folder is the same and an edit is not."""
+    for number, row in enumerate(table):
+        write_lines(tmp_path / f"part-{number}.jsonl", row)
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        write_lines(tmp_path / "copy" / f"part-{number}.jsonl", row)
+    rows, copy = load(tmp_path / "part-*.jsonl"), load(tmp_path / "copy" / "p*.jsonl")
+    assert [chat[-1]["content"] for chat in messages(rows)] == expected_answers(table)
+    assert rows.fingerprint == copy.fingerprint
+    before = source_fingerprint(Source(id=str(tmp_path / "part-*.jsonl")))
+    assert before == source_fingerprint(Source(id=str(tmp_path / "copy" / "part-*.jsonl")))
+    write_lines(tmp_path / "copy" / "part-2.jsonl", table[0])
+    assert load(tmp_path / "copy" / "p*.jsonl").fingerprint != copy.fingerprint
+    assert before != source_fingerprint(Source(id=str(tmp_path / "copy" / "part-*.jsonl")))
+    assert reason(tmp_path / "none-*.jsonl") == f"no file matches {tmp_path / 'none-*.jsonl'}"
+
+
+def test_a_folder_is_the_files_of_its_split(tmp_path: Path, table: list[dict[str, Any]]):
+    """As on the hub: data/train-00000-of-00002.parquet; what is hidden or describes the set is no data."""
+    (tmp_path / "data").mkdir()
+    for number, part in enumerate((table[:2], table[2:])):
+        path = tmp_path / "data" / f"train-{number:05}-of-00002.parquet"
+        pyarrow.parquet.write_table(pa.Table.from_pylist(part), path)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(table[:1]), tmp_path / "data" / "test-00000-of-00001.parquet")
+    (tmp_path / "README.md").write_text("---\n---\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert [chat[-1]["content"] for chat in messages(load(tmp_path))] == expected_answers(table)
+    assert len(load(tmp_path, split="test").dataset) == 1
+    assert reason(tmp_path, split="dev") == f'{tmp_path}: no split "dev"; there are test, train'
+    write_lines(tmp_path / "more.jsonl", *table)
+    assert "it has files of several types (.jsonl, .parquet); name those to read" in reason(tmp_path)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write_lines(plain / "a.jsonl", table[0])
+    write_lines(plain / "b.jsonl", *table[1:])
+    assert [chat[-1]["content"] for chat in messages(load(plain))] == expected_answers(table)
+    write_lines(plain / "valid.jsonl", table[0])
+    assert "some files tell their split (validation), others (a.jsonl, b.jsonl) do not" in reason(plain)
+
+
+def test_files_that_are_something_else_are_told_apart(tmp_path: Path):
+    """A Git LFS pointer, semicolons, tabs, no line of names, a split asked of a file: each with its remedy."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;completion\na;b\n")
+    assert reason(path) == f"{path}: its columns stand between semicolons; put commas there"
+    path.write_text("prompt\tcompletion\na\tb\n")
+    assert reason(path).endswith("its columns stand between tabs; put commas there; or name it .tsv")
+    path.write_text("What is it?,A cat.\nWhat?,That.\n")
+    assert reason(path).endswith("; the first line of the file must name the columns")
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    assert '"split" asks for train[:6], but a file has no splits; leave it out ("limit"' in reason(
+        path, split="train[:6]"
+    )
+    path.write_text("version https://" + "git-lfs.example/spec/v1\noid sha256:00\nsize 12\n")
+    assert reason(path) == f"{path}: a Git LFS pointer and not the data; run git lfs pull in that folder"
+
+
 def test_limit_takes_the_first_rows(tmp_path: Path, table: list[dict[str, Any]]):
     """Counted before rows are dropped; more than there are is all of them."""
     path = write_lines(tmp_path / "rows.jsonl", *table)
@@ -383,7 +472,7 @@ def test_columns_of_any_kind_beside_the_wanted_ones(tmp_path: Path):
         ("a.csv", b'prompt,completion\na,b\na,"b\n', "line 3: broken CSV"),
         ("a.csv", b"prompt,completion\na,b\na,b,c\n", "line 3: more fields than the 2 columns"),
         ("a.parquet", b"no parquet", "not a readable Parquet file"),
-        ("a.txt", b"text", "the file types known are .csv, .json, .jsonl, .parquet"),
+        ("a.txt", b"text", "the file types known are .csv, .json, .jsonl, .ndjson, .parquet, .tsv"),
     ],
 )
 def test_a_broken_file_names_file_and_line(tmp_path: Path, name: str, content: bytes, expected: str):
@@ -422,7 +511,7 @@ def test_missing_things_are_told_apart(tmp_path: Path):
     assert reason(tmp_path / "none.jsonl") == f"there is no file {tmp_path / 'none.jsonl'}"
     assert reason("none.csv") == "there is no file none.csv"
     assert reason(tmp_path / "none") == f"there is no file or folder {tmp_path / 'none'}"
-    assert "not a folder written by save_to_disk" in reason(tmp_path)
+    assert "neither a folder written by save_to_disk nor one with data files" in reason(tmp_path)
 
 
 # The hub

@@ -303,7 +303,7 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(expand)]
 
 
 class Source(BaseModel):
-    """One data set of a mix: a hub id, a folder of `save_to_disk`, or a .json, .jsonl, .csv or .parquet file."""
+    """One data set of a mix: a hub id, a folder of `save_to_disk` or of data files, a data file, or a pattern."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.data.sources.files import files_of_pattern, is_pattern
 from sft.settings.rules import RESULT_NEUTRAL
 from sft.storage.seals import content_fingerprint, sha256
 
@@ -21,8 +22,11 @@ _SAMPLE, _SAMPLES = 4096, 256
 
 
 def source_fingerprint(source: "Source") -> str:
-    """`sha256:` of a local file, `folder:` of a local folder, `hub:<id>@<revision or main>` of anything else."""
+    """`sha256:` of a local file, `folder:` of a folder or a pattern's files, `hub:<id>@<revision or main>` else."""
     path = Path(source.id).expanduser()
+    if is_pattern(source.id) and (files := files_of_pattern(source.id)):
+        lines = "".join(f"{each.suffix} {each.stat().st_size} {sha256(each)}\n" for each in files)
+        return f"folder:{hashlib.sha256(lines.encode()).hexdigest()}"
     return content_fingerprint(path) if path.exists() else f"hub:{source.id}@{source.revision or 'main'}"
 
 

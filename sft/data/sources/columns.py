@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.data.sources.readers import ROWS_AT_ONCE, SourceError
+from sft.data.sources.files import SourceError
+from sft.data.sources.readers import ROWS_AT_ONCE
 from sft.data.sources.shapes import CHOOSING, MEDIA, SHAPES, Shape, shape_of
 from sft.data.sources.turns import TURN_KEYS
 from sft.errors import Problems
@@ -150,7 +151,7 @@ class Columns:
             return (
                 f'; chosen and rejected are preferences: "columns": {{"{column}": "chosen"}} trains the chosen answers'
             )
-        if Path(self.source.id).suffix.lower() in (".csv", ".tsv"):
+        if {".csv", ".tsv"}.intersection(Path(self.source.id.lower()).suffixes):
             return "; the first line of the file must name the columns"
         return ""
 

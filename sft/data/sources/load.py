@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ import huggingface_hub.errors
 import pyarrow as pa
 
 from sft.data.sources.columns import Columns, Tally, reason_of
-from sft.data.sources.readers import FILE_TYPES, ROWS_AT_ONCE, SourceError, read_file, tables_to_rows
+from sft.data.sources.files import SourceError, files_of_folder, files_of_pattern, has_kind, is_pattern, kind_of_file
+from sft.data.sources.readers import ROWS_AT_ONCE, read_file, tables_to_rows
 from sft.data.sources.shapes import (
     Shape,
     content_hash,
@@ -91,31 +92,54 @@ def open_source(source: Source) -> tuple[Any, Callable[[], Iterator[dict[str, An
     """
     wanted = known_columns().union((source.columns or {}).values())
     path = Path(source.id).expanduser()
-    if path.suffix.lower() in FILE_TYPES and (path.is_file() or not _may_be_hub_id(source.id)):
-        if not path.is_file():
-            raise SourceError(f"there is no file {path}")
-        content: list[Any] = [path.suffix.lower(), file_digest(path), source.encoding]
-        return content, lambda: read_file(path, source.encoding, wanted)
+    files = _files(source, path)
+    if files:
+        content: list[Any] = [source.encoding, *([kind_of_file(file), file_digest(file)] for file in files)]
+        return content, lambda: chain.from_iterable(read_file(file, source.encoding, wanted) for file in files)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        content = [source.split, *([str(file.relative_to(path)), file_digest(file)] for file in files)]
+        below = sorted(file for file in path.rglob("*") if file.is_file())
+        content = [source.split, *([str(file.relative_to(path)), file_digest(file)] for file in below)]
         return content, lambda: _dataset_rows(_from_folder(path, source.split), wanted)
-    if path.is_file():
-        raise SourceError(f"{path}: the file types known are {', '.join(sorted(FILE_TYPES))}")
-    if not _may_be_hub_id(source.id):
-        raise SourceError(f"there is no file or folder {path}")
     dataset = _from_hub(source)
     return ["hub", dataset._fingerprint], lambda: _dataset_rows(dataset, wanted)
 
 
+def _files(source: Source, path: Path) -> list[Path]:
+    """The data files a source is; none for a folder of `save_to_disk` and a data set of the hub."""
+    if is_pattern(source.id):
+        found = files_of_pattern(source.id)
+        if not found:
+            raise SourceError(f"no file matches {path}")
+    elif path.is_dir():
+        return [] if _is_saved(path) else files_of_folder(path, source.split)
+    elif path.is_file():
+        found = [path]
+    elif has_kind(path):
+        raise SourceError(f"there is no file {path}")
+    elif not _may_be_hub_id(source.id):
+        raise SourceError(f"there is no file or folder {path}")
+    else:
+        return []
+    for file in found:
+        kind_of_file(file)
+    if source.split != "train":
+        raise SourceError(
+            f'{source.id}: "split" asks for {source.split}, but a file has no splits; leave it out'
+            ' ("limit" takes the first rows)'
+        )
+    return found
+
+
 def _may_be_hub_id(name: str) -> bool:
-    """`name` or `owner/name`; anything with a file's ending is a path, and so is what starts like one."""
-    return name.count("/") <= 1 and name[0] not in "./~" and Path(name).suffix.lower() not in FILE_TYPES
+    """`name` or `owner/name`; what starts like a path is one."""
+    return name.count("/") <= 1 and name[0] not in "./~"
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _from_folder(path: Path, split: str) -> datasets.Dataset:
-    if not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
-        raise SourceError(f"{path}: not a folder written by save_to_disk; name the data file in it instead")
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -1,42 +1,70 @@
 """Files -> rows, one at a time, with errors that name the file, the line and the remedy."""
 
 import csv
+import io
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from sft.data.sources.files import SourceError, kind_of_file
 from sft.data.sources.shapes import MEDIA
+
+__all__ = ["ROWS_AT_ONCE", "SourceError", "read_file", "tables_to_rows"]
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 ROWS_AT_ONCE = 1000
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
-class SourceError(Exception):
-    """A source cannot be loaded; the message is the reason people are shown."""
-
-
 def read_file(path: Path, encoding: str | None, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a .json, .jsonl, .csv or .parquet file. `encoding` None is UTF-8 with or without a BOM.
+    """Rows of a file of one of the types known, packed or not. `encoding` None is UTF-8 with or without a BOM.
 
     Raises:
         SourceError: the file cannot be read to its end. Rows before the fault have been yielded by then.
     """
+    kind, packed = kind_of_file(path)
     try:
-        if path.suffix.lower() == ".parquet":
+        _refuse_pointer(path)
+        if kind == ".parquet":
             yield from _read_parquet(path, wanted)
         else:
-            yield from _TEXT_READERS[path.suffix.lower()](path, encoding or "utf-8-sig")
+            yield from _TEXT_READERS[kind](TextFile(path, encoding or "utf-8-sig", packed))
     except UnicodeError as error:
-        raise SourceError(_wrong_encoding(path, encoding or "utf-8")) from error
+        raise SourceError(_wrong_encoding(TextFile(path, encoding or "utf-8", packed))) from error
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror or error}") from error
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version ") and b"git-lfs" in start:
+        raise SourceError(f"{path}: a Git LFS pointer and not the data; run git lfs pull in that folder")
+
+
+class TextFile(NamedTuple):
+    """A file of text, how it is encoded and how it is packed."""
+
+    path: Path
+    encoding: str
+    packed: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def binary(self) -> Any:
+        """The bytes it unpacks to, as a stream. Reading raises OSError where the file is cut or damaged."""
+        return pa.input_stream(str(self.path), compression=self.packed) if self.packed else self.path.open("rb")
+
+    def open(self, newline: str = "\n") -> TextIO:
+        """Its text, as a stream."""
+        return io.TextIOWrapper(self.binary(), self.encoding, newline=newline)
 
 
 def tables_to_rows(tables: Iterator[Any], wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
@@ -66,23 +94,23 @@ def _first_value(column: Any) -> Any:
     return next((found for value in column if (found := value.as_py()) not in _NOTHING), None)
 
 
-def _read_jsonl(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
-    with path.open(encoding=encoding, newline="\n") as lines:
-        if not _begins_a_list(lines):
-            yield from _json_lines(path, lines)
-            return
-    yield from _read_json(path, encoding)  # a list of rows under the other name
+def _read_jsonl(file: TextFile) -> Iterator[dict[str, Any]]:
+    if _begins_a_list(file):
+        yield from _read_json(file)  # a list of rows under the other name
+        return
+    with file.open() as lines:
+        yield from _json_lines(file, lines)
 
 
-def _begins_a_list(file: TextIO) -> bool:
-    """Whether the first character that is no blank is a bracket; the file is set back to its start."""
-    while (character := file.read(1)).isspace():
-        continue
-    file.seek(0)
+def _begins_a_list(file: TextFile) -> bool:
+    """Whether the first character that is no blank is a bracket."""
+    with file.open() as text:
+        while (character := text.read(1)).isspace():
+            continue
     return character == "["
 
 
-def _json_lines(path: Path, lines: TextIO | list[str]) -> Iterator[dict[str, Any]]:
+def _json_lines(path: TextFile, lines: TextIO | list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -102,14 +130,14 @@ def _fault(error: json.JSONDecodeError) -> str:
     return f"broken JSON ({error.msg}, column {error.colno})"
 
 
-def _object(row: Any, path: Path, place: str) -> dict[str, Any]:
+def _object(row: Any, path: TextFile, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise SourceError(f"{path}, {place}: a row is an object with columns, this is {type(row).__name__}")
     return row
 
 
-def _read_json(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
-    with path.open(encoding=encoding, newline="\n") as file:
+def _read_json(path: TextFile) -> Iterator[dict[str, Any]]:
+    with path.open() as file:
         text = file.read()
     start = _after_blank(text, 0)
     if text[start : start + 1] == "[":
@@ -135,7 +163,7 @@ def _after_blank(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _json_array(path: Path, text: str, position: int) -> Iterator[dict[str, Any]]:
+def _json_array(path: TextFile, text: str, position: int) -> Iterator[dict[str, Any]]:
     """Elements one by one, so that only the text is held, not every row."""
     decode = json.JSONDecoder().raw_decode
     position = _after_blank(text, position)
@@ -156,7 +184,7 @@ def _json_array(path: Path, text: str, position: int) -> Iterator[dict[str, Any]
         raise SourceError(f"{path}, line {line}: broken JSON (text after the end of the list)")
 
 
-def _after_comma(path: Path, text: str, position: int) -> int:
+def _after_comma(path: TextFile, text: str, position: int) -> int:
     position = _after_blank(text, position)
     following = text[position : position + 1]
     if following == ",":
@@ -167,10 +195,13 @@ def _after_comma(path: Path, text: str, position: int) -> int:
     return position
 
 
-def _read_csv(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
+def _read_csv(path: TextFile, delimiter: str = ",") -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
-    with path.open(encoding=encoding, newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    with path.open(newline="") as file:
+        first = file.readline()
+    _refuse_other_delimiter(path, first, delimiter)
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
             for row in reader:
                 if None in row:
@@ -181,6 +212,23 @@ def _read_csv(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
             raise SourceError(f"{path}, line {reader.reader.line_num}: broken CSV ({error})") from error
 
 
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def _refuse_other_delimiter(path: TextFile, first: str, delimiter: str) -> None:
+    """Raises SourceError where the line of names has another mark between them, and none of the expected."""
+    other = next((mark for mark in _DELIMITERS if mark in first), None)
+    if other and delimiter not in first:
+        remedy = "; or name it .tsv" if other == "\t" else "; or name it .csv" if other == "," else ""
+        raise SourceError(
+            f"{path}: its columns stand between {_DELIMITERS[other]}; put {_DELIMITERS[delimiter]} there{remedy}"
+        )
+
+
+def _read_tsv(path: TextFile) -> Iterator[dict[str, Any]]:
+    yield from _read_csv(path, "\t")
+
+
 def _read_parquet(path: Path, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -189,23 +237,27 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Iterator[dict[str, Any]
         raise SourceError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _wrong_encoding(path: Path, encoding: str) -> str:
-    content = path.read_bytes()
+def _wrong_encoding(file: TextFile) -> str:
+    with file.binary() as stream:
+        content = stream.read()
     try:
-        content.decode(encoding)
+        content.decode(file.encoding)
         place = "some of its text"
     except UnicodeError as error:
         place = f"byte {getattr(error, 'start', 0)}"
-    remedy = likely_encoding(path) or "its name"
-    return f'{path}: {place} is not {encoding}; give the source "encoding": "{remedy}" if that is how it was written'
+    remedy = _likely_encoding(file) or "its name"
+    return (
+        f'{file}: {place} is not {file.encoding}; give the source "encoding": "{remedy}" if that is how it was written'
+    )
 
 
-_TEXT_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
+_TEXT_READERS: dict[str, Callable[[TextFile], Iterator[dict[str, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
 }
-FILE_TYPES = frozenset({*_TEXT_READERS, ".parquet"})
 
 
 # Tried in this order; the first that reads the whole file is suggested.
@@ -213,17 +265,17 @@ _LIKELY = ("utf-8-sig", "cp932", "euc_jp", "gb18030", "cp1252")
 _CHARACTERS = 1 << 20
 
 
-def likely_encoding(path: Path) -> str | None:
+def _likely_encoding(file: TextFile) -> str | None:
     """The first usual encoding that reads the file to its end, in constant memory; None when none does."""
-    with path.open("rb") as file:
-        marked = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    with file.binary() as stream:
+        marked = stream.read(2) in (b"\xff\xfe", b"\xfe\xff")
     names = ("utf-16", *_LIKELY) if marked else _LIKELY
-    return next((name for name in names if _reads(path, name)), None)
+    return next((name for name in names if _reads(file._replace(encoding=name))), None)
 
 
-def _reads(path: Path, encoding: str) -> bool:
+def _reads(file: TextFile) -> bool:
     try:
-        with path.open(encoding=encoding) as text:
+        with file.open() as text:
             while text.read(_CHARACTERS):
                 continue
     except UnicodeError:
