@@ -66,7 +66,9 @@ def main() -> None:
     token = sys.stdin.read().strip()
     name = account(token)
     path = store(token)
-    print(f"stored in {path} (readable by you alone); every Hugging Face tool finds it there, nothing has to be sourced")
+    print(
+        f"stored in {path} (readable by you alone), where every Hugging Face tool finds it; there is nothing to source"
+    )
     if name is None:
         raise RunFailed("the hub could not be reached, so the token is untested; run this again with a network")
     print(f"the hub knows it as {name}")
