@@ -49,6 +49,7 @@ def main(options: argparse.Namespace) -> None:
         check_machine(options)
         return
     ladder = cli.load_ladder(options)
+    cli.say_untested()
     if options.check:
         from sft.planning.check import check
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sft.distributed.launch import launched
 from sft.distributed.signals import STOP, Stopped
+from sft.environment import required, untested_versions
 from sft.errors import Problems, RunFailed, hide_secrets, plainly
 from sft.planning.document import Document, print_documents
 from sft.settings import Settings, load_settings
@@ -156,6 +157,12 @@ def say(text: str, *, every_rank: bool = False) -> None:
     rank, processes = launched()[:2]
     if rank == 0 or every_rank:
         print(f"rank {rank}: {text}" if every_rank and processes > 1 else text, file=sys.stderr, flush=True)
+
+
+def say_untested() -> None:
+    """One line where libraries are installed that nobody has tried with this program."""
+    if warning := untested_versions(required()):
+        say(warning)
 
 
 def say_problems(problems: Sequence[str], *, every_rank: bool = False) -> None:

@@ -1,16 +1,20 @@
 """The process around a run: quiet libraries, and whether the hub can be reached (found out at once)."""
 
+import importlib.metadata
 import logging
 import os
 import shutil
 import socket
 import sysconfig
 import warnings
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+from packaging.requirements import Requirement
 
 from sft.distributed.launch import launched
 
@@ -82,6 +86,37 @@ def offline_unless_reachable() -> bool:
         return False
     os.environ["HF_HUB_OFFLINE"] = "1"
     return True
+
+
+def required() -> list[str]:
+    """What this package asks for, as its metadata has it; [] where it runs without being installed."""
+    try:
+        return importlib.metadata.requires("staged-sft") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def installed(name: str) -> str | None:
+    """The version of a package; None where it is missing, which the import of it will say."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def untested_versions(requirements: Iterable[str], version_of: Callable[[str], str | None] = installed) -> str:
+    """One line about installed packages outside the bounds of these requirements; "" where there is none.
+
+    Overrides of a library's private methods are dead where it has renamed them, and nothing else would say so.
+    """
+    asked = [Requirement(text) for text in requirements]
+    found = [
+        f"{each.name} {version} (tested: {each.specifier})"
+        for each in asked
+        if each.marker is None and (version := version_of(each.name)) and not each.specifier.contains(version, True)
+    ]
+    remedy = "make install, or pip install -c constraints.txt ., installs tested ones"
+    return f"[WARNING] Untested versions: {', '.join(found)}; {remedy}" if found else ""
 
 
 def hub_address() -> str:
