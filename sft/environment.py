@@ -145,3 +145,10 @@ def _has_address(host: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def person_language() -> str:
+    """The language of the person at this terminal, as far as pages are written in it: "ja" or "en"."""
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    locale = next((value for name in names if (value := os.environ.get(name))), "")
+    return "ja" if locale.lower().startswith("ja") else "en"

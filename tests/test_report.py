@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from sft.reporting import report
 from sft.reporting.facts import stage_facts
+from sft.reporting.language import japanese
 from sft.reporting.report import forgetting_table, score_table, write_ladder_report, write_report
+from sft.reporting.scores import read_answers
+from sft.reporting.text import spaces
+from sft.scoring.faults import FAULTS
 
 # Stage 2 keeps stage 1's JSON but loses 0.5 of its TOML: 0.9 -> 0.65 overall.
 FORGETTING = {
@@ -143,7 +148,7 @@ def test_page_is_well_formed_and_loads_nothing(folders):
         links = ("#", "lora_stage1/report.html", "lora_stage2/report.html")
         assert all(address.startswith(links) for address in page.loaded)
         assert re.findall(r"https?://(?!\*\*\*@tracker/)|url\((?!#)|@import", text) == []
-        assert text.count("<svg ") == 3
+        assert text.count("<svg ") == (3 if "lora_stage1/report.html" not in text else 4)
 
 
 def test_page_shows_facts_of_every_section(folders):
@@ -172,6 +177,117 @@ def test_worst_and_best_answers(folders):
     assert [row["score"] for row in answers["worst"]] == [0.0, 0.1, 0.2, 0.3, 0.4]
     assert [row["score"] for row in answers["best"]] == [1.0, 0.9, 0.8, 0.7, 0.6]
     assert (answers["step"], answers["count"]) == (20, 11)
+
+
+@pytest.mark.parametrize(
+    ("scores", "worst", "best", "equal"),
+    [
+        ([1.0, 1.0, 1.0], [], [], 3),
+        ([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.5], [1.0, 1.0, 1.0, 1.0], 0),
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0], 0),
+        ([0.2, 0.4, 0.9], [0.2], [0.9, 0.4], 0),
+        ([0.7], [], [], 1),
+    ],
+)
+def test_no_answer_is_among_the_lowest_and_the_highest(tmp_path, scores, worst, best, equal):
+    """Nor do the two groups share a score; where all score the same there are no lowest and highest."""
+    lines = [json.dumps(sample(f"answer {number}", score)) for number, score in enumerate(scores)]
+    (tmp_path / "gen_samples_step3.jsonl").write_text("\n".join(lines))
+    answers = read_answers(tmp_path, [])
+    assert ([row["score"] for row in answers["worst"]], [row["score"] for row in answers["best"]]) == (worst, best)
+    assert len(answers["equal"]) == equal
+    shown = [row["answer"] for name in ("worst", "best", "equal") for row in answers[name]]
+    assert len(shown) == len(set(shown))
+
+
+def test_the_top_of_the_page_says_what_happened(folders):
+    """Own tasks, earlier tasks, best checkpoint and the metric that chose it, and the last evaluation's figure."""
+    best = {"best_metric": 0.4, "best_metric_name": "eval_loss", "best_model_checkpoint": "checkpoint-10", "step": 10}
+    (folders[1] / "best_model").mkdir()
+    (folders[1] / "best_model" / "best_model_info.json").write_text(json.dumps(best))
+    facts, text = read(folders[1])
+    assert facts["lead"] == [
+        "Stage 2 lifted its own tasks from 0.00 to 0.80; on the tasks of stage 1 it fell by 0.25.",
+        "Best model: checkpoint-10, where eval_loss was lowest (0.400). The last evaluation had 0.500.",
+    ]
+    assert facts["best"] == best
+    assert all(sentence in Page(text).text for sentence in facts["lead"])
+    assert read(folders[0])[0]["lead"] == ["Stage 1 brought the evaluation loss from 1.500 to 0.500."]
+    page = write_ladder_report(folders, folders[0].parent / "r.html", "en").read_text()
+    assert facts["lead"][0] in Page(page).text
+
+
+def test_nothing_earlier_fell(folders):
+    """Said where earlier tasks were asked and none fell by more than the margin."""
+    kept = FORGETTING | {"scores": [[0.1, 0.0], [0.9, 0.59], [0.9, 1.0]]}
+    (folders[1] / "stage.json").write_text(json.dumps(manifest(2) | {"forgetting": kept}))
+    lead = stage_facts(folders[1])["lead"]
+    assert lead == ["Stage 2 lifted its own tasks from 0.59 to 1.00; nothing earlier fell."]
+
+
+def test_white_space_of_answers_can_be_seen():
+    """At line ends, tabs, wide blanks and line ends at the end; what stands between words stays a space."""
+    shown = spaces("a b  \n\tc\u3000<d>\n\n")
+    plain = re.sub(r"<[^>]+>", "", shown)
+    assert plain == "a b··\n⇥\tc␣&lt;d&gt;⏎\n⏎\n"
+    assert spaces("plain text") == "plain text"
+
+
+def test_figures_read_as_they_are_meant(folders):
+    """Counts are whole numbers, the peak learning rate is the one that was set, a mix is a table."""
+    record = manifest(2)
+    mix = [{"id": "a.jsonl", "weight": 1.0}, {"id": "b.jsonl", "weight": 2.5, "limit": 7}]
+    record["settings"]["SFT_DATASET_MIX"] = {"value": mix, "origin": "stage2.env"}
+    record["metrics"] = {"gen_samples": 64.0, "eval_loss": 0.5}
+    (folders[1] / "stage.json").write_text(json.dumps(record))
+    (folders[1] / "gen_metrics_step20.json").write_text(json.dumps({"gen_score": 0.75, "gen_samples": 64.0}))
+    text = read(folders[1])[1]
+    assert "64.000" not in text and text.count('<td class="number">64</td>') == 2
+    assert "<th>limit</th>" in text and re.search(r"<code[^>]*>b.jsonl</code></td><td><code[^>]*>2.5</code>", text)
+    page = write_ladder_report(folders, folders[0].parent / "r.html").read_text()
+    assert '<td class="number">0.001</td>' in page and '<td class="number">0.0005</td>' in page
+
+
+def test_faults_are_counted_and_stand_with_each_answer(tmp_path):
+    """A table says how many answers have which fault, and what it means."""
+    rows = [sample("a", 0.0) | {"faults": ["fence", "wrong key"]}, sample("b", 1.0) | {"faults": ["fence"]}]
+    (tmp_path / "gen_samples_step3.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    facts, text = read(tmp_path)
+    assert [(fault["name"], fault["answers"]) for fault in facts["answers"]["faults"]] == [
+        ("fence", 2),
+        ("wrong key", 1),
+    ]
+    assert "it stands in a code fence" in text
+    assert facts["answers"]["worst"][0]["faults"] == ["fence", "wrong key"]
+
+
+def test_the_page_speaks_japanese(folders, monkeypatch):
+    """By the setting or the locale; report.json stays as it is, and headings and sentences leave no English word."""
+    english_facts = read(folders[1])[0]
+    text = write_report(folders[1], "ja").read_text(encoding="utf-8")
+    assert '<html lang="ja">' in text
+    for words in ("忘却行列", "点の低い回答", "ステージ2は自分の課題の点を0.00から0.80に上げました", "ステージ1の課題"):
+        assert words in text
+    assert re.findall(r"<h[23]>[^<]*[A-Za-z]{4,}[^<]*</h[23]>", text) == []
+    assert json.loads((folders[1] / "report.json").read_text(encoding="utf-8")) == english_facts
+    monkeypatch.setenv("LC_ALL", "ja_JP.UTF-8")
+    assert write_report(folders[1]).read_text(encoding="utf-8") == text
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    assert '<html lang="en">' in write_report(folders[1]).read_text(encoding="utf-8")
+
+
+def test_every_fixed_text_has_its_japanese():
+    """Whatever a template or the code hands to the translation is in the table, with the same places for values."""
+    room = Path(report.__file__).parent
+    texts = set()
+    for path in [*room.glob("templates/*.jinja"), *(room / f"{name}.py" for name in ("report", "lead", "text"))]:
+        source = path.read_text(encoding="utf-8")
+        texts |= set(re.findall(r"\b(?:_|say)\(\s*\"([^\"]+)\"", source))
+    texts |= {*FAULTS, *FAULTS.values()}
+    table = japanese()
+    assert texts - table.keys() == set()
+    for text, translation in table.items():
+        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", translation)), text
 
 
 def test_no_secret_reaches_the_report(folders):

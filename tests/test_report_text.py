@@ -2,7 +2,7 @@
 
 import pytest
 
-from sft.reporting.text import duration, figure, language, printable, short, signed
+from sft.reporting.text import duration, figure, language_of, printable, short, signed
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_differences_have_their_sign():
 
 def test_language():
     """Kana or Han characters make a text Japanese."""
-    assert [language(text) for text in ("name: Sato", "名前", "カナ", "")] == ["en", "ja", "ja", "en"]
+    assert [language_of(text) for text in ("name: Sato", "名前", "カナ", "")] == ["en", "ja", "ja", "en"]

@@ -69,7 +69,8 @@ def test_defaults_are_those_of_the_contract():
         "dataloader_workers": 0, "seed": 3407, "logging_steps": 10, "eval_steps": 50, "save_steps": 100,
         "save_total_limit": 2, "early_stopping_patience": -1, "metric_for_best": "eval_loss", "gen_eval": "none",
         "gen_eval_dataset": (), "gen_eval_samples": 64, "gen_max_new_tokens": 512, "gen_batch_size": 8,
-        "num_generate_samples": 5, "forgetting_margin": 0.05, "mlflow_experiment_name": "llm-training-stage1",
+        "num_generate_samples": 5, "forgetting_margin": 0.05, "report_language": "auto",
+        "mlflow_experiment_name": "llm-training-stage1",
         "report_to": ("mlflow",), "run_name": None,
         "extraction_fields": (
             "person_name", "person_age_at_published", "person_position_name", "person_belongs_company",

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sft.reporting.language import english
+from sft.reporting.lead import stage_lead
 from sft.reporting.scores import (
     compared_scores,
     matrix_facts,
@@ -49,7 +51,7 @@ def stage_facts(folder: Path) -> Facts:
         "warnings": [text for text in manifest.get("warnings") or [] if isinstance(text, str)],
         "notices": notices,
     }
-    return printable(facts)
+    return printable(facts | {"lead": stage_lead(facts, english)})
 
 
 def ladder_facts(folders: Sequence[Path]) -> Facts:
@@ -57,6 +59,7 @@ def ladder_facts(folders: Sequence[Path]) -> Facts:
     stages = [stage_facts(folder) for folder in folders]
     matrix = ladder_matrix(folders)
     facts = {
+        "lead": [sentence for stage in stages for sentence in stage["lead"][:1]],
         "base_model": next((stage["base_model"] for stage in stages if stage["base_model"]), None),
         "seconds": sum(stage["seconds"] or 0 for stage in stages),
         "stages": [_summary(stage) for stage in stages],
@@ -79,7 +82,8 @@ def _summary(stage: Facts) -> Facts:
     return {name: stage[name] for name in kept} | {
         "loss": _ends(stage["curves"].get("loss")),
         "eval_loss": _ends(stage["curves"].get("eval_loss")),
-        "learning_rate": max((value for _, value in stage["curves"].get("learning_rate", [])), default=None),
+        "learning_rate": stage["settings"].get("SFT_LR", {}).get("value"),
+        "best": stage["best"],
     }
 
 

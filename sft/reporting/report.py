@@ -1,6 +1,6 @@
 """Reports of a stage and of a ladder: report.html to read, report.json with the same facts, terminal tables.
 
-Everything comes from files on disk (report_facts.py), so a report can be made of a running, killed or copied stage.
+Everything comes from files on disk (facts.py), so a report can be made of a running, killed or copied stage.
 """
 
 from __future__ import annotations
@@ -16,9 +16,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sft.distributed.launch import launched
+from sft.environment import person_language
 from sft.reporting import plots
 from sft.reporting.facts import ladder_facts, ladder_matrix, stage_facts
-from sft.reporting.text import aligned, duration, figure, language, plain, score, signed
+from sft.reporting.language import Say, say_in
+from sft.reporting.lead import stage_lead
+from sft.reporting.text import (
+    aligned,
+    counted,
+    duration,
+    figure,
+    label,
+    language_of,
+    plain,
+    score,
+    scored,
+    signed,
+    spaces,
+)
 from sft.scoring import forgetting
 from sft.stages import paths
 from sft.storage.atomic import write_text
@@ -33,21 +48,33 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(folder: Path) -> Path:
-    """Writes report.html and report.json into a stage's folder and returns the path of the page."""
+def write_report(folder: Path, language: str = "auto") -> Path:
+    """Writes report.html and report.json into a stage's folder and returns the path of the page. `language`: that of
+    the page's fixed texts, as in SFT_REPORT_LANGUAGE; report.json is the same in any."""
     facts = stage_facts(folder)
-    page = _environment().get_template("report.html.jinja").render(facts, charts=_stage_charts(facts["curves"]))
+    shown = spoken(language)
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            facts
+            | shown
+            | {"lead": stage_lead(facts, shown["_"]), "charts": _stage_charts(facts["curves"], shown["_"])}
+        )
+    )
     write_json(folder / paths.REPORT_FACTS, facts)
     write_text(folder / paths.REPORT, page)
     return folder / paths.REPORT
 
 
-def write_ladder_report(folders: Sequence[Path], target: Path) -> Path:
+def write_ladder_report(folders: Sequence[Path], target: Path, language: str = "auto") -> Path:
     """Writes the page that compares a ladder's stages, in order, to `target` and its facts beside it as .json."""
     facts = ladder_facts(folders)
     links = [quote(os.path.relpath(folder / paths.REPORT, target.parent)) for folder in folders]
     template = _environment().get_template("ladder.html.jinja")
-    page = template.render(facts, links=links, charts=_ladder_charts(facts))
+    shown = spoken(language)
+    lead = [sentence for folder in folders for sentence in stage_lead(stage_facts(folder), shown["_"])[:1]]
+    page = template.render(facts | shown | {"lead": lead, "links": links, "charts": _ladder_charts(facts, shown["_"])})
     write_json(target.with_suffix(".json"), facts)
     write_text(target, page)
     return target
@@ -79,7 +106,13 @@ def forgetting_table(manifest: Mapping[str, Any]) -> str:
 
 def html_page(template: str, facts: Mapping[str, Any]) -> str:
     """A page of the house's look from one of the templates here, for the programs that report on something else."""
-    return _environment().get_template(template).render(facts)
+    return _environment().get_template(template).render(dict(facts) | spoken("en"))
+
+
+def spoken(language: str) -> Facts:
+    """What a template needs to speak: the language's code and the function for its fixed texts."""
+    code = person_language() if language == "auto" else language
+    return {"lang": code, "_": say_in(code)}
 
 
 @cache
@@ -94,7 +127,11 @@ def _environment() -> Environment:
         "signed": signed,
         "plain": plain,
         "duration": duration,
-        "language": language,
+        "language": language_of,
+        "label": label,
+        "spaces": spaces,
+        "scored": scored,
+        "counted": counted,
     }
     environment.filters |= filters | {"format_of": forgetting.format_of}
     return environment
@@ -112,39 +149,55 @@ def _lines(curves: Mapping[str, plots.Curve], title: str, **options: Any) -> lis
 
 
 def _legend(curves: Mapping[str, plots.Curve]) -> list[tuple[str, float | None, int]]:
-    return [(name, curve[-1][1], number % 6 + 1) for number, (name, curve) in enumerate(curves.items())]
+    return [(name, curve[-1][1], number % plots.COLOURS + 1) for number, (name, curve) in enumerate(curves.items())]
 
 
-def _stage_charts(curves: Mapping[str, plots.Curve]) -> list[Facts]:
+def _stage_charts(curves: Mapping[str, plots.Curve], say: Say) -> list[Facts]:
     losses = {name: curve for name, curve in curves.items() if name.endswith("loss")}
     scores = {name: curve for name, curve in curves.items() if name.startswith("gen_")}
     rate = {"learning_rate": curves["learning_rate"]} if "learning_rate" in curves else {}
     speed = {"tokens_per_second": curves["tokens_per_second"]} if "tokens_per_second" in curves else {}
     unit = all(0 <= value <= 1 for curve in scores.values() for _, value in curve)
-    charts = _lines(losses, "Loss") + _lines(scores, "Scores of generated answers", unit=unit)
-    return charts + _lines(rate, "Learning rate", zero=True) + _lines(speed, "Trained tokens per second")
+    step = say("step")
+    charts = _lines(losses, say("Loss"), label=step)
+    charts += _lines(scores, say("Scores of generated answers"), unit=unit, label=step)
+    charts += _lines(rate, say("Learning rate"), zero=True, label=step)
+    return charts + _lines(speed, say("Trained tokens per second"), zero=True, label=step)
 
 
-def _ladder_charts(facts: Facts) -> list[Facts]:
-    charts = []
-    if matrix := facts["forgetting"]:
-        columns, scores = matrix["columns"], matrix["format_scores"]
-        bars = [[row.get(column) for column in columns] for row in scores.values()]
-        # A stage has the colour of its curves below, the base the grey that is left.
-        numbers = [(forgetting.stage_number(model) - 1) % 6 + 1 for model in scores]
-        title = "Score of each model"
-        legend = [(model, None, number) for model, number in zip(scores, numbers, strict=True)]
-        charts.append(_chart(plots.bar_chart(bars, columns, title=title, numbers=numbers), title, legend))
-    for name, title in (("loss", "Training loss"), ("eval_loss", "Evaluation loss")):
-        curves = {f"stage {s['stage']}": s["curves"][name] for s in facts["stages"] if name in s["curves"]}
+def _ladder_charts(facts: Facts, say: Say) -> list[Facts]:
+    charts = _matrix_charts(facts["forgetting"], say) if facts["forgetting"] else []
+    for name, text in (("loss", "Training loss"), ("eval_loss", "Evaluation loss")):
+        curves = {label(f"stage {s['stage']}", say): s["curves"][name] for s in facts["stages"] if name in s["curves"]}
         if curves:
-            charts.append(_chart(plots.ladder_chart(list(curves.values()), title=title), title, _legend(curves)))
+            svg = plots.ladder_chart(list(curves.values()), title=say(text), label=say("steps of the whole ladder"))
+            charts.append(_chart(svg, say(text), _legend(curves)))
     return charts
+
+
+def _matrix_charts(matrix: Facts, say: Say) -> list[Facts]:
+    """The matrix read down its columns, and the overall figures and formats of every model."""
+    models = [label(row["model"], say) for row in matrix["rows"]]
+    tasks = {
+        say("tasks of {tasks}", tasks=label(name, say)): [row["cells"][place]["score"] for row in matrix["rows"]]
+        for place, name in enumerate(matrix["tasks"])
+    }
+    title = say("Scores of each stage's tasks, from model to model")
+    last = [next((score for score in reversed(scores) if score is not None), None) for scores in tasks.values()]
+    legend = [(name, end, place % plots.COLOURS + 1) for place, (name, end) in enumerate(zip(tasks, last, strict=True))]
+    charts = [_chart(plots.model_chart(tasks, models, title=title), title, legend)]
+    columns, scores = matrix["columns"], matrix["format_scores"]
+    bars = [[row.get(column) for column in columns] for row in scores.values()]
+    # A stage has the colour of its curves below, the base the grey that is left.
+    numbers = [(forgetting.stage_number(model) - 1) % plots.COLOURS + 1 for model in scores]
+    title = say("Score of each model")
+    legend = [(name, None, number) for name, number in zip(models, numbers, strict=True)]
+    return [*charts, _chart(plots.bar_chart(bars, columns, title=title, numbers=numbers), title, legend)]
 
 
 def close_stage(stage: Stage, tracker: Tracker | None) -> None:
     """Writes the report of a completed stage, sends it to MLflow and prints the summary."""
-    report = write_report(stage.folder)
+    report = write_report(stage.folder, stage.settings.report_language)
     manifest = stage.manifest
     if tracker:
         tracker.log_tags({"lineage.adapter": manifest["adapter_sha256"]})
@@ -169,7 +222,7 @@ def close_ladder(ladder: Sequence[Settings]) -> None:
     if launched().rank > 0:
         return
     folders = [folder for folder in stage_folders(ladder) if (folder / paths.MANIFEST).is_file()]
-    report = write_ladder_report(folders, Path(f"{ladder[-1].out_lora_dir}_report.html"))
+    report = write_ladder_report(folders, Path(f"{ladder[-1].out_lora_dir}_report.html"), ladder[-1].report_language)
     if table := score_table(folders):
         print(f"\nScores of base model and stages (gen_score, 0 to 1, on rows never trained on)\n{table}\n")
     print(f"Report: {report}\nMLflow: official_content/mlflow_ui.sh   (then open http://127.0.0.1:58000)")

@@ -7,6 +7,7 @@ from typing import Any
 
 from sft.reporting.text import short
 from sft.scoring import forgetting
+from sft.scoring.faults import FAULTS, counted
 from sft.scoring.formats import FORMATS
 from sft.scoring.metrics import metric_direction
 from sft.stages import paths
@@ -108,18 +109,32 @@ def _cell(matrix: forgetting.Matrix, model: str, tasks: str, drop: forgetting.Dr
 
 
 def read_answers(folder: Path, notices: list[str]) -> Facts | None:
-    """The worst and the best answers of the last generation evaluation; unscored ones (mode samples) as they come."""
+    """Answers of the last generation evaluation to read: the lowest and the highest scores where they differ, some of
+    them where all are equal or (mode samples) nothing is scored; and how often which fault was found."""
     files = _numbered(folder, paths.GEN_SAMPLES, "jsonl")
     samples = read_lines(files[-1][1], notices) if files else []
     if not samples:
         return None
+    groups = {name: [_sample(sample) for sample in group] for name, group in _groups(samples).items()}
+    faults = counted(sample.get("faults") or () for sample in samples)
+    named = [{"name": name, "answers": count, "meaning": FAULTS[name]} for name, count in faults.items()]
+    return {"step": files[-1][0], "count": len(samples), "faults": named} | groups
+
+
+def _groups(samples: list[Facts]) -> dict[str, list[Facts]]:
+    """No answer stands in two groups, and none of the lowest scores as much as one of the highest."""
     scored = sorted((s for s in samples if is_number(s.get("score"))), key=lambda sample: sample["score"])
-    best = scored[::-1][: min(SHOWN_ANSWERS, len(scored) // 2)]
-    worst = scored[: min(SHOWN_ANSWERS, len(scored) - len(best))]
-    unscored = [] if scored else samples[:SHOWN_ANSWERS]
-    groups = {"worst": worst, "best": best, "unscored": unscored}
-    shown = {name: [_sample(sample) for sample in group] for name, group in groups.items()}
-    return {"step": files[-1][0], "count": len(samples)} | shown
+    groups: dict[str, list[Facts]] = {"worst": [], "best": [], "equal": [], "unscored": []}
+    if not scored:
+        groups["unscored"] = samples[:SHOWN_ANSWERS]
+    elif scored[0]["score"] == scored[-1]["score"]:
+        groups["equal"] = scored[:SHOWN_ANSWERS]
+    else:
+        half = max(len(scored) // 2, 1)
+        groups["worst"] = [s for s in scored[: min(SHOWN_ANSWERS, half)] if s["score"] < scored[-1]["score"]]
+        best = scored[::-1][: min(SHOWN_ANSWERS, len(scored) - half)]
+        groups["best"] = [s for s in best if s["score"] > groups["worst"][-1]["score"]]
+    return groups
 
 
 def _sample(sample: Facts) -> Facts:
@@ -128,4 +143,5 @@ def _sample(sample: Facts) -> Facts:
     text = "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns if isinstance(turn, dict))
     texts = {"prompt": text, "answer": sample.get("answer"), "reference": sample.get("reference")}
     shown = {name: short("" if value is None else str(value), LONGEST_ANSWER) for name, value in texts.items()}
-    return {"task": sample.get("task") or "", "score": sample.get("score")} | shown
+    known = [name for name in sample.get("faults") or () if name in FAULTS]
+    return {"task": sample.get("task") or "", "score": sample.get("score"), "faults": known} | shown

@@ -6,6 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup, escape
+
+from sft.reporting.language import Say
+
 # Control characters but tab and newline, surrogates without a partner, and marks that turn the reading direction.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 JAPANESE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uff66-\uff9f]")
@@ -65,6 +69,42 @@ def signed(value: float | None) -> str:
     return f"{value:+.3f}".replace("-", "−") if abs(value) >= 0.0005 else "0.000"
 
 
+# Figures that count something: whole numbers, however they were stored.
+COUNTS = {"gen_samples", "gen_global_step", "step", "tokens", "num_tokens"}
+
+
+def counted(value: Any, name: str) -> str:
+    """A figure by its name: counts as whole numbers, everything else as `figure` has it."""
+    return f"{value:,.0f}" if name in COUNTS else figure(value)
+
+
+def scored(value: float | None, name: str) -> str:
+    """A score with three places, a count as a whole number."""
+    return f"{value:,.0f}" if value is not None and name in COUNTS else score(value)
+
+
+def label(name: str, say: Say) -> str:
+    """A model's or stage's name in the page's language: "base", "stage 2"."""
+    if name == "base":
+        return say("base")
+    return say("stage {number}", number=name.removeprefix("stage ")) if name.startswith("stage ") else name
+
+
+_SPACES = re.compile(r"(?P<tab>\t)|(?P<wide>[\u00a0\u2000-\u200b\u3000\ufeff])|(?P<end>[ ]+(?=\n|\Z))|(?P<last>\n+\Z)")
+_SIGNS = {"tab": "⇥\t", "wide": "␣", "end": "·", "last": "⏎\n"}
+
+
+def spaces(text: str) -> Markup:
+    """The text with its white space to be seen: at line ends, tabs, wide blanks, line ends at its end."""
+    parts, place = [], 0
+    for match in _SPACES.finditer(text):
+        kind = match.lastgroup or ""
+        shown = _SIGNS[kind] * len(match.group())
+        parts += [escape(text[place : match.start()]), Markup('<span class="space">'), shown, Markup("</span>")]
+        place = match.end()
+    return Markup("").join([*parts, escape(text[place:])])
+
+
 def duration(seconds: float | None) -> str:
     """4000 -> "1 h 06 min"."""
     if seconds is None:
@@ -75,7 +115,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def language(text: str) -> str:
+def language_of(text: str) -> str:
     """The lang attribute for a text: Japanese where it holds kana or Han characters: browsers pick glyphs by it."""
     return "ja" if JAPANESE.search(text) else "en"
 

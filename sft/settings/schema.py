@@ -208,6 +208,9 @@ class Settings(BaseModel):
         ("mlflow",), "Where metrics go: mlflow, tensorboard, wandb as a comma list, or none."
     )
     run_name: str | None = setting(None, "Name of the run in MLflow.")
+    report_language: Literal["auto", "en", "ja"] = setting(
+        "auto", "Language of the reports' fixed texts: en, ja, or auto, which follows the locale (LC_ALL, LANG)."
+    )
 
     @property
     def sources(self) -> tuple[Source, ...]:
