@@ -119,9 +119,20 @@ def model_chart(tasks: Mapping[str, Sequence[float | None]], models: Sequence[st
         anchor = "start" if place == 0 else "end" if place == len(models) - 1 else "middle"
         axes.text(axes.across(place), _HEIGHT - _BOTTOM + 18, model, anchor)
     for number, scores in enumerate(tasks.values()):
-        curve = [(place, score) for place, score in enumerate(scores) if score is not None]
-        axes.curve(curve, number % COLOURS + 1)
+        for piece in _pieces(scores):  # a model that was not asked leaves a gap
+            axes.curve(piece, number % COLOURS + 1)
     return axes.svg(title)
+
+
+def _pieces(scores: Sequence[float | None]) -> list[Curve]:
+    """(place, score) pairs, parted where there is no score."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for place, score in enumerate(scores):
+        if score is None:
+            pieces.append([])
+        else:
+            pieces[-1].append((place, score))
+    return [piece for piece in pieces if piece]
 
 
 def bar_chart(

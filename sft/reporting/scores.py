@@ -15,7 +15,14 @@ from sft.storage.json_files import Facts, is_number, read_lines, read_object
 
 SHOWN_ANSWERS = 5
 LONGEST_ANSWER = 2_000  # characters; an answer that never stopped would fill the page
-DETAIL_METRICS = ("gen_parse_rate", "gen_key_rate", "gen_value_rate", "gen_exact_rate", "gen_only_rate")
+DETAIL_METRICS = (
+    "gen_parse_rate",
+    "gen_format_rate",
+    "gen_key_rate",
+    "gen_value_rate",
+    "gen_exact_rate",
+    "gen_only_rate",
+)
 
 
 def _numbered(folder: Path, stem: str, suffix: str) -> list[tuple[int, Path]]:
