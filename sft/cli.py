@@ -20,7 +20,7 @@ from sft.settings import Settings, load_settings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
 1 the run failed; 143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
-MAIN_SPEAKS_SECONDS = 10.0
+MAIN_SPEAKS_SECONDS = 10.0  # more than the main process needs to print, less than anybody waits at an error
 # What gloo, NCCL and torch's store say when the process at the other end is gone.
 LOST_PEER = ("closed by peer", "reset by peer", "ncclremoteerror", "distnetworkerror", "remote process exited")
 # What libraries say of a file they could not write to its end; the last two are torch's.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sft.data.sources.load import Rows
     from sft.settings import Settings
 
-_MOST_DROPPED = 0.1
+_MOST_DROPPED = 0.1  # the contract's 10 %: more is a decision for a person
 
 
 def placed(loaded: Sequence[Rows]) -> tuple[Counter[str], dict[str, str]]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRIC = "general_accuracy"
-CHANCE = 0.25
+CHANCE = 0.25  # four choices each
 _FILE = Path(__file__).with_name("general_questions.tsv")
 # Logits of a batch: 16 sequences of 60 tokens over 150,000 words are 0.6 GB in float32.
 _AT_ONCE = 16

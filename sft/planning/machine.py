@@ -30,7 +30,7 @@ NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tok
 OPTIONAL = {"deepspeed": "make install-deepspeed, for the launch files zero2 and zero3"}
 PINS = Path(__file__).resolve().parents[2] / "constraints.txt"
 INSTALL = "run make install"
-SECONDS = 3.0
+SECONDS = 3.0  # for a hub or a tracking server that keeps silent
 KAGGLE = Path("/kaggle/working")
 _ROOMY, _CRAMPED = 10 * 2**30, 2**30
 # Where Linux shows NVIDIA's driver and the first card.

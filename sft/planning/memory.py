@@ -282,7 +282,7 @@ def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: Ba
     return need.training > COMFORTABLE * available
 
 
-_SMALL_RANK = 8
+_SMALL_RANK = 8  # half the default; below it little memory is left to save
 
 
 def advice(settings: Settings, *, answering: bool = False, checkpointed: bool = False) -> str:

@@ -31,7 +31,7 @@ HUB_SOURCES = {
     "dolly": Source(id="databricks/databricks-dolly-15k", columns={"input": "context"}),
     "wizardlm": Source(id="WizardLMTeam/WizardLM_evol_instruct_V2_196k"),
 }
-BINS = 10
+BINS = 10  # lines of a histogram on a screen
 
 
 @dataclass

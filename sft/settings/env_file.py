@@ -39,7 +39,9 @@ ALIASES = {
     "SFT_AGGREGATION_MAX_MULTIPLIER": "SFT_UPSAMPLE_RULES",
     "SFT_TRAIN_ON_INPUTS": "SFT_TRAIN_ON_PROMPT",
 }
+# dotenv takes any text before "=" for a name; this is what a person can have meant.
 _READABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+# A setting within the value of another one: a quote before it was never closed.
 _ASSIGNMENT = re.compile(r"[\r\n]\s*(?:export\s+)?((?:SFT|MLFLOW)_[A-Z0-9_]+)\s*=")
 _JSON_VALUE = re.compile(r"=\s*['\"]?\s*[\[{]")
 _LINE_END = re.compile(r"\r\n|\n|\r")

@@ -43,6 +43,7 @@ _TEMPLATE_ARGUMENTS = frozenset(
     " return_assistant_tokens_mask compiled_template self".split()
 )
 TRACKERS = ("mlflow", "tensorboard", "wandb", "none")
+# Not on/off and y/n: YAML and shells disagree about those.
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::-([^}]*))?\})")
 

@@ -17,8 +17,8 @@ _BATCH = ("SFT_PER_DEVICE_TRAIN_BS", "SFT_GRAD_ACCUM")
 # Compared by content: SFT_BASE_MODEL; by product: the batch. A folder that moved is still the same model.
 _COMPARED_APART = RESULT_NEUTRAL | {"SFT_BASE_MODEL", *_BATCH}
 _GLOBAL_BATCH = "global batch"
-_WHOLE = 16 * 1024 * 1024
-_SAMPLE, _SAMPLES = 4096, 256
+_WHOLE = 16 * 1024 * 1024  # files up to here are read whole; of weights samples tell one model from another
+_SAMPLE, _SAMPLES = 4096, 256  # bytes each, how many: 1 MiB of a file of any size, in milliseconds
 
 
 def source_fingerprint(source: "Source") -> str:

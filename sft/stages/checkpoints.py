@@ -12,7 +12,7 @@ from sft.storage.atomic import remove_folder, write_bytes
 from sft.storage.json_files import DamagedFile, json_text, read_json, read_records
 from sft.storage.seals import damage, is_sealed
 
-_NAME = re.compile(r"^checkpoint-(\d{1,18})$")
+_NAME = re.compile(r"^checkpoint-(\d{1,18})$")  # 18 digits: int() refuses thousands of them
 
 
 @dataclass(frozen=True)

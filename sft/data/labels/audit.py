@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from sft.settings import Settings
 
-_ROWS_AT_ONCE = 1000
-_ROWS_SHOWN = 5
-_PROMPTS_CHECKED = 100
+_ROWS_AT_ONCE = 1000  # of 2,048 tokens: 16 MB of labels in memory
+_ROWS_SHOWN = 5  # enough to see whether they have something in common
+_PROMPTS_CHECKED = 100  # spread over the rows; each is rendered once more
 
 
 def audit(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:

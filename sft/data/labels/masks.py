@@ -24,7 +24,7 @@ from sft.data.sources.turns import Dropped
 if TYPE_CHECKING:
     from sft.settings import Settings
 
-MASKED = -100
+MASKED = -100  # what torch's cross entropy skips
 # Of the rows of messages; the paths have become units.
 CARRIED = SCHEMA.remove(SCHEMA.get_field_index("paths"))
 _INTEGERS = pa.list_(pa.int32())

@@ -23,8 +23,8 @@ Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]  # edges by number
 Redraw = Literal["epoch", "once"]
 
-_TOP_EDGES = 10
-_ROWS_AT_ONCE = 100_000
+_TOP_EDGES = 10  # shown; the commonest are the ones that are masked
+_ROWS_AT_ONCE = 100_000  # rows whose draws are made together: some 20 MB at ten units a row
 
 
 def token_spans(

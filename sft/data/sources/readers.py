@@ -262,7 +262,7 @@ _TEXT_READERS: dict[str, Callable[[TextFile], Iterator[dict[str, Any]]]] = {
 
 # Tried in this order; the first that reads the whole file is suggested.
 _LIKELY = ("utf-8-sig", "cp932", "euc_jp", "gb18030", "cp1252")
-_CHARACTERS = 1 << 20
+_CHARACTERS = 1 << 20  # read at once while an encoding is tried
 
 
 def _likely_encoding(file: TextFile) -> str | None:
