@@ -23,7 +23,7 @@ from sft.reporting.text import printable
 from sft.scoring import forgetting
 from sft.settings.values import recordable
 from sft.stages import paths
-from sft.storage.json_files import Facts, is_number, metric_lines, read_object
+from sft.storage.json_files import Facts, is_number, read_object, read_records
 
 LONGEST_CURVE = 400  # points, about the pixels of a figure; more are averaged in equal groups
 SECRET_WORDS = {"TOKEN", "KEY", "PASSWORD", "PASSWD", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
@@ -33,7 +33,8 @@ def stage_facts(folder: Path) -> Facts:
     """Everything report.json holds about one stage."""
     notices: list[str] = []
     manifest = read_object(folder / paths.MANIFEST, notices)
-    lines = metric_lines(folder / paths.METRICS, notices)
+    records = read_records(folder / paths.METRICS, notices)
+    lines = [record for record in records if isinstance(record.get("step"), int)]
     evaluations = read_evaluations(folder, lines, notices)
     settings = _settings(manifest)
     facts = _header(folder, manifest, lines) | {

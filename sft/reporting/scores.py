@@ -11,7 +11,7 @@ from sft.scoring.faults import FAULTS, counted
 from sft.scoring.formats import FORMATS
 from sft.scoring.metrics import metric_direction
 from sft.stages import paths
-from sft.storage.json_files import Facts, is_number, read_lines, read_object
+from sft.storage.json_files import Facts, is_number, read_object, read_records
 
 SHOWN_ANSWERS = 5
 LONGEST_ANSWER = 2_000  # characters; an answer that never stopped would fill the page
@@ -119,7 +119,7 @@ def read_answers(folder: Path, notices: list[str]) -> Facts | None:
     """Answers of the last generation evaluation to read: the lowest and the highest scores where they differ, some of
     them where all are equal or (mode samples) nothing is scored; and how often which fault was found."""
     files = _numbered(folder, paths.GEN_SAMPLES, "jsonl")
-    samples = read_lines(files[-1][1], notices) if files else []
+    samples = read_records(files[-1][1], notices) if files else []
     if not samples:
         return None
     groups = {name: [_sample(sample) for sample in group] for name, group in _groups(samples).items()}

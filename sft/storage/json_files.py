@@ -1,6 +1,5 @@
 """JSON documents and files of JSON lines, written whole and read though a kill may have cut them."""
 
-import contextlib
 import json
 import math
 import os
@@ -61,15 +60,19 @@ def append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines; none when it is absent. Half a line, left by a kill, is no record."""
-    records = []
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    records.append(record)
+def read_records(path: Path, notices: list[str] | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; none when it is absent. Half a line, left by a kill, is no record; with
+    `notices` such lines are counted there."""
+    records, broken = [], 0
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            record = json.loads(line.decode("utf-8", errors="replace")) if line.strip() else None
+        except ValueError:
+            record, broken = None, broken + 1
+        if isinstance(record, dict):
+            records.append(record)
+    if broken and notices is not None:
+        notices.append(f"{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} left out")
     return records
 
 
@@ -79,35 +82,13 @@ Facts = dict[str, Any]
 def read_object(path: Path, notices: list[str]) -> Facts:
     """The JSON object in a file; empty when there is none, and a notice when it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except DamagedFile as error:
         notices.append(f"{path.name} could not be read: {error}")
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def read_lines(path: Path, notices: list[str]) -> list[Facts]:
-    """The JSON objects of a .jsonl file; a line cut short by a kill is skipped and counted."""
-    if not path.is_file():
-        return []
-    rows, broken = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            row, broken = None, broken + 1
-        if isinstance(row, dict):
-            rows.append(row)
-    if broken:
-        notices.append(f"{path.name}: {broken} unreadable line{'s' if broken > 1 else ''} left out")
-    return rows
-
-
-def metric_lines(path: Path, notices: list[str]) -> list[Facts]:
-    """The lines of metrics.jsonl that say which step they belong to."""
-    return [line for line in read_lines(path, notices) if isinstance(line.get("step"), int)]
 
 
 def is_number(value: Any) -> bool:
