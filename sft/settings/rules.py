@@ -1,4 +1,4 @@
-"""Rules that join several settings, or a setting and what is on the disk; what is known of metrics and settings."""
+"""Rules that join several settings, or a setting and what is on the disk; which settings cannot change a result."""
 
 import os
 from collections.abc import Iterator
