@@ -31,7 +31,7 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         tokenizer = load_tokenizer(settings)
         mix = run.prepare_rows(settings, tokenizer)  # labelled, audited, split, mixed, upsampled
         require_space(stage)
-        stage.begin()
+        stage.begin(**run.rows_facts(mix))
         evaluation = run.evaluation(stage, tokenizer, mix)
         base = merge_parents(stage)  # published and verified, or the base model itself
         earlier = run.score_earlier_models(stage, evaluation)

@@ -45,7 +45,7 @@ def trained_folder(settings: "Settings") -> Path:
 
     folder = stage_folder(settings.out_lora_dir, settings.stage)
     if not (folder / MANIFEST).is_file():
-        remedy = f"train it with python train.py --stage {settings.stage}, or name its folder by --env-dir or --set"
+        remedy = f"train it with {settings.command()}, or name its folder by --env-dir or --set"
         raise Problems([f"{folder}: holds no trained stage; {remedy}"])
     return folder
 

@@ -55,6 +55,18 @@ def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     return mix
 
 
+def rows_facts(mix: Mix) -> dict[str, Any]:
+    """What the manifest says of the rows."""
+    return {
+        "sources": mix.sources,
+        "train_rows": len(mix.train),
+        "val_rows": len(mix.val),
+        "dropped": dict(mix.dropped),
+        "upsampling": mix.upsampling,
+        "tokens": mix.tokens,
+    }
+
+
 def evaluation(stage: Stage, tokenizer: PreTrainedTokenizerBase, mix: Mix) -> GenerationEvaluation | None:
     """The generation evaluation of the stage, None when SFT_GEN_EVAL=none or there is nothing to ask."""
     settings = stage.settings
@@ -205,12 +217,6 @@ def finish(
     for record in json_files.read_records(stage.folder / paths.METRICS):
         last |= {name: value for name, value in record.items() if name not in ("step", "time")}
     stage.complete(
-        sources=mix.sources,
-        train_rows=len(mix.train),
-        val_rows=len(mix.val),
-        dropped=dict(mix.dropped),
-        upsampling=mix.upsampling,
-        tokens=mix.tokens,
         steps=state.global_step,
         metrics=last | {"epoch": state.epoch},
         forgetting=forgetting,

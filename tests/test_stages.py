@@ -11,7 +11,7 @@ import pytest
 
 from sft.errors import Problems, RunFailed
 from sft.settings import Source
-from sft.stages.changes import model_fingerprint, source_fingerprint
+from sft.stages.fingerprints import model_fingerprint, source_fingerprint
 from sft.stages.manifest import with_digest
 from sft.stages.stage import Stage
 from sft.storage import json_files, seals
@@ -95,7 +95,7 @@ def test_a_complete_stage_refuses_other_settings_and_lists_old_and_new(tmp_path)
         f"{tmp_path}/out_stage1: stage 1 is complete, but since then changed:\n"
         "  SFT_LORA_ALPHA: 32 → 8\n"
         "  SFT_LR: 0.0001 → 0.0002\n"
-        "  python train.py --stage 1 --fresh moves it aside and trains again"
+        f"  python train.py --stage 1 --env-dir {tmp_path} --fresh moves it aside and trains again"
     ]
 
 
@@ -241,7 +241,8 @@ def test_a_folder_that_is_not_ours_is_not_overwritten(tmp_path, name):
     (problem,) = refusal(settings)
     assert problem == (
         f"SFT_OUT_LORA_DIR={tmp_path}/out: {tmp_path}/out_stage1 holds files, but no stage.json, so it is not "
-        "overwritten; choose another name, or python train.py --stage 1 --fresh moves it aside and trains again"
+        f"overwritten; choose another name, or python train.py --stage 1 --env-dir {tmp_path} --fresh moves it aside "
+        "and trains again"
     )
 
 
@@ -273,7 +274,7 @@ def test_an_unreadable_manifest_is_named_and_fresh_is_the_way_out(tmp_path, text
     (tmp_path / "out_stage1" / "stage.json").write_text(text)
     (problem,) = refusal(settings)
     assert problem.startswith(f"{tmp_path}/out_stage1/stage.json: {place}")
-    assert "--stage 1 --fresh" in problem
+    assert f"--stage 1 --env-dir {tmp_path} --fresh" in problem
     with Stage.open(settings, fresh=True) as stage:
         assert stage.decision == "fresh"
 
@@ -401,7 +402,7 @@ def test_in_strict_mode_a_missing_stage_is_a_problem(tmp_path):
     """The same words, and how to go on."""
     assert refusal(make_settings(tmp_path, 2, strict=True)) == [
         f"Previous stage adapter not found at {tmp_path}/out_stage1, starting from base model; strict mode forbids "
-        "that: train it with python train.py --stage 1, or run without strict mode"
+        f"that: train it with python train.py --stage 1 --env-dir {tmp_path}, or run without strict mode"
     ]
 
 
@@ -432,7 +433,7 @@ def test_an_unfinished_parent_is_a_problem(tmp_path, status, state):
     killed(make_settings(tmp_path))
     rewrite_manifest(tmp_path / "out_stage1", status=status)
     assert refusal(make_settings(tmp_path, 2)) == [
-        f"{tmp_path}/out_stage1: stage 1 {state}; run python train.py --stage 1 again"
+        f"{tmp_path}/out_stage1: stage 1 {state}; run python train.py --stage 1 --env-dir {tmp_path} again"
     ]
 
 
@@ -473,7 +474,9 @@ def test_a_damaged_parent_is_a_problem(tmp_path):
     (tmp_path / "out_stage1" / "adapter_model.safetensors").write_bytes(b"adapter 0")
     assert "its weights are not those that stage.json lists" in refusal(make_settings(tmp_path, 2))[0]
     (tmp_path / "out_stage1" / "stage.json").write_text("{")
-    assert refusal(make_settings(tmp_path, 2))[0].endswith("run python train.py --stage 1 --fresh")
+    assert refusal(make_settings(tmp_path, 2))[0].endswith(
+        f"run python train.py --stage 1 --env-dir {tmp_path} --fresh"
+    )
 
 
 def test_a_parent_on_another_base_model_is_a_problem(tmp_path):
@@ -495,7 +498,7 @@ def test_after_a_parent_was_retrained_its_children_refuse_and_later_stages_name_
     assert stage.changed == [f"stage 1's adapter: {ADAPTER_1[:12]} → {seals.sha256(adapter(tmp_path, 1))[:12]}"]
     assert refusal(make_settings(tmp_path, 3)) == [
         f"{tmp_path}/out_stage2: stage 2 was trained on other earlier stages than those there are now; "
-        "train it again with python train.py --stage 2 --fresh"
+        f"train it again with python train.py --stage 2 --env-dir {tmp_path} --fresh"
     ]
     train(make_settings(tmp_path, 2), fresh=True)
     assert Stage.inspect(make_settings(tmp_path, 3)).decision == "fresh"

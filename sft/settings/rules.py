@@ -1,7 +1,7 @@
 """Rules that join several settings, or a setting and what is on the disk; which settings cannot change a result."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,27 @@ RESULT_NEUTRAL = frozenset({
     "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI",
 })  # fmt: skip
 """Settings that cannot change what a stage learns; a completed or resumed stage does not mind their change."""
+_EVALUATING = frozenset({
+    "SFT_METRIC_FOR_BEST", "SFT_EVAL_STEPS", "SFT_GEN_EVAL", "SFT_GEN_EVAL_SAMPLES", "SFT_GEN_MAX_NEW_TOKENS",
+    "SFT_EXTRACTION_FIELDS", "SFT_JSON_SCHEMA", "SFT_GENERAL_EVAL",
+})  # fmt: skip
+
+
+def resume_neutral(*starts: Mapping[str, Any]) -> frozenset[str]:
+    """Settings that a stage may be given anew when it goes on, beside those that never matter.
+
+    They only choose what is evaluated; that reaches the weights where an evaluation ends training or lowers the rate.
+    `starts`: the settings as the manifest records them, of then and of now.
+    """
+
+    def value(start: Mapping[str, Any], name: str) -> Any:
+        return start.get(name, {}).get("value")
+
+    for start in starts:
+        patience, scheduler = value(start, "SFT_EARLY_STOPPING_PATIENCE"), value(start, "SFT_LR_SCHEDULER")
+        if (isinstance(patience, int) and patience > 0) or scheduler in _BY_EVALUATION:
+            return frozenset()
+    return _EVALUATING
 
 
 class Conflict(NamedTuple):

@@ -4,13 +4,14 @@
 """
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from sft.errors import Problems
+from sft.errors import Problems, hide_secrets
 from sft.scoring.metrics import EXTRACTION_FIELDS, FORGETTING_MARGIN
 from sft.scoring.payload import DEFAULT_MARKERS
 from sft.settings import values
@@ -47,6 +48,7 @@ class Settings(BaseModel):
     env_dir: Path
     origins: dict[str, str] = Field(default_factory=dict, repr=False)
     passthrough: dict[str, str] = Field(default_factory=dict, repr=False)
+    overrides: tuple[str, ...] = Field(default=(), repr=False)
 
     base_model: PathText = setting(..., "Base model the ladder starts from: a hub id or a model folder.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the base model on the hub.")
@@ -227,6 +229,13 @@ class Settings(BaseModel):
         """The data sets of generation evaluation; () where it answers the validation rows."""
         return self.gen_eval_dataset
 
+    def command(self, *options: str, stage: int | None = None) -> str:
+        """train.py's command line for this stage, or another of its ladder, with the --env-dir and --set given."""
+        where = () if self.env_dir == Path() else ("--env-dir", str(self.env_dir))
+        sets = [word for each in self.overrides for word in ("--set", hide_secrets(each))]
+        words = ["--stage", str(stage or self.stage), *where, *sets, *options]
+        return f"python train.py {shlex.join(words)}"
+
     def export_passthrough(self) -> None:
         """Puts what an env file says for other programs (HF_HOME, CUDA_VISIBLE_DEVICES, ...) into the environment."""
         for name, value in self.passthrough.items():
@@ -238,7 +247,7 @@ class Settings(BaseModel):
         return {name: {"value": plain.get(NAMES[name]), "origin": self.origins.get(name, "default")} for name in NAMES}
 
 
-_NOT_SETTINGS = {"stage", "env_dir", "origins", "passthrough"}
+_NOT_SETTINGS = {"stage", "env_dir", "origins", "passthrough", "overrides"}
 NAMES = {name_of(attribute): attribute for attribute in Settings.model_fields if attribute not in _NOT_SETTINGS}
 """Name of every setting -> attribute of `Settings`, in the order of docs/settings.md."""
 
@@ -271,6 +280,7 @@ def load_settings(
         "stage": stage,
         "env_dir": Path(env_dir),
         "passthrough": given.passthrough,
+        "overrides": tuple(overrides),
         "origins": given.origins(NAMES),
     }
     if strict:

@@ -1,92 +1,168 @@
 """What determines a stage's result besides the program, and what of it is different from the last time."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.data.sources.files import files_of_pattern, is_pattern
-from sft.settings.rules import RESULT_NEUTRAL
-from sft.storage.seals import content_fingerprint, sha256
+from sft.settings.rules import RESULT_NEUTRAL, resume_neutral
+from sft.stages.fingerprints import is_same, is_unresolved, model_fingerprint, source_fingerprint
+from sft.storage.seals import content_fingerprint
 
 if TYPE_CHECKING:
     from sft.settings import Settings, Source
 
 _BATCH = ("SFT_PER_DEVICE_TRAIN_BS", "SFT_GRAD_ACCUM")
-# Compared by content: SFT_BASE_MODEL; by product: the batch. A folder that moved is still the same model.
-_COMPARED_APART = RESULT_NEUTRAL | {"SFT_BASE_MODEL", *_BATCH}
+_TRAINING_DATA = ("SFT_DATASET_ID", "SFT_DATASET_MIX")
+_OTHER_DATA = ("SFT_EVAL_DATASET", "SFT_GEN_EVAL_DATASET")
+# Files that a setting names, by path or as path:function.
+_FILES = ("SFT_CHAT_TEMPLATE", "SFT_JSON_SCHEMA", "SFT_GEN_EVAL")
+# Compared by content: models, data and files; by product: the batch. What has moved is still the same.
+_COMPARED_APART = RESULT_NEUTRAL | {"SFT_BASE_MODEL", "SFT_DATASET_SPLIT", *_BATCH, *_TRAINING_DATA, *_OTHER_DATA}
 _GLOBAL_BATCH = "global batch"
-_WHOLE = 16 * 1024 * 1024  # files up to here are read whole; of weights samples tell one model from another
-_SAMPLE, _SAMPLES = 4096, 256  # bytes each, how many: 1 MiB of a file of any size, in milliseconds
-
-
-def source_fingerprint(source: "Source") -> str:
-    """`sha256:` of a local file, `folder:` of a folder or a pattern's files, `hub:<id>@<revision or main>` else."""
-    path = Path(source.id).expanduser()
-    if is_pattern(source.id) and (files := files_of_pattern(source.id)):
-        lines = "".join(f"{each.suffix} {each.stat().st_size} {sha256(each)}\n" for each in files)
-        return f"folder:{hashlib.sha256(lines.encode()).hexdigest()}"
-    return content_fingerprint(path) if path.exists() else f"hub:{source.id}@{source.revision or 'main'}"
-
-
-def _sampled_sha256(path: Path) -> str:
-    """Digest of a large file's size and of 256 blocks of 4 KiB spread over it (1 MiB read, not 140 GB)."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    digest.update(str(size).encode())
-    with path.open("rb") as stream:
-        for index in range(_SAMPLES):
-            stream.seek((size - _SAMPLE) * index // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE))
-    return digest.hexdigest()
-
-
-def model_fingerprint(name: str, revision: str | None = None) -> str:
-    """`model:` of a local folder's configuration, tokenizer and weights; `hub:<id>@<revision or main>` otherwise.
-
-    Files over 16 MiB are sampled: another training changes every block, a single flipped bit may go unseen.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return f"hub:{name}@{revision or 'main'}"
-    kinds = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in kinds)
-    digests = (f"{p.name} {(_sampled_sha256 if p.stat().st_size > _WHOLE else sha256)(p)}\n" for p in files)
-    return f"model:{hashlib.sha256(''.join(digests).encode()).hexdigest()}"
 
 
 def stage_inputs(settings: "Settings", processes: int | None = None) -> dict[str, str]:
-    """What the settings only name: fingerprints of base model, template and evaluation rows; the global batch."""
+    """What the settings only name: fingerprints of base model, files and evaluation rows; the global batch."""
     inputs = {"SFT_BASE_MODEL": model_fingerprint(settings.base_model, settings.model_revision)}
-    template = settings.chat_template
-    if template and Path(template).is_file():
-        inputs["SFT_CHAT_TEMPLATE"] = content_fingerprint(Path(template))
-    inputs |= {f"SFT_EVAL_DATASET {source.id}": source_fingerprint(source) for source in settings.eval_sources}
-    inputs |= {f"SFT_GEN_EVAL_DATASET {source.id}": source_fingerprint(source) for source in settings.gen_eval_sources}
+    record = settings.record()
+    for name in _FILES:
+        if (path := _file_of(record.get(name, {}).get("value"))) is not None:
+            inputs[name] = content_fingerprint(path)
+    for name, sources in zip(_OTHER_DATA, (settings.eval_sources, settings.gen_eval_sources), strict=True):
+        prints = (source_fingerprint(source) for source in sources)
+        inputs |= {f"{name} {place}": found for place, found in enumerate(prints, 1) if found}
     if processes:
         inputs[_GLOBAL_BATCH] = str(settings.per_device_train_bs * settings.grad_accum * processes)
     return inputs
 
 
+def _file_of(value: Any) -> Path | None:
+    """The file in a setting's value, if it names one that is there."""
+    places = (value, value.rpartition(":")[0]) if isinstance(value, str) else ()
+    return next((Path(place) for place in places if place and Path(place).is_file()), None)
+
+
+def source_record(source: "Source") -> dict[str, Any]:
+    """A source as the manifest lists it before its rows have been counted; without fingerprint if it isn't there."""
+    fixed = {"id": source.id, "split": source.split, "weight": source.weight}
+    return fixed | {"rows": None, "drawn": None, "fingerprint": source_fingerprint(source)}
+
+
+def counted_sources(start: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record per source of the settings: the counts of those that were loaded, no rows for the others.
+
+    `counted` has the loaded ones in the order of the settings, and after them any that the settings don't list.
+    Fingerprints are those taken at the start; a hub data set that could not be loaded has none.
+    """
+    waiting, records = list(counted), []
+    for source in start:
+        if waiting and all(waiting[0][key] == source[key] for key in ("id", "split", "weight")):
+            records.append({**source, **waiting.pop(0), "fingerprint": source["fingerprint"]})
+        else:
+            unknown = is_unresolved(source["fingerprint"])
+            absent = {"rows": 0, "drawn": 0, "fingerprint": None if unknown else source["fingerprint"]}
+            records.append({**source, **absent})
+    return [*records, *(dict(record) for record in waiting)]
+
+
+def other_rows(manifest: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+    """What was counted differently when the stage started, as "what: old → new"; nothing where nothing was counted."""
+    found = []
+    for name in ("train_rows", "val_rows"):
+        if name in rows and manifest.get(name) not in (None, rows[name]):
+            found.append(f"{name}: {manifest[name]} → {rows[name]}")
+    for before, after in zip(manifest["sources"], rows.get("sources", ()), strict=False):
+        if before.get("rows") not in (None, after["rows"]):
+            found.append(f"data {after['id']}: {before['rows']} rows → {after['rows']} rows")
+    then, now = manifest.get("tokens") or {}, rows.get("tokens") or {}
+    if then.get("total") and now and not found and any(then.get(key) != now.get(key) for key in ("total", "trained")):
+        found.append(f"tokens: {then['total']} ({then['trained']} trained) → {now['total']} ({now['trained']} trained)")
+    return found
+
+
 def changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bool) -> list[str]:
-    """Each difference that can change the result, as "what: old → new". `now`: the manifest a start would write now."""
+    """Each difference that can change the result, as "what: old → new". `now`: the manifest a start would write now.
+
+    A stage that goes on (`resuming`) needs all it had; one that is complete does not miss data that has vanished.
+    """
     return [
-        *_settings_changes(manifest["settings"], now["settings"]),
+        *_settings_changes(manifest, now, resuming=resuming),
         *_batch_changes(manifest, now, resuming=resuming),
-        *_input_changes(manifest, now),
-        *_source_changes(manifest["sources"], now["sources"]),
+        *_model_changes(manifest, now),
+        *(text for name in _OTHER_DATA for text in _data_changes(name, manifest, now, resuming=resuming)),
+        *_data_changes("", manifest, now, resuming=resuming),
         *_parent_changes(manifest["parents"], now["parents"]),
     ]
 
 
 def gone_inputs(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Ids of local data that was fingerprinted last time and is not there any more."""
-    pairs = _paired_sources(manifest["sources"], now["sources"])
-    return [new["id"] for old, new in pairs if _is_gone(old["fingerprint"], new["fingerprint"])]
+    """Ids of data that was there last time and is not any more."""
+    pairs = (pair for name in ("", *_OTHER_DATA) for pair in zip(_data(name, manifest), _data(name, now), strict=False))
+    return [new.id for old, new in pairs if _is_gone(old, new)]
 
 
-def _is_gone(old: str | None, new: str | None) -> bool:
-    return bool(old and new) and new.startswith("hub:") and not old.startswith("hub:")  # type: ignore[union-attr]
+@dataclass(frozen=True)
+class _Data:
+    """A data set that the settings name: the setting, its id, what else stands beside the id, its fingerprint."""
+
+    setting: str
+    id: str
+    options: dict[str, Any]
+    fingerprint: str | None
+
+
+def _data(name: str, manifest: Mapping[str, Any]) -> list[_Data]:
+    """The data sets of a setting, "" for those trained on, by their place in it."""
+    settings = manifest["settings"]
+    values = {key: settings.get(key, {}).get("value") for key in (*_TRAINING_DATA, *_OTHER_DATA)}
+    if not name:
+        name = "SFT_DATASET_MIX" if values["SFT_DATASET_MIX"] else "SFT_DATASET_ID"
+        split = settings.get("SFT_DATASET_SPLIT", {}).get("value", "train")
+        named = values["SFT_DATASET_MIX"] or [{"id": values["SFT_DATASET_ID"], "split": split}]
+        prints = _recorded_prints(named, manifest["sources"])
+    else:
+        named = values[name] or []
+        # Manifests written before places were counted name the id instead.
+        keys = [(f"{name} {place}", f"{name} {each['id']}") for place, each in enumerate(named, 1)]
+        prints = [manifest["inputs"].get(key, manifest["inputs"].get(other)) for key, other in keys]
+    options = [{key: value for key, value in each.items() if key != "id"} for each in named]
+    return [_Data(name, str(n["id"]), o, p) for n, o, p in zip(named, options, prints, strict=True)]
+
+
+def _recorded_prints(named: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """By place. A manifest of before listed only what could be loaded: there each takes the next of its id."""
+    if len(records) == len(named):
+        return [record["fingerprint"] for record in records]
+    waiting = list(records)
+    return [waiting.pop(0)["fingerprint"] if waiting and waiting[0]["id"] == each["id"] else None for each in named]
+
+
+def _data_changes(name: str, manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bool) -> Iterator[str]:
+    old, new = _data(name, manifest), _data(name, now)
+    if len(old) != len(new):
+        setting = (new or old)[0].setting
+        yield f"{setting}: {_shown([each.id for each in old] or None)} → {_shown([each.id for each in new] or None)}"
+        return
+    for before, after in zip(old, new, strict=True):
+        label = f"data {after.id}" if not name else f"{name} {after.id}"
+        for key in sorted(before.options.keys() | after.options.keys()):
+            if before.options.get(key) != after.options.get(key):
+                yield f"{label}: {key} {_shown(before.options.get(key))} → {_shown(after.options.get(key))}"
+        moved = before.id != after.id
+        if is_same(before.fingerprint, after.fingerprint) and (after.fingerprint or not moved):
+            continue
+        if not moved and not resuming and _is_gone(before, after):
+            continue
+        contents = f"content {_short(before.fingerprint)} → {_short(after.fingerprint)}"
+        yield f"{after.setting}: {before.id} → {after.id} ({contents})" if moved else f"{label}: {contents}"
+
+
+def _is_gone(old: _Data, new: _Data) -> bool:
+    """Whether local data was there and is not any more; what then looks like a hub id was none before."""
+    local = old.fingerprint is not None and not old.fingerprint.startswith("hub:")
+    return old.id == new.id and local and (new.fingerprint is None or new.fingerprint.startswith("hub:"))
 
 
 def _shown(value: Any) -> str:
@@ -95,18 +171,23 @@ def _shown(value: Any) -> str:
 
 
 def _short(fingerprint: str | None) -> str:
-    kind, _, digest = (fingerprint or "none").partition(":")
-    return f"{kind}:{digest[:12]}" if kind in ("sha256", "folder", "model") else f"{fingerprint or 'none'}"[:80]
+    kind, _, digest = (fingerprint or "not there").partition(":")
+    return f"{kind}:{digest[:12]}" if kind in ("sha256", "folder", "model") else f"{fingerprint or 'not there'}"[:80]
 
 
-def _settings_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    found = []
+def _settings_changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bool) -> Iterator[str]:
+    old, new = manifest["settings"], now["settings"]
+    neutral = _COMPARED_APART | (resume_neutral(old, new) if resuming else frozenset())
     for name, record in new.items():
         # A setting younger than the manifest changes something only where it is set.
         before = old[name]["value"] if name in old else record["value"] if record["origin"] == "default" else None
-        if name not in _COMPARED_APART and before != record["value"]:
-            found.append(f"{name}: {_shown(before)} → {_shown(record['value'])}")
-    return found
+        prints = manifest["inputs"].get(name), now["inputs"].get(name)
+        if name in neutral or (prints[0] and prints[0] == prints[1]):
+            continue
+        if before != record["value"]:
+            yield f"{name}: {_shown(before)} → {_shown(record['value'])}"
+        elif prints[0] != prints[1]:
+            yield f"{name}: content {_short(prints[0])} → {_short(prints[1])}"
 
 
 def _product(settings: Mapping[str, Any]) -> int | None:
@@ -128,29 +209,13 @@ def _batch_changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resum
     return [f"{' × '.join(_BATCH)}: {before} → {after}"]
 
 
-def _input_changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    found = []
-    for name in sorted((manifest["inputs"].keys() & now["inputs"].keys()) - {_GLOBAL_BATCH}):
-        old, new = manifest["inputs"][name], now["inputs"][name]
-        if old == new or (name != "SFT_BASE_MODEL" and _is_gone(old, new)):
-            continue
-        renamed = name == "SFT_BASE_MODEL" and manifest["base_model"] != now["base_model"]
-        names = f"{manifest['base_model']} → {now['base_model']}"
-        found.append(f"{name}: {names if renamed else f'content {_short(old)} → {_short(new)}'}")
-    return found
-
-
-def _paired_sources(old: Sequence[Any], new: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
-    """Sources at the same place with the same id; any other difference shows in the settings."""
-    return ((a, b) for a, b in zip(old, new, strict=False) if a["id"] == b["id"])
-
-
-def _source_changes(old: Sequence[Any], new: Sequence[Any]) -> list[str]:
-    return [
-        f"data {b['id']}: content {_short(a['fingerprint'])} → {_short(b['fingerprint'])}"
-        for a, b in _paired_sources(old, new)
-        if a["fingerprint"] != b["fingerprint"] and not _is_gone(a["fingerprint"], b["fingerprint"])
-    ]
+def _model_changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = manifest["inputs"].get("SFT_BASE_MODEL"), now["inputs"]["SFT_BASE_MODEL"]
+    if old is None or old == new:
+        return []
+    renamed = manifest["base_model"] != now["base_model"]
+    names = f"{manifest['base_model']} → {now['base_model']}"
+    return [f"SFT_BASE_MODEL: {names if renamed else f'content {_short(old)} → {_short(new)}'}"]
 
 
 def _parent_changes(old: Sequence[Any], new: Sequence[Any]) -> list[str]:

@@ -55,13 +55,16 @@ def unwritable(folder: Path) -> Path | None:
     return next((place for place in places if not os.access(place, os.W_OK | os.X_OK)), None)
 
 
-def decide(folder: Path, start: Mapping[str, Any], *, verify: bool) -> Verdict:
-    """Judge the folder of a stage for a start whose manifest would be `start`. `verify`: read checkpoints through."""
+def decide(folder: Path, start: Mapping[str, Any], *, verify: bool, again: str) -> Verdict:
+    """Judge the folder of a stage for a start whose manifest would be `start`.
+
+    `verify`: read checkpoints through. `again`: the command that trains the stage afresh.
+    """
     verdict = Verdict(existed=folder.is_dir())
     if holds_nothing(folder):
         return verdict
     number = start["stage"]
-    remedy = f"python train.py --stage {number} --fresh moves it aside and trains again"
+    remedy = f"{again} moves it aside and trains again"
     try:
         manifest = read_manifest(folder, number)
     except DamagedFile as error:

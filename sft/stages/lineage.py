@@ -69,8 +69,9 @@ def find_lineage(settings: "Settings", inputs: Mapping[str, str]) -> Lineage:
             absent.append(number)
             continue
         try:
-            manifest = _finished_manifest(folder, number)
-            results.append(_verified(folder, number, manifest))
+            manifest = _finished_manifest(folder, number, settings)
+            fresh = settings.command("--fresh", stage=number)
+            results.append(_verified(folder, number, manifest, again=f"train it again with {fresh}"))
             lineage.warnings += _damaged_beside(folder)
         except Problems as found:
             lineage.problems += found.problems
@@ -85,7 +86,7 @@ def find_lineage(settings: "Settings", inputs: Mapping[str, str]) -> Lineage:
     lineage.parents = since_last_model(results)
     _report_absent(lineage, absent, settings)
     if not lineage.problems:
-        lineage.problems = _outdated(results, recorded, settings.out_lora_dir)
+        lineage.problems = _outdated(results, recorded, settings)
     return lineage
 
 
@@ -102,29 +103,28 @@ def _report_absent(lineage: Lineage, absent: list[int], settings: "Settings") ->
         folder = paths.stage_folder(settings.out_lora_dir, number)
         text = f"Previous stage adapter not found at {folder}, starting from base model"
         if settings.strict:
-            remedy = f"train it with python train.py --stage {number}, or run without strict mode"
+            remedy = f"train it with {settings.command(stage=number)}, or run without strict mode"
             lineage.problems.append(f"{text}; strict mode forbids that: {remedy}")
         else:
             lineage.warnings.append(f"[WARNING] {text}")
 
 
-def _finished_manifest(folder: Path, number: int) -> dict[str, Any] | None:
-    again = f"run python train.py --stage {number}"
+def _finished_manifest(folder: Path, number: int, settings: "Settings") -> dict[str, Any] | None:
+    again = settings.command(stage=number)
     try:
         manifest = read_manifest(folder, number)
     except DamagedFile as error:
-        raise Problems([f"{error}; {again} --fresh"]) from error
+        raise Problems([f"{error}; run {again} --fresh"]) from error
     if manifest is None or manifest["status"] == "complete":
         return manifest
     holder = current_holder(paths.lock_path(folder))
     if holder:
         raise Problems([f"{folder}: stage {number} is still being trained by {holder}; wait until it ends"])
     state = "failed" if manifest["status"] == "failed" else "was stopped before its end"
-    raise Problems([f"{folder}: stage {number} {state}; {again} again"])
+    raise Problems([f"{folder}: stage {number} {state}; run {again} again"])
 
 
-def _verified(folder: Path, number: int, manifest: Mapping[str, Any] | None) -> Parent:
-    again = f"train it again with python train.py --stage {number} --fresh"
+def _verified(folder: Path, number: int, manifest: Mapping[str, Any] | None, *, again: str) -> Parent:
     result = result_sha256(folder)
     if result is None:
         pickled = f", only {paths.ADAPTER_PICKLE}, a pickle, and no pickle is ever loaded"
@@ -152,7 +152,7 @@ def _other_base(
     return [f"SFT_BASE_MODEL={settings.base_model}: {folder} {how}; all stages of a ladder need one base model"]
 
 
-def _outdated(results: list[Parent], recorded: Mapping[int, list[Any]], out_lora_dir: Path) -> list[str]:
+def _outdated(results: list[Parent], recorded: Mapping[int, list[Any]], settings: "Settings") -> list[str]:
     """Parents that were trained on other stages than those there are now. A whole model does not miss its parents."""
     problems = []
     for parent in (parent for parent in results if parent.stage in recorded):
@@ -164,6 +164,6 @@ def _outdated(results: list[Parent], recorded: Mapping[int, list[Any]], out_lora
         now = {(each.stage, each.adapter_sha256) for each in since_last_model(before)}
         if then != now:
             what = f"stage {parent.stage} was trained on other earlier stages than those there are now"
-            remedy = f"train it again with python train.py --stage {parent.stage} --fresh"
-            problems.append(f"{paths.stage_folder(out_lora_dir, parent.stage)}: {what}; {remedy}")
+            remedy = f"train it again with {settings.command('--fresh', stage=parent.stage)}"
+            problems.append(f"{parent.folder}: {what}; {remedy}")
     return problems

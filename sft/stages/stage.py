@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from sft.distributed.launch import launched
 from sft.errors import Problems, RunFailed, plainly
 from sft.stages import checkpoints, paths
-from sft.stages.changes import source_fingerprint, stage_inputs
+from sft.stages.changes import counted_sources, other_rows, source_record, stage_inputs
 from sft.stages.decision import Decision, Verdict, decide, traces, unwritable
 from sft.stages.lineage import Lineage, Parent, find_lineage, holds_nothing, result_sha256
 from sft.stages.manifest import blank_manifest, versions, with_digest
@@ -24,13 +24,7 @@ from sft.storage.lock import Lock, current_holder
 from sft.storage.seals import seal
 
 if TYPE_CHECKING:
-    from sft.settings import Settings, Source
-
-
-def source_record(source: "Source") -> dict[str, Any]:
-    """A source as the manifest lists it before its rows have been counted."""
-    fixed = {"id": source.id, "split": source.split, "weight": source.weight}
-    return fixed | {"rows": None, "drawn": None, "fingerprint": source_fingerprint(source)}
+    from sft.settings import Settings
 
 
 def _now() -> str:
@@ -167,7 +161,7 @@ class Stage:
     def _decide(self, *, fresh: bool) -> None:
         """Set the decision from what lies in the folder now."""
         self._seen = traces(self.folder)
-        verdict = Verdict() if fresh else decide(self.folder, self._start, verify=self.main_process)
+        verdict = Verdict() if fresh else self._judged()
         verdict.warnings[:0] = self._lineage.warnings
         verdict.problems[:0] = self._lineage.problems
         verdict.decision = "refuse" if verdict.problems else verdict.decision
@@ -175,6 +169,9 @@ class Stage:
             what = f"{place} can't be written by this user; choose another path or change its permissions"
             verdict.refuse(f"SFT_OUT_LORA_DIR={self.settings.out_lora_dir}: {what}")
         self.verdict, self.manifest = verdict, verdict.manifest
+
+    def _judged(self) -> Verdict:
+        return decide(self.folder, self._start, verify=self.main_process, again=self.settings.command("--fresh"))
 
     def _hold(self, *, fresh: bool) -> None:
         """Lock, look again where another process may have worked meanwhile, clear up what killed ones left."""
@@ -202,26 +199,39 @@ class Stage:
         rewritten = {paths.MANIFEST, paths.error_log(0), paths.METRICS}
         return any(path.name not in rewritten for path in self.folder.iterdir())
 
-    def begin(self) -> None:
-        """Write the manifest as running. A resumed stage keeps its start, its MLflow run and metrics up to here."""
+    def begin(self, **rows: Any) -> None:
+        """Write the manifest as running. A resumed stage keeps its start, its MLflow run and metrics up to here.
+
+        `rows`: what was counted of the rows (sources, train_rows, val_rows, tokens). Raises Problems where a checkpoint
+        was trained on others, whatever made the difference: a data set out of reach, other libraries.
+        """
+        if "sources" in rows:
+            rows["sources"] = counted_sources(self._start["sources"], rows["sources"])
+        if self.decision == "resume" and self.checkpoint and (different := other_rows(self.manifest, rows)):
+            raise Problems([self._rows_refusal(different)])
         kept = ("started", "mlflow_run_id", "merge") if self.decision == "resume" else ()
         earlier = {name: self.manifest[name] for name in kept if self.manifest.get(name)}
-        self.manifest = self._start | {"versions": versions(), "started": _now()} | earlier
+        self.manifest = self._start | {"versions": versions(), "started": _now()} | rows | earlier
         if self.main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save()
             checkpoints.rewind_metrics(self.folder / paths.METRICS, self.checkpoint)
+
+    def _rows_refusal(self, different: list[str]) -> str:
+        listed = "".join(f"\n  {change}" for change in different)
+        remedy = f"bring back what is different, or {self.settings.command('--fresh')} moves it aside and trains again"
+        what = f"stage {self.number} was partly trained on other rows than there are now"
+        return f"{self.folder}: {what}:{listed}\n  {remedy}"
 
     def _save(self) -> None:
         if self.main_process:
             write_json(self.folder / paths.MANIFEST, with_digest(self.manifest))
 
     def update(self, **fields: Any) -> None:
-        """Set keys of the manifest on disk. Sources keep the fingerprints taken at the start."""
+        """Set keys of the manifest on disk. `sources` stays one record per source of the settings."""
+        if "sources" in fields:
+            fields["sources"] = counted_sources(self._start["sources"], fields["sources"])
         self.manifest |= fields
-        prints = {source["id"]: source["fingerprint"] for source in self._start["sources"]}
-        for source in self.manifest.get("sources", []):
-            source["fingerprint"] = prints.get(source["id"], source.get("fingerprint"))
         self._save()
 
     def complete(self, **fields: Any) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,13 @@ def content_fingerprint(path: Path) -> str:
     """
     if path.is_file():
         return f"sha256:{sha256(path)}"
-    files = {name: each for name, each in _listing(path).items() if not re.search(r"(^|/)cache-[^/]*\.arrow$", name)}
-    lines = [f"{name} {each.stat().st_size} {sha256(each)}\n" for name, each in files.items()]
+    cache = re.compile(r"(^|/)cache-[^/]*\.arrow$")
+    return files_fingerprint({name: each for name, each in _listing(path).items() if not cache.search(name)})
+
+
+def files_fingerprint(files: Mapping[str, Path]) -> str:
+    """`folder:` of files by name, size and content."""
+    lines = [f"{name} {each.stat().st_size} {sha256(each)}\n" for name, each in sorted(files.items())]
     return f"folder:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
