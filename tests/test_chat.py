@@ -90,7 +90,7 @@ def test_a_stage_that_was_not_trained_is_exit_2_and_names_the_command(tmp_path: 
     done = start(tmp_path, "--stage", "2")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        "[ERROR] out_stage2: holds no trained stage; train it with python train.py --stage 2, "
+        f"[ERROR] out_stage2: holds no trained stage; train it with python train.py --stage 2 --env-dir {tmp_path}, "
         "or name its folder by --env-dir or --set"
     ]
 
