@@ -22,6 +22,7 @@ from sft.storage.json_files import DamagedFile, read_json, write_json
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _PATIENCE = 0.5  # seconds: a --check looks at the lock for an instant
+_PATIENCE_UNNAMED = 2.0  # on a busy machine a holder may need a moment to write who it is
 _PATIENCE_WITH_ORPHANS = 10.0  # data workers notice within about 5 s that their parent was killed
 
 
@@ -130,7 +131,9 @@ class Lock:
         while not self._try():
             holder = _read(self.path)
             waited = time.monotonic() - started
-            if waited > (_PATIENCE_WITH_ORPHANS if holder.is_gone() else _PATIENCE):
+            if waited > (
+                _PATIENCE_WITH_ORPHANS if holder.is_gone() else _PATIENCE if holder.pid else _PATIENCE_UNNAMED
+            ):
                 raise Problems([self._refusal(holder)])
             time.sleep(0.05)
         if not self.warning:
