@@ -12,8 +12,8 @@ from sft.storage.seals import content_fingerprint, files_fingerprint, sha256
 if TYPE_CHECKING:
     from sft.settings import Source
 
-_WHOLE = 16 * 1024 * 1024
-_SAMPLE, _SAMPLES = 4096, 256
+_WHOLE = 16 * 1024 * 1024  # files up to here are read whole; of weights samples tell one model from another
+_SAMPLE, _SAMPLES = 4096, 256  # bytes each, how many: 1 MiB of a file of any size, in milliseconds
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAVED = {"state.json", "dataset_info.json", "dataset_dict.json"}
 # What transformers reads of a model folder.
