@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,16 @@ def test_mixes(folder, capsys, mix, name, cut):
 
 # Data files
 
+PART = st.fixed_dictionaries({}, optional={"type": st.sampled_from(["text", "image"]), "text": VALUES, "value": VALUES})
 TURN = st.fixed_dictionaries(
     {},
     optional={
-        "role": st.one_of(st.sampled_from("user assistant system human gpt model tool from".split()), VALUES),
-        "content": st.one_of(st.just("Answer: {\"a\": 1}"), VALUES), "from": st.sampled_from(["human", "gpt"]),
-        "value": VALUES,
+        "role": st.one_of(st.sampled_from("user assistant system human gpt ai tool function_call".split()), VALUES),
+        "content": st.one_of(st.just("Answer: {\"a\": 1}"), st.lists(PART, max_size=2), VALUES),
+        "from": st.sampled_from(["human", "gpt", "observation", "function_call"]), "value": VALUES,
+        "tool_calls": st.one_of(VALUES, st.just([{"function": {"name": "f", "arguments": "{}"}}])),
+        "tool_call_id": VALUES, "name": VALUES, "reasoning_content": VALUES, "thinking": VALUES, "thoughts": VALUES,
+        "train": VALUES, "weight": VALUES, "loss": VALUES,
     },
 )  # fmt: skip
 GOOD_TURNS = st.lists(WORDS, min_size=1, max_size=3).map(
@@ -171,15 +176,16 @@ GOOD_TURNS = st.lists(WORDS, min_size=1, max_size=3).map(
 )
 CELL = st.one_of(VALUES, st.just("What is it?"), st.just('Output: {"a": [1, 2]}'))
 OF_MESSAGES = {"messages": st.one_of(GOOD_TURNS, st.lists(TURN, max_size=4), VALUES)}
-KEYS = {"subcategory": CELL, "metadata": CELL, "pack": CELL}
+MORE = {"system": CELL, "tools": CELL, "images": CELL, "context": CELL, "label": CELL, "": CELL}
+KEYS = {"subcategory": CELL, "metadata": CELL, "pack": CELL} | MORE
 ROW = st.one_of(
     st.fixed_dictionaries(OF_MESSAGES, optional=KEYS),
-    st.fixed_dictionaries({"conversations": st.one_of(st.lists(TURN, max_size=4), VALUES)}),
-    st.fixed_dictionaries({"instruction": CELL, "output": CELL}, optional={"input": CELL, "history": CELL}),
-    st.fixed_dictionaries({"instruction": CELL, "response": CELL}),
-    st.fixed_dictionaries({"prompt": CELL, "completion": CELL}),
-    st.fixed_dictionaries({"text": CELL}),
-    st.fixed_dictionaries({"title": CELL, "abstract": CELL, "paths": CELL}),
+    st.fixed_dictionaries({"conversations": st.one_of(st.lists(TURN, max_size=4), VALUES)}, optional=MORE),
+    st.fixed_dictionaries({"instruction": CELL, "output": CELL}, optional={"input": CELL, "history": CELL} | MORE),
+    st.fixed_dictionaries({"instruction": CELL}, optional={"response": CELL} | MORE),
+    st.fixed_dictionaries({"prompt": CELL}, optional={"completion": CELL, "chosen": CELL, "rejected": CELL} | MORE),
+    st.fixed_dictionaries({"text": CELL}, optional=MORE),
+    st.fixed_dictionaries({"title": CELL, "abstract": CELL, "paths": CELL}, optional=MORE),
     VALUES,
 )  # fmt: skip
 SWITCHES = st.fixed_dictionaries(
@@ -191,7 +197,7 @@ SWITCHES = st.fixed_dictionaries(
         "SFT_TRAIN_ON_PROMPT": st.just("1"), "SFT_DEDUPLICATE": st.just("1"),
         "SFT_VAL_RATIO": st.sampled_from(["0", "0.5"]),
         "SFT_MAX_SEQ_LEN": st.sampled_from(["16", "64", "256"]),
-        "SFT_DATASET_MIX_TOTAL_SIZE": st.sampled_from(["1", "7"]),
+        "SFT_DATASET_MIX_TOTAL_SIZE": st.sampled_from(["1", "7"]), "SFT_SHUFFLE": st.sampled_from(["sources", "none"]),
     },
 )  # fmt: skip
 
@@ -252,6 +258,35 @@ def test_data_files(folder, rows, ending, repeat, spoil, switches):
     for row in mix.train:
         assert len(row["input_ids"]) == len(row["labels"]) <= settings.max_seq_len
         assert any(label != -100 for label in row["labels"])
+
+
+DEEP = {"a": [{"b": "text"}] * 9}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "x" * 10_000_000}, {"role": "assistant", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x " * 5_000_000}]},
+        {"prompt": "Hi", "completion": "Bye"} | {f"column {number}": f"{number}" for number in range(1000)},
+        {"prompt": "Hi", "completion": "Bye"} | {f"column {number}": DEEP for number in range(1000)},
+        {"messages": [{"role": role, "content": "Hi"} for role in ("assistant", "tool", "system", "user") * 100]},
+        {"messages": [{"role": "user", "content": "Hi"} | {f"key {number}": "a" for number in range(5000)}]},
+    ],
+    ids=["10 MB asked", "10 MB answered", "1,000 columns", "1,000 deep columns", "roles out of order", "5,000 keys"],
+)
+def test_no_row_takes_a_second(folder, row):
+    """Of odd rows beside usual ones each is trained on or dropped and counted, in a second of processor time."""
+    path = folder / "odd.jsonl"
+    usual = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}]}
+    path.write_text("".join(json.dumps(each) + "\n" for each in (*[usual] * 30, row, row)), encoding="utf-8")
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    lines = {"SFT_BASE_MODEL": folder / "base", "SFT_OUT_LORA_DIR": folder / "out", "SFT_DATASET_ID": path}
+    (folder / "stage1.env").write_text("".join(f"{name}='{value}'\n" for name, value in lines.items()))
+    begun = time.process_time()
+    mix = prepare_mix(load_settings(1, env_dir=folder, environ={}), WORDS_TOKENIZER)
+    assert time.process_time() - begun < 2 * 1.0 + 1.0  # two odd rows, and a second for everything else
+    assert mix.sources[0]["rows"] + mix.dropped.total() >= 32
 
 
 WORDS_TOKENIZER = tokenizer()

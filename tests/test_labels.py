@@ -18,6 +18,7 @@ from sft.data.labels.audit import audit
 from sft.data.labels.label import in_order, label, preview
 from sft.data.labels.rendering import Rendered, render
 from sft.data.labels.template import BUILT_IN, Chat, chat_template_for, template_of
+from sft.data.labels.tokens import Encoded, encode_up_to, encoder
 from sft.data.sources.load import Rows, load_source
 from sft.errors import Problems, RunFailed
 from sft.settings import Source
@@ -567,3 +568,19 @@ def test_real_rows_train_the_payload_only(make_settings: Any):
         payload = row["messages"][-1]["content"].split("Output:\n", maxsplit=1)[1]
         assert trained_texts(tokenizer, row) == [f"{payload}<|im_end|>"]
     assert audit(labelled, tokenizer, make_settings(mask_cot=True)) == []
+
+
+def test_only_the_beginning_of_a_text_that_is_far_too_long_is_encoded():
+    """A limit of 10 tokens: of 100,000 words the start suffices; a single huge word is encoded whole."""
+    tokenizer = word_tokenizer()
+    asked: list[int] = []
+
+    def encode(texts: list[str]) -> Sequence[Encoded]:
+        asked.extend(map(len, texts))
+        return encoder(tokenizer)(texts)
+
+    texts = ["Hi", "One " * 100_000, "a" * 100_000]
+    short, long, word = encode_up_to(encode, texts, 10)
+    assert (len(short.ids), len(word.ids)) == (1, 1)
+    assert 10 < len(long.ids) < 10_000
+    assert asked == [2, 64 * 74, 64 * 74, 100_000]

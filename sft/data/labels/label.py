@@ -19,7 +19,7 @@ import pyarrow as pa
 from sft.data.labels.masks import MASKED, label_row, schema, with_labels
 from sft.data.labels.rendering import Rendered, render
 from sft.data.labels.template import Chat, ChatTemplate, chat_template_for, chats_of, template_of
-from sft.data.labels.tokens import Encoded, encoder, plain_ends
+from sft.data.labels.tokens import Encoded, encode_up_to, encoder, plain_ends
 from sft.data.sources.columns import Tally
 from sft.data.sources.load import SCHEMA, Rows
 from sft.data.sources.store import Write, key_of, stored
@@ -99,7 +99,7 @@ def _label_all(
     """Label all rows in their order, batch by batch, so that memory does not grow with the rows."""
     total = len(rows.dataset)
     tables = rows.dataset.with_format("arrow")
-    encode, ends = _row_encoder(tokenizer), plain_ends(tokenizer)
+    encode, ends = _row_encoder(tokenizer, settings.max_seq_len), plain_ends(tokenizer)
 
     def label_from(start: int) -> tuple[pa.Table, Tally, Counter[str]]:
         table = tables[start : start + _ROWS_AT_ONCE]
@@ -119,9 +119,12 @@ def _label_all(
     return {"dropped": dropped.rows, "first": Counter(dropped.first), "noted": noted}
 
 
-def _row_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Rendered | Dropped]], list[Encoded]]:
-    """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts."""
-    written, plain = encoder(tokenizer), encoder(tokenizer, special=True)
+def _row_encoder(
+    tokenizer: PreTrainedTokenizerBase, most: int
+) -> Callable[[Sequence[Rendered | Dropped]], list[Encoded]]:
+    """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts. Of rows with
+    more than `most` tokens only the beginning may be encoded."""
+    written, plain = (partial(encode_up_to, encoder(tokenizer, special=own), most=most) for own in (False, True))
 
     def encode(rows: Sequence[Rendered | Dropped]) -> list[Encoded]:
         texts = ["" if isinstance(row, Dropped) else row.text for row in rows]

@@ -124,6 +124,24 @@ def plain_ends(tokenizer: PreTrainedTokenizerBase) -> PlainEnds:
     return PlainEnds(bos, tokenizer.eos_token or "", ids[-1:] == [tokenizer.eos_token_id])
 
 
+# Characters a token has at most, on average over a row: more than in any language, less than in a run of spaces.
+_CHARACTERS = 64
+
+
+def encode_up_to(
+    encode: Callable[[list[str]], Sequence[Encoded]], texts: Sequence[str], most: int
+) -> Sequence[Encoded]:
+    """Encodings of the texts; of those that are far too long only the beginning, which has more than `most` tokens
+    too. Encoding 10 MB takes ten seconds, and of such a row no more than `most` tokens are ever used."""
+    limit = _CHARACTERS * (most + 64)
+    parts = [text if len(text) <= 2 * limit else text[:limit] for text in texts]
+    encodings = list(encode(parts))
+    for row, (text, part) in enumerate(zip(texts, parts, strict=True)):
+        if len(part) < len(text) and len(encodings[row].ids) <= most + 1:
+            (encodings[row],) = encode([text])
+    return encodings
+
+
 def _same_as_backend(tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]], *, special: bool) -> bool:
     """Whether the tokenizer's class adds nothing of its own to what its backend does."""
     backend = tokenizer.backend_tokenizer
