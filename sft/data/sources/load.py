@@ -25,8 +25,9 @@ from sft.data.sources.shapes import (
     task_key,
     tools_of,
 )
-from sft.data.sources.store import Write, file_digest, key_of, stored
+from sft.data.sources.store import Write, key_of, stored
 from sft.data.sources.turns import Dropped, packed
+from sft.storage.seals import xxh3
 
 if TYPE_CHECKING:
     from sft.settings import Settings, Source
@@ -94,11 +95,11 @@ def open_source(source: Source) -> tuple[Any, Callable[[], Iterator[dict[str, An
     path = Path(source.id).expanduser()
     files = _files(source, path)
     if files:
-        content: list[Any] = [source.encoding, *([kind_of_file(file), file_digest(file)] for file in files)]
+        content: list[Any] = [source.encoding, *([kind_of_file(file), xxh3(file)] for file in files)]
         return content, lambda: chain.from_iterable(read_file(file, source.encoding, wanted) for file in files)
     if path.is_dir():
         below = sorted(file for file in path.rglob("*") if file.is_file())
-        content = [source.split, *([str(file.relative_to(path)), file_digest(file)] for file in below)]
+        content = [source.split, *([str(file.relative_to(path)), xxh3(file)] for file in below)]
         return content, lambda: _dataset_rows(_from_folder(path, source.split), wanted)
     dataset = _from_hub(source)
     return ["hub", dataset._fingerprint], lambda: _dataset_rows(dataset, wanted)

@@ -14,6 +14,8 @@ import datasets
 import pyarrow as pa
 import xxhash
 
+from sft.storage.seals import xxh3
+
 Write = Callable[[pa.Table], None]
 _DAY = 86_400  # seconds
 
@@ -29,15 +31,6 @@ class StoredRows:
 def key_of(*parts: Any) -> str:
     """32 hexadecimal digits that are equal for equal parts (anything json can write)."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
-
-
-def file_digest(path: Path) -> str:
-    """xxh3 of a file's bytes: 10 GB/s, so an edited file is noticed at every start."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def stored(name: str, schema: pa.Schema, fill: Callable[[Write], dict[str, Counter[str]]]) -> StoredRows:
@@ -57,7 +50,7 @@ def stored(name: str, schema: pa.Schema, fill: Callable[[Write], dict[str, Count
     notes = partial.with_suffix(".json")
     try:
         counted = _write(partial, schema, fill)
-        facts = {"size": partial.stat().st_size, "digest": file_digest(partial), "counted": counted}
+        facts = {"size": partial.stat().st_size, "digest": xxh3(partial), "counted": counted}
         notes.write_text(json.dumps(facts), encoding="utf-8")
         partial.replace(path)
         notes.replace(_notes_of(path))
@@ -90,7 +83,7 @@ def _open(path: Path) -> StoredRows | None:
     """None when there is nothing, or something damaged: it is then made again."""
     try:
         facts = json.loads(_notes_of(path).read_text(encoding="utf-8"))
-        whole = path.stat().st_size == facts["size"] and file_digest(path) == facts["digest"]
+        whole = path.stat().st_size == facts["size"] and xxh3(path) == facts["digest"]
         counted = {name: Counter(counts) for name, counts in facts["counted"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
