@@ -18,6 +18,7 @@ from sft.data import draws
 from sft.data.draws import Hashes, Indices
 from sft.data.labels.audit import audit
 from sft.data.labels.label import label
+from sft.data.labels.parity import Parity, compare_prompts
 from sft.data.losses import asked, in_words, losses, placed
 from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
@@ -39,7 +40,8 @@ class Mix:
 
     `sources` and `upsampling` are the records of the contract's `--check --json`; `tokens` those of `train`.
     `held` are the contents that no later stage may train on; `unasked` counts rows left out beyond the share asked for.
-    `first` says where a row was first dropped; `unread` are columns and keys with text that nothing reads, by source.
+    `first` says where a row was first dropped; `unread` are columns and keys with text that nothing reads, by source;
+    `parity` whether a source's prompts are those a server asks with.
     """
 
     train: datasets.Dataset
@@ -54,6 +56,7 @@ class Mix:
     unasked: int = 0
     first: dict[str, str] = field(default_factory=dict)
     unread: dict[str, list[str]] = field(default_factory=dict)
+    parity: dict[str, Parity] = field(default_factory=dict)
 
     def rows_in_words(self) -> str:
         """How many rows there are and how they add up."""
@@ -68,8 +71,14 @@ class Mix:
         unread = (f"{Path(name).name}: {', '.join(columns)}" for name, columns in self.unread.items())
         texts = {
             "Dropped": in_words(self.dropped, self.first), "Kept, but": kept, "Not read": "; ".join(unread),
+            "Prompts": self._prompts_in_words(),
         }  # fmt: skip
         return [f"{title}: {text}" for title, text in texts.items() if text]
+
+    def _prompts_in_words(self) -> str:
+        compared = sum(found.compared for found in self.parity.values())
+        equal = compared and not any(found.difference for found in self.parity.values())
+        return f"same as a server renders them, token for token ({compared} rows compared)" if equal else ""
 
 
 def prepare_mix(
@@ -98,6 +107,12 @@ def prepare_mix(
         problems.append(f"{asked(settings)}: no row is left to train on{lost}")
     if problems:
         raise Problems(problems)
+    mixed.parity = {part.source.id: compare_prompts(part.dataset, tokenizer, settings) for part in rows}
+    mixed.warnings += [
+        f"[WARNING] {name}: the prompt at training is not the prompt at inference: {found.difference}"
+        for name, found in mixed.parity.items()
+        if found.difference
+    ]
     return mixed
 
 
