@@ -11,7 +11,7 @@ Answers are greedy, as in the generation evaluation. They go to stdout, everythi
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sft.settings import Settings
 
 Messages = list[dict[str, str]]
+Told = Mapping[str, Any]
+NOTHING: Told = {}
 
 
 def arguments() -> argparse.Namespace:
@@ -109,14 +111,16 @@ def spoken(lines: Iterable[str]) -> Iterator[str]:
         yield "\n".join(parts)
 
 
-def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages, max_new_tokens: int) -> str:
-    """Streams the answer to stdout and returns it."""
+def answer(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages, max_new_tokens: int, told: Told = NOTHING
+) -> str:
+    """Streams the answer to stdout and returns it; `told` are SFT_TEMPLATE_OPTIONS."""
     import torch
     from transformers import TextStreamer
 
     from sft.evaluation.answers import end_tokens
 
-    ids = prompt_ids(tokenizer, messages).to(model.device)
+    ids = prompt_ids(tokenizer, messages, told).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         found = model.generate(
@@ -136,23 +140,25 @@ def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages,
     return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> Any:
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Messages, told: Told = NOTHING) -> Any:
     """The rendered conversation as ids of shape (1, tokens). Raises Problems for what the template refuses."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise Problems(["the stage's tokenizer has no chat template: it was trained on plain text, not to answer"])
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **told)
     except TemplateError as error:
         raise Problems([f"the model's chat template refuses the conversation ({error}); leave out --system"]) from error
     return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
 
 
-def fitting(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages, room: int) -> Messages:
+def fitting(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages, room: int, told: Told = NOTHING
+) -> Messages:
     """The conversation without its oldest exchanges, where it would not fit the model's positions."""
     longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    while prompt_ids(tokenizer, messages).shape[1] + room > longest:
+    while prompt_ids(tokenizer, messages, told).shape[1] + room > longest:
         start = 1 if messages[0]["role"] == "system" else 0
         if len(messages) - start < 3:
             break
@@ -161,7 +167,7 @@ def fitting(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Messages
     return messages
 
 
-def talk(model: Any, tokenizer: "PreTrainedTokenizerBase", options: argparse.Namespace) -> None:
+def talk(model: Any, tokenizer: "PreTrainedTokenizerBase", options: argparse.Namespace, told: Told) -> None:
     """Answers until the input ends."""
     start: Messages = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
@@ -174,8 +180,9 @@ def talk(model: Any, tokenizer: "PreTrainedTokenizerBase", options: argparse.Nam
         if said.strip() == "/reset":
             messages = list(start)
             continue
-        messages = fitting(model, tokenizer, [*messages, {"role": "user", "content": said}], options.max_new_tokens)
-        found = answer(model, tokenizer, messages, options.max_new_tokens)
+        asked = [*messages, {"role": "user", "content": said}]
+        messages = fitting(model, tokenizer, asked, options.max_new_tokens, told)
+        found = answer(model, tokenizer, messages, options.max_new_tokens, told)
         messages.append({"role": "assistant", "content": found})
 
 
@@ -198,7 +205,7 @@ def main() -> None:
     origin = find_stage(folder)
     with reworded("SFT_BASE_MODEL=", f"{folder}: its base model "):
         model, tokenizer = load(settings, origin)
-    talk(model, tokenizer, options)
+    talk(model, tokenizer, options, settings.template_options)
 
 
 if __name__ == "__main__":

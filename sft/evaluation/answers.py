@@ -35,8 +35,12 @@ class Answer(NamedTuple):
     cut: bool = False
 
 
-def prompt_texts(prompts: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts]
+def prompt_texts(prompts: Sequence[str | list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Prompts that are messages as text; text is taken as it is."""
+    return [
+        p if isinstance(p, str) else str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True))
+        for p in prompts
+    ]
 
 
 def answer_batch(
@@ -84,7 +88,7 @@ def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
 def generate_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[dict[str, str]]],
+    prompts: Sequence[str | list[dict[str, str]]],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -98,7 +102,7 @@ def generate_answers(
     all of them call the model equally often where each holds a part of it (ZeRO-3 and FSDP hang otherwise).
 
     Args:
-        prompts: message lists without the answer.
+        prompts: message lists without the answer, or what they are rendered to.
         max_new_tokens: limit per answer, in tokens.
         expected_lengths: of prompt and answer together, any unit: rows that end together are batched together.
         interrupted: called before each batch; may raise to stop.

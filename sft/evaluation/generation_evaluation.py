@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from sft.data.labels.template import NO_TEMPLATE, TEMPLATE_ERRORS, Chat, chats_of, said, template_of
+from sft.errors import Problems
 from sft.evaluation.answers import Answer, generate_answers
 from sft.scoring.score import score
 from sft.stages import paths
@@ -20,22 +22,50 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
     from transformers import PreTrainedTokenizerBase
 
+    from sft.data.sources.turns import Message
     from sft.settings import Settings
 
 
 def questions(val: datasets.Dataset, settings: Settings) -> list[dict[str, Any]]:
-    """The validation rows to answer, drawn by seed: {"task", "prompt" (messages), "reference"}."""
-    usable = [i for i, messages in enumerate(val["messages"]) if messages and messages[-1]["role"] == "assistant"]
+    """The validation rows to answer, drawn by seed: {"task", "prompt" (messages), "reference"}, and "extras" where the
+    row has tools or the like. Plain text and calls of tools are no answers to compare with."""
+    usable = [i for i, messages in enumerate(val["messages"]) if _is_answered(messages)]
     count = min(settings.gen_eval_samples, len(usable))
     drawn = np.sort(np.random.default_rng(settings.seed).permutation(usable)[:count]).tolist() if count else []
-    return [
-        {"task": row["task_key"], "prompt": plain(row["messages"][:-1]), "reference": row["messages"][-1]["content"]}
-        for row in (val[i] for i in drawn)
-    ]
+    return [_question(val[i]) for i in drawn]
 
 
-def plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _is_answered(messages: Sequence[Message]) -> bool:
+    return len(messages) > 1 and messages[-1]["role"] == "assistant" and bool(messages[-1]["content"].strip())
+
+
+def _question(row: dict[str, Any]) -> dict[str, Any]:
+    *asked, answer = row["messages"]
+    prompt = [{"role": message["role"], "content": message["content"]} for message in asked]
+    extras = {"extras": row["extras"]} if row.get("extras") else {}
+    return {"task": row["task_key"], "prompt": prompt, "reference": answer["content"], **extras}
+
+
+def prompts_of(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> list[str]:
+    """The questions as a server renders them, tools and SFT_TEMPLATE_OPTIONS included.
+
+    Raises:
+        Problems: the template refuses one.
+    """
+    template = template_of(tokenizer, options)
+    if template is None:
+        raise Problems([NO_TEMPLATE])
+    texts = []
+    chats = chats_of([row["prompt"] for row in rows], [row.get("extras") for row in rows])
+    for row, chat in zip(rows, chats, strict=True):
+        try:
+            texts += template.render([Chat(template.fitted(chat.messages), chat.tools)], prompt=True)
+        except TEMPLATE_ERRORS as error:
+            asked = row["prompt"][-1]["content"][:60]
+            raise Problems([f"SFT_GEN_EVAL: the template refuses a question ({said(error)}): {asked}"]) from error
+    return texts
 
 
 class GenerationEvaluation:
@@ -59,7 +89,7 @@ class GenerationEvaluation:
         return generate_answers(
             model,
             self.tokenizer,
-            [row["prompt"] for row in rows],
+            prompts_of(rows, self.tokenizer, self.settings.template_options),
             max_new_tokens=self.settings.gen_max_new_tokens,
             batch_size=self.settings.gen_batch_size,
             # Rows whose references are long get long answers: batched together, none waits for another.

@@ -33,6 +33,7 @@ def _recorded_questions(folder: Path) -> Iterable[int]:
     """Of gen_rows.jsonl: all there is in a stage that was trained before held_out.json was written."""
     for row in json_files.read_records(folder / QUESTIONS):
         try:
-            yield content_hash([*row["prompt"], {"role": "assistant", "content": row["reference"]}])
+            answer = {"role": "assistant", "content": row["reference"]}
+            yield content_hash([*row["prompt"], answer], row.get("extras"))
         except (Dropped, KeyError, TypeError):
             continue  # a line that is damaged or another program's

@@ -23,7 +23,7 @@ def located(template: ChatTemplate, chat: Chat, text: str) -> list[Span | None]:
         span = _worded(template, text, room, thoughts_apart(message["content"])[1].strip()) if room else None
         if span is None or "tool_calls" in message:
             span = _compared(template, chat, k, text, room)
-        spans.append(span)
+        spans.append(span or _alone(template, message, text))
     return spans
 
 
@@ -74,6 +74,15 @@ def _compared(template: ChatTemplate, chat: Chat, k: int, text: str, room: Span 
         room = start, behind if behind >= 0 else len(text)
     # The template writes the turns before otherwise once more follow, and perhaps this one too: without its thoughts.
     return _worded(template, text, room, words) if room else None
+
+
+def _alone(template: ChatTemplate, message: Message, text: str) -> Span | None:
+    """An answer that stands in the text once, from its first word on."""
+    words = thoughts_apart(message["content"])[1].strip()
+    found = text.find(words + template.closing)
+    if not words or "tool_calls" in message or found < 0 or text.count(words) > 1:
+        return None
+    return found, found + len(words) + len(template.closing)
 
 
 def _begun(template: ChatTemplate, text: str, prompt: str) -> int | None:

@@ -1,0 +1,69 @@
+"""Parity: the prompt a row is trained behind and the prompt a server asks with, token for token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.data.labels.label import label
+from sft.data.labels.parity import Parity, compare_prompts
+from sft.data.sources.load import load_source
+from sft.settings import Source
+from tests.conftest import CHATML, VOCABULARY, byte_tokenizer, word_tokenizer
+
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "One"}]
+# Qwen 3's habits: a think block in the last turn only, and one that is supplied where thinking is off.
+BLOCK = "<think>\n\n</think>\n\n"
+LAST = "{% if loop.last and message.role == 'assistant' %}" + BLOCK + "{% endif %}"
+OFF = "{% if enable_thinking is defined and not enable_thinking %}" + BLOCK + "{% endif %}"
+THINKING = CHATML.replace("{{ message['content'] }}", LAST + "{{ message['content'] }}").replace(
+    "assistant\n{% endif %}", "assistant\n" + OFF + "{% endif %}"
+)
+WORDS = (*VOCABULARY, "<", "think", ">", " </", "/", "</")
+
+
+@pytest.fixture
+def compared(tmp_path: Path, make_settings: Any) -> Any:
+    """The parity of rows with these messages."""
+
+    def compare(tokenizer: Any, *chats: list[dict[str, str]], **settings: Any) -> Parity:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+        rows = label(load_source(Source(id=str(path)), None), tokenizer, make_settings(**settings))  # type: ignore[arg-type]
+        return compare_prompts(rows.dataset, tokenizer, make_settings(**settings))
+
+    return compare
+
+
+def test_equal_prompts_are_counted(compared: Any):
+    """One and two exchanges, a system message; a greeting has no prompt."""
+    system = [{"role": "system", "content": "Plan"}]
+    assert compared(word_tokenizer(), HELLO, HELLO + HELLO, system + HELLO, HELLO[1:]) == Parity(3)
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": False}])
+def test_a_think_block_is_the_answers_or_the_prompts(compared: Any, options: dict[str, Any]):
+    """Either way the tokens are those a server makes; with thinking off, the block is no longer trained."""
+    assert compared(word_tokenizer(THINKING, words=WORDS), HELLO, HELLO + HELLO, template_options=options) == Parity(2)
+
+
+def test_a_prompt_that_supplies_what_rows_lack_is_shown(compared: Any):
+    """DeepSeek's and Nemotron's templates open a think block that rows without reasoning never close."""
+    found = compared(word_tokenizer(CHATML.replace("assistant\n{%", "assistant\nPlan{%")), HELLO, HELLO)
+    assert found.compared == 1
+    assert "row 1: trained behind" in found.difference
+    assert "assistant\\n[One<|im_end|>\\n]', a server asks with" in found.difference
+    assert "assistant\\n[Plan]'; give the rows their reasoning, or set SFT_TEMPLATE_OPTIONS" in found.difference
+
+
+def test_history_that_is_written_otherwise_once_an_answer_follows_is_shown(compared: Any):
+    """Here the system message is only there while a server asks."""
+    odd = "{% if messages[-1].role == 'user' %}Plan{% endif %}" + CHATML
+    assert "repair it or name another" in compared(word_tokenizer(odd), HELLO).difference
+
+
+def test_an_answer_that_melts_into_the_prompt_is_shown(compared: Any):
+    """GPT-2's tokenizers split line breaks otherwise at the end of a text than before a word."""
+    found = compared(byte_tokenizer(THINKING), HELLO, template_options={"enable_thinking": False})
+    assert "joins the end of the prompt with the beginning of the answer" in found.difference
