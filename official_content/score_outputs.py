@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Score answers made elsewhere: `python official_content/score_outputs.py TASKS.json OUTPUTS.json [--json]`.
 
+`--with OTHER.json` compares with another model's answers to the same tasks, and says whether the difference is real.
+
 TASKS.json is a list of StructEval rows: `task_id`, `output_type` ("JSON") or `task_name` ("Text to JSON"), and, where
 there are any, `raw_output_metric` (key paths). OUTPUTS.json is a list of {"task_id", "generation"}, one per task.
 """
@@ -19,6 +21,7 @@ from sft.errors import Problems
 from sft.programs.command_line import run_program
 from sft.scoring.faults import FAULTS, counted
 from sft.scoring.formats import FORMATS
+from sft.scoring.significance import Difference, paired_difference
 from sft.scoring.structured import StructuredScore, aggregate, score_answer, target_format
 
 _COLUMNS = {
@@ -41,15 +44,23 @@ def main() -> None:
     tasks, left_out = read_tasks(options.tasks)
     generations = read_generations(options.outputs, tasks)
     left_out["answers to none of the tasks scored"] = len(generations) - len(tasks)
-    scores = [(task, score_answer(generations[task["task_id"]], task["format"], paths=task["paths"])) for task in tasks]
+    scores = _scores(generations, tasks)
     metrics = aggregate([(task["key"], task["format"], score) for task, score in scores])
-    print(_document(scores, metrics, +left_out) if options.json else _table(scores, metrics, +left_out))
+    document, table = _document(scores, metrics, +left_out), _table(scores, metrics, +left_out)
+    if options.other:
+        differences = _differences(scores, _scores(read_generations(options.other, tasks), tasks))
+        document["difference"] = {name: found._asdict() | {"real": found.real} for name, found in differences.items()}
+        table += f"\n\n{options.other} against {options.outputs} (gen_score, on the same tasks)\n" + "\n".join(
+            f"{name:<12}{found.sentence()}" for name, found in differences.items()
+        )
+    print(json.dumps(document, ensure_ascii=False, indent=2) if options.json else table)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score structured answers as StructEval-T does, and more strictly.")
     parser.add_argument("tasks", metavar="TASKS.json", type=Path, help="StructEval rows")
     parser.add_argument("outputs", metavar="OUTPUTS.json", type=Path, help='[{"task_id": ..., "generation": ...}]')
+    parser.add_argument("--with", dest="other", metavar="OTHER.json", type=Path, help="another model's answers")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the tables")
     return parser.parse_args()
 
@@ -162,20 +173,32 @@ def _listed(identities: Sequence[str]) -> str:
 _Scored = Sequence[tuple[dict[str, Any], StructuredScore]]
 
 
-def _document(scores: _Scored, metrics: dict[str, float], left_out: Counter[str]) -> str:
+def _scores(generations: dict[str, str], tasks: Sequence[dict[str, Any]]) -> _Scored:
+    return [(task, score_answer(generations[task["task_id"]], task["format"], paths=task["paths"])) for task in tasks]
+
+
+def _differences(before: _Scored, after: _Scored) -> dict[str, Difference]:
+    """How the second scores differ from the first, over all tasks and per format."""
+    groups: dict[str, list[tuple[float, float]]] = {"all tasks": []}
+    for (task, first), (_, second) in zip(before, after, strict=True):
+        for name in ("all tasks", task["format"]):
+            groups.setdefault(name, []).append((first.score, second.score))
+    return {name: paired_difference(*zip(*pairs, strict=True)) for name, pairs in groups.items()}
+
+
+def _document(scores: _Scored, metrics: dict[str, float], left_out: Counter[str]) -> dict[str, Any]:
     answers = [
         {"task_id": task["task_id"], "task": task["key"], "format": task["format"], **score._asdict()}
         for task, score in scores
     ]
     faults = counted(score.faults for _, score in scores)
-    document = metrics | {
+    return metrics | {
         "answers": len(answers),
         "faults": faults,
         "left_out": dict(left_out),
         "metrics": metrics,  # as at the top level: where they stood before
         "scores": answers,
     }
-    return json.dumps(document, ensure_ascii=False, indent=2)
 
 
 def _table(scores: _Scored, metrics: dict[str, float], left_out: Counter[str]) -> str:

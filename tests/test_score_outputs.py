@@ -140,3 +140,26 @@ def test_help_answers_at_once(tmp_path):
         seconds.append(time.perf_counter() - start)
     assert result.returncode == 0 and "TASKS.json OUTPUTS.json" in result.stdout
     assert min(seconds) < 0.5
+
+
+def test_two_models_are_compared_on_the_same_tasks(tmp_path):
+    """Ten tasks, eight of them answered better and two not at all: too few to tell; per format too."""
+    tasks = [
+        {"task_id": str(number), "task_name": "Text to JSON", "raw_output_metric": ["a", "b"]} for number in range(10)
+    ]
+    poor = [{"task_id": str(number), "generation": '{"a": 1}'} for number in range(10)]
+    good = [
+        {"task_id": str(number), "generation": '{"a": 1, "b": 2}' if number < 8 else "{"}
+        for number in reversed(range(10))
+    ]
+    for name, content in (("tasks", tasks), ("poor", poor), ("good", good)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    result = run("tasks.json", "poor.json", "--with", "good.json", "--json", cwd=tmp_path)
+    found = json.loads(result.stdout)["difference"]
+    assert found["json"] == found["all tasks"]
+    assert (found["json"]["questions"], found["json"]["real"]) == (10, False)
+    assert found["json"]["mean"] == pytest.approx((8 * 0.4 - 2 * 0.6) / 10)
+    shown = run("tasks.json", "good.json", "--with", "good.json", cwd=tmp_path).stdout
+    assert "all tasks   +0.000, 95 % interval +0.000 to +0.000 over 10 questions: within noise" in shown
+    broken = run("tasks.json", "poor.json", "--with", "absent.json", cwd=tmp_path)
+    assert (broken.returncode, "absent.json: cannot be read" in broken.stderr) == (2, True)
