@@ -7,7 +7,7 @@ import sys
 
 from sft import cli
 from sft.settings import Settings
-from sft.stages.notices import announce
+from sft.stages.status_lines import announce
 
 
 def train_stage(settings: Settings, *, fresh: bool) -> None:

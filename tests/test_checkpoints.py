@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sft.stages import checkpoints, notices
+from sft.stages import checkpoints, status_lines
 from sft.stages.stage import Stage
 from tests.ladders import add_checkpoint, make_settings, train
 
@@ -13,7 +13,7 @@ BANNER = "=" * 50
 
 def said(stage: Stage) -> list[str]:
     lines: list[str] = []
-    notices.announce(stage, lines.append)
+    status_lines.announce(stage, lines.append)
     return lines
 
 

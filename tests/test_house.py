@@ -27,7 +27,7 @@ WINGS = (
 READS_ENVIRONMENT = {
     "sft.settings.schema": "the settings",
     "sft.distributed.launch": "what a launcher says to the processes it starts",
-    "sft.stages.opening": "whether that agrees with the settings",
+    "sft.stages.launch_checks": "whether that agrees with the settings",
     "sft.environment": "variables of the hub client, CUDA and compilers, before the libraries are imported",
 }
 # Where a broad `except` stands, and what it answers with.

@@ -10,7 +10,7 @@ import pytest
 from sft import cli
 from sft.environment import offline_unless_reachable
 from sft.stages.checkpoints import saved_under
-from sft.stages.opening import launch_problems, resume_problems
+from sft.stages.launch_checks import launch_problems, resume_problems
 from tests.ladders import make_settings
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "WORLD_SIZE": "2"}
@@ -122,7 +122,7 @@ def test_checkpoints_tell_who_can_go_on_from_them(tmp_path: Path, monkeypatch: p
 
 def test_a_launch_file_that_needs_deepspeed_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An extra that is missing is one line with the command."""
-    monkeypatch.setattr("sft.stages.opening.find_spec", lambda name: None)
+    monkeypatch.setattr("sft.stages.launch_checks.find_spec", lambda name: None)
     (problem,) = launch_problems(make_settings(tmp_path), deepspeed_file(tmp_path))
     assert "make install-deepspeed" in problem
     assert launch_problems(make_settings(tmp_path), {}) == []

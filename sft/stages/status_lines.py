@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 def announce(stage: "Stage", show: Callable[[str], object] = print) -> None:
     """Say what was found, warnings first, in the words that scripts look for (contract section 6)."""
-    for line in notices(stage):
+    for line in status_lines(stage):
         show(line)
 
 
-def notices(stage: "Stage") -> list[str]:
+def status_lines(stage: "Stage") -> list[str]:
     """The lines of `announce`."""
     lines = [*stage.warnings, "Checking checkpoint status..."]
     if stage.moved:
@@ -25,9 +25,9 @@ def notices(stage: "Stage") -> list[str]:
         lines += [f"{place.name} is set aside: {'; '.join(faults[:3])}" for place, faults in stage.verdict.broken]
     target = float(stage.settings.epochs)
     if stage.decision == "complete":
-        return lines + _status_lines(stage, target) + _completed_lines(stage, target)
+        return lines + _training_status(stage, target) + _completed_lines(stage, target)
     if stage.checkpoint:
-        return lines + _status_lines(stage, target)
+        return lines + _training_status(stage, target)
     if stage.verdict.existed:
         lines += ["Checkpoint directory exists but no checkpoints found.", "Continuing with training..."]
     return lines
@@ -39,7 +39,7 @@ def _epoch(stage: "Stage") -> float:
     return round(float(epoch), 2) if isinstance(epoch, int | float) else float(stage.settings.epochs)
 
 
-def _status_lines(stage: "Stage", target: float) -> list[str]:
+def _training_status(stage: "Stage", target: float) -> list[str]:
     if not stage.checkpoint:
         return []
     return [
