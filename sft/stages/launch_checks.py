@@ -1,4 +1,4 @@
-"""How a run was launched against what settings and checkpoint say; what contradicts is named before anything is read."""
+"""How a run was launched against what settings and checkpoint say: what contradicts is named at once."""
 
 from __future__ import annotations
 
