@@ -16,13 +16,15 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.distributed.signals import STOP, Stopped
+from sft.evaluation.general import METRIC
 from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
-from sft.evaluation.ladder_scores import Earlier, ladder_scores, score_earlier
+from sft.evaluation.ladder_scores import Earlier, general_after, general_before, ladder_scores, score_earlier
 from sft.merging.parents import keep_probe, verify_merged
 from sft.models.model import trained_modules
 from sft.planning.memory import checkpointing_needed, largest_batch, raise_shortage
 from sft.reporting.recording import RunRecord
+from sft.scoring.forgetting import GENERAL
 from sft.stages import paths
 from sft.storage import json_files
 from sft.training.arguments import training_arguments
@@ -155,6 +157,8 @@ def build_trainer(
     trainer.add_callback(Readable())
     if launched().splits_weights and stage.checkpoint is None:
         trainer.add_callback(AtStart(lambda model: verify_merged(stage, model)))  # its adapter does nothing yet
+    if settings.general_eval and stage.checkpoint is None:
+        trainer.add_callback(AtStart(lambda model: general_before(stage, model, tokenizer)))
     announce(trainer)
     return trainer
 
@@ -205,10 +209,12 @@ def finish(
     config = training_config(stage.settings, trainer.args, bare)
     write_result(stage.folder, trainer.save_model, config, main=accelerator.is_main_process)
     keep_probe(stage, bare, trainer.processing_class)
-    forgetting = None
-    if earlier and evaluation:
-        step = state.global_step
-        forgetting = ladder_scores(stage, evaluation, earlier, model=model, accelerator=accelerator, step=step)
+    general = general_after(stage, model, trainer.processing_class, accelerator) if stage.settings.general_eval else {}
+    if scores := general.get(f"stage {stage.number}"):
+        trainer.log({f"{METRIC}/{part}" if part else METRIC: score for part, score in scores[GENERAL].items()})
+    forgetting = ladder_scores(
+        stage, evaluation, earlier, general=general, model=model, accelerator=accelerator, step=state.global_step
+    )
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return

@@ -1,14 +1,18 @@
 """General questions: what they hold, and that the most likely choice per byte is the answer."""
 
+import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from sft.evaluation import general
+from sft.evaluation import general, ladder_scores
 from sft.evaluation.general import Question, answer_general, general_metrics, general_questions, is_chance
-from tests.tiny import tokenizer, write_model
+from tests.tiny import run_train, tokenizer, write_model, write_rows, write_stage
 
 
 def test_150_questions_of_five_kinds_in_two_languages():
@@ -70,3 +74,55 @@ def test_accuracy_over_all_by_kind_and_by_language():
 def test_a_model_that_guesses_is_told_from_one_that_knows(accuracy, guessed):
     """Of 150 questions with four choices, guessing gets more than 48 right one time in forty."""
     assert is_chance(accuracy, 150) == guessed
+
+
+@pytest.mark.slow
+def test_a_ladder_is_asked_before_and_after_each_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Base once, each stage once: a column of the matrix without any generation, metrics, and an untouched adapter."""
+    common = {"SFT_BASE_MODEL": write_model(tmp_path / "base"), "SFT_MAX_STEPS": 2}
+    rows = {"SFT_DATASET_ID": write_rows(tmp_path / "rows.jsonl", 20), "SFT_OUT_LORA_DIR": tmp_path / "out"}
+    for number in (1, 2):
+        write_stage(tmp_path, number, common | rows | {"SFT_GENERAL_EVAL": 1})
+    monkeypatch.setattr(ladder_scores, "is_chance", lambda accuracy, count: False)
+    monkeypatch.setattr(ladder_scores, "ask_general", counted := Counted())
+    assert run_train("--stage", "all", "--env-dir", tmp_path) == 0
+    assert counted.asked == 3
+    said = capsys.readouterr()
+    assert "General questions: 0.400 right before this stage, 0.300 after it" in said.out + said.err
+    manifest = json.loads((tmp_path / "out_stage2" / "stage.json").read_text())
+    matrix = manifest["forgetting"]
+    assert (matrix["models"], matrix["tasks"]) == (["base", "stage 1", "stage 2"], ["general"])
+    assert matrix["scores"] == [[0.5], [0.4], [0.3]]
+    assert manifest["metrics"]["general_accuracy"] == 0.3
+    assert manifest["metrics"]["general_accuracy/reading"] == 0.3
+    assert "stage 2 lost 0.200 on the general questions (base scored 0.500, now 0.300): reading" in said.out + said.err
+    plain = tmp_path / "plain"
+    shutil.copytree(tmp_path, plain, ignore=shutil.ignore_patterns("out*"))
+    assert run_train("--stage", "1", "--env-dir", plain, "--set", "SFT_GENERAL_EVAL=0",
+                     "--set", f"SFT_OUT_LORA_DIR={plain / 'out'}") == 0  # fmt: skip
+    asked, unasked = (load_file(place / "out_stage1" / "adapter_model.safetensors") for place in (tmp_path, plain))
+    assert all(torch.equal(asked[name], unasked[name]) for name in asked)
+
+
+class Counted:
+    """Scores that fall by a tenth each time; the model really answers, so that random states could shift."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, model: torch.nn.Module, words: object, accelerator: object) -> dict[str, float]:
+        answer_general(model, words, general_questions()[:8], accelerator=accelerator)
+        self.asked += 1
+        return {"": round(0.6 - 0.1 * self.asked, 1), "reading": round(0.6 - 0.1 * self.asked, 1)}
+
+
+@pytest.mark.slow
+def test_a_model_that_only_guesses_has_no_column(tmp_path: Path, capsys):
+    """Said in one line, nothing measured afterwards."""
+    values = {"SFT_BASE_MODEL": write_model(tmp_path / "base"), "SFT_MAX_STEPS": 1, "SFT_GENERAL_EVAL": 1}
+    rows = {"SFT_DATASET_ID": write_rows(tmp_path / "rows.jsonl", 20), "SFT_OUT_LORA_DIR": tmp_path / "out"}
+    write_stage(tmp_path, 1, values | rows)
+    assert run_train("--stage", 1, "--env-dir", tmp_path) == 0
+    said = capsys.readouterr()
+    assert "General questions left out: base has " in said.out + said.err
+    assert json.loads((tmp_path / "out_stage1" / "stage.json").read_text())["forgetting"] is None

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 
 from sft.evaluation.answers import is_split, prompt_texts
 from sft.models.model import answering, preserved_random_state
+from sft.scoring.forgetting import TaskScores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -113,6 +114,13 @@ def general_metrics(questions: Sequence[Question], right: Sequence[bool]) -> dic
         for part in ("", question.kind, question.language):
             parts.setdefault(part, []).append(answered)
     return {f"{METRIC}/{part}" if part else METRIC: sum(each) / len(each) for part, each in parts.items()}
+
+
+def ask_general(model: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator | PartialState) -> TaskScores:
+    """Accuracy over all (""), by kind and by language."""
+    questions = general_questions()
+    right = answer_general(model, tokenizer, questions, accelerator=accelerator)
+    return {name.removeprefix(METRIC).removeprefix("/"): v for name, v in general_metrics(questions, right).items()}
 
 
 def is_chance(accuracy: float, count: int) -> bool:

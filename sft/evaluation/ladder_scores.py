@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from sft.distributed import ranks
 from sft.distributed.launch import launched
+from sft.evaluation.general import ask_general, general_questions, is_chance
 from sft.evaluation.generation_evaluation import GenerationEvaluation
 from sft.models.model import load_model
-from sft.scoring.forgetting import Matrix, TaskScores, drops
+from sft.scoring.forgetting import GENERAL, Matrix, TaskScores, drops
 from sft.stages import paths
 from sft.stages.manifest import is_intact, read_manifest, with_digest
 from sft.storage import json_files
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from sft.stages.stage import Stage
 
 METRIC = "gen_score"
+Table = dict[str, dict[str, TaskScores]]
+"""Scores by model and by the stage whose questions were asked."""
 
 
 @dataclass
@@ -102,8 +105,8 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
     return earlier
 
 
-def _known_scores(path: Path) -> dict[str, dict[str, TaskScores]] | None:
-    """What an earlier start of the stage found; None where it is absent or damaged."""
+def _known_scores(path: Path) -> Any:
+    """The `scores` an earlier start of the stage found; None where it is absent or damaged."""
     try:
         record = json_files.read_json(path)
         return record["scores"] if is_intact(record) else None
@@ -111,8 +114,46 @@ def _known_scores(path: Path) -> dict[str, dict[str, TaskScores]] | None:
         return None
 
 
+def general_before(stage: Stage, model: Any, tokenizer: Any) -> None:
+    """Asks the model this stage starts from the general questions, where no earlier stage has, and keeps the scores.
+
+    Call it before the first step, when the adapter does nothing yet.
+    """
+    asked = _previous(earlier_stages(stage)).cell(_before(stage), GENERAL) is not None
+    if not asked and tokenizer.chat_template:
+        scores = ask_general(model, tokenizer, PartialState())
+        if PartialState().is_main_process:
+            json_files.write_json(stage.folder / paths.GENERAL, with_digest({"scores": scores}))
+
+
+def general_after(stage: Stage, model: Any, tokenizer: Any, accelerator: Any) -> Table:
+    """The general questions before and after the stage; nothing where the model it started from only guesses."""
+    before = _previous(earlier_stages(stage)).table.get(_before(stage), {}).get(GENERAL)
+    before = before or _known_scores(stage.folder / paths.GENERAL)
+    if before is None:
+        return {}
+    if is_chance(before[""], len(general_questions())):
+        say(f"General questions left out: {_before(stage)} has {before['']:.0%} right, which guessing gets as well")
+
+        return {}
+    after = ask_general(model, tokenizer, accelerator)
+    say(f"General questions: {before['']:.3f} right before this stage, {after['']:.3f} after it")
+    return {_before(stage): {GENERAL: before}, f"stage {stage.number}": {GENERAL: after}}
+
+
+def _before(stage: Stage) -> str:
+    return f"stage {stage.parents[-1].stage}" if stage.parents else "base"
+
+
 def ladder_scores(
-    stage: Stage, evaluation: GenerationEvaluation, earlier: Earlier, *, model: Any, accelerator: Any, step: int
+    stage: Stage,
+    evaluation: GenerationEvaluation | None,
+    earlier: Earlier | None,
+    *,
+    general: Table,
+    model: Any,
+    accelerator: Any,
+    step: int,
 ) -> dict[str, Any] | None:
     """The manifest's `forgetting` record: what earlier stages found, plus this stage's rows and this stage's model.
 
@@ -121,12 +162,14 @@ def ladder_scores(
     stages = earlier_stages(stage)
     matrix = _previous(stages)
     matrix.margin = stage.settings.forgetting_margin
-    matrix.update(earlier.scores)
-    here, before = f"stage {stage.number}", f"stage {stage.parents[-1].stage}" if stage.parents else "base"
-    matrix.update({before: {here: task_scores(_metrics_at(stage, 0), evaluation.rows)}})
-    matrix.update({here: {here: task_scores(_metrics_at(stage, step), evaluation.rows)}})
+    matrix.update(earlier.scores if earlier else {})
+    here = f"stage {stage.number}"
+    if evaluation:
+        matrix.update({_before(stage): {here: task_scores(_metrics_at(stage, 0), evaluation.rows)}})
+        matrix.update({here: {here: task_scores(_metrics_at(stage, step), evaluation.rows)}})
+    matrix.update(general)
     for number, folder in stages.items():
-        if rows := json_files.read_records(folder / paths.QUESTIONS):
+        if evaluation and (rows := json_files.read_records(folder / paths.QUESTIONS)):
             say(f"Scoring stage {stage.number} on the rows of stage {number} ...")
             answers = evaluation.answer(model, rows, accelerator=accelerator)
             _, metrics = evaluation.score(rows, answers)

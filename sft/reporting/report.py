@@ -97,7 +97,7 @@ def forgetting_table(manifest: Mapping[str, Any]) -> str:
         return ""
     found = forgetting.drops(matrix)
     lost = {(drop.model, drop.tasks) for drop in found}
-    rows = [["model", *(f"{tasks} tasks" for tasks in matrix.tasks)]]
+    rows = [["model", *(tasks if tasks == forgetting.GENERAL else f"{tasks} tasks" for tasks in matrix.tasks)]]
     for model in matrix.models:
         scores = {tasks: score(matrix.cell(model, tasks)) for tasks in matrix.tasks}
         rows.append([model, *(f"{text}{'!' if (model, tasks) in lost else ' '}" for tasks, text in scores.items())])

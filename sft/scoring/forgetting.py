@@ -12,6 +12,8 @@ from sft.scoring.metrics import FORGETTING_MARGIN
 from sft.scoring.structured import target_format
 
 NAMED = 6  # task keys in a sentence, the rest are counted
+GENERAL = "general"
+"""The column of the general questions, which belong to no stage: the base model could answer them."""
 TaskScores = dict[str, float]
 """Scores of one model on one stage's tasks: "" is the score over all of them, any other name a task key."""
 
@@ -20,6 +22,11 @@ def stage_number(label: str) -> int:
     """ "stage 2" -> 2; "base" -> 0."""
     digits = re.search(r"\d+$", label)
     return int(digits.group()) if digits else 0
+
+
+def _place(label: str) -> tuple[float, str]:
+    """Base, stages by number, the general questions last."""
+    return math.inf if label == GENERAL else stage_number(label), label
 
 
 def _is_score(score: Any) -> bool:
@@ -36,12 +43,12 @@ class Matrix:
 
     @property
     def models(self) -> list[str]:
-        return sorted(self.table, key=lambda label: (stage_number(label), label))
+        return sorted(self.table, key=_place)
 
     @property
     def tasks(self) -> list[str]:
         names = {name for scores in self.table.values() for name in scores}
-        return sorted(names, key=lambda label: (stage_number(label), label))
+        return sorted(names, key=_place)
 
     def cell(self, model: str, tasks: str) -> float | None:
         """The score of one model on one stage's tasks, None where it was not measured."""
@@ -103,7 +110,8 @@ class Drop:
     def sentence(self) -> str:
         named = "; ".join(f"{key} {before:.3f} -> {after:.3f}" for key, before, after in self.fell[:NAMED])
         named += f"; and {len(self.fell) - NAMED} more" if len(self.fell) > NAMED else ""
-        lost = f"{self.model} lost {self.before - self.after:.3f} on the tasks of {self.tasks}"
+        where = "general questions" if self.tasks == GENERAL else f"tasks of {self.tasks}"
+        lost = f"{self.model} lost {self.before - self.after:.3f} on the {where}"
         return f"{lost} ({self.since} scored {self.before:.3f}, now {self.after:.3f})" + (f": {named}" if named else "")
 
 
@@ -155,7 +163,8 @@ def format_scores(matrix: Matrix) -> tuple[list[str], dict[str, TaskScores]]:
     that every model asked for that format has: whatever stands in one column can be compared.
     """
     models, pairs = matrix.models, {model: _by_format(matrix, model) for model in matrix.models}
-    common = [tasks for tasks in matrix.tasks if all(matrix.cell(model, tasks) is not None for model in models)]
+    asked_of_stages = [tasks for tasks in matrix.tasks if tasks != GENERAL]
+    common = [tasks for tasks in asked_of_stages if all(matrix.cell(model, tasks) is not None for model in models)]
     scores: dict[str, TaskScores] = {model: {} for model in models}
     for model in models if common else ():
         scores[model]["overall"] = fmean(matrix.table[model][tasks][""] for tasks in common)
@@ -173,7 +182,7 @@ def format_scores(matrix: Matrix) -> tuple[list[str], dict[str, TaskScores]]:
 def _by_format(matrix: Matrix, model: str) -> dict[str, dict[tuple[str, str], float]]:
     """format -> {(stage, task key): score}."""
     grouped: dict[str, dict[tuple[str, str], float]] = {}
-    for tasks in matrix.table[model]:
+    for tasks in matrix.table[model].keys() - {GENERAL}:
         for key, score in matrix.by_key(model, tasks).items():
             grouped.setdefault(format_of(key), {})[tasks, key] = score
     return grouped

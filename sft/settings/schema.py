@@ -192,6 +192,10 @@ class Settings(BaseModel):
         "none",
         "Generate answers at every evaluation and score them as structured output or extraction, or only show them.",
     )
+    general_eval: Switch = setting(
+        True,
+        "Ask 150 general questions (knowledge, arithmetic, reading, instructions, formats) before and after a stage.",
+    )
     gen_eval_dataset: IdOrMix = setting(
         (), "Rows to generate answers for: an id, a path or a JSON list of sources; unset takes the validation rows."
     )
