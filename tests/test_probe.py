@@ -1,7 +1,9 @@
 """Verification by logits: right merges pass, wrong ones fail with figures, and looking changes nothing."""
 
+import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from sft.merging.probe import (
     precision,
     probe_ids,
     probe_logits,
+    shows_adapter,
     store_probe,
+    verdict,
     verify,
 )
 from sft.stages.paths import PROBE
@@ -75,7 +79,7 @@ def test_bfloat16_weights_get_the_room_that_rounding_needs(trained, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert precision(merged) == "bfloat16"
     assert 1e-6 < verify(merged, stage / PROBE)["kl"] < 5e-2
-    with pytest.raises(RunFailed, match=r"at most 0\.05 is rounding"):
+    with pytest.raises(RunFailed, match=r"does not answer as base \+ adapter did"):
         verify(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), stage / PROBE)
 
 
@@ -86,6 +90,62 @@ def test_rounded_weights_loaded_in_float32_keep_their_room(trained, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert precision(merged) == "float32"
     assert 1e-6 < verify(merged, stage / PROBE)["kl"] < 5e-2
+
+
+def small_effect(base: Path, folder: Path, size: float, dtype: torch.dtype) -> Path:
+    """A stage on `base` in a number format, whose adapter's B is random times `size`; its probe is stored."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn_like(parameter) * size
+    adapted.save_pretrained(folder)
+    store_probe(folder, adapted, tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("size", [0.1, 0.03, 0.01])
+def test_in_bfloat16_a_base_without_an_ordinary_adapter_fails_too(trained, tmp_path, size):
+    """Rounding would explain as much, but the answers are nearer to those without the adapter (trust M7)."""
+    base, _ = trained
+    stage = small_effect(base, tmp_path / "small", size, torch.bfloat16)
+    with pytest.raises(RunFailed, match=r"it may have been left out|at most"):
+        verify(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), stage / PROBE)
+    merge(base, [stage], tmp_path / "merged", dtype="bfloat16")
+    figures = verify(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), stage / PROBE)
+    assert shows_adapter(figures) == ("drowns" not in verdict(figures))
+
+
+def test_an_effect_below_rounding_passes_and_is_said(trained, tmp_path):
+    """An adapter a hundredth of a rounding step strong: the right merge passes, with words about what isn't shown."""
+    base, _ = trained
+    stage = small_effect(base, tmp_path / "small", 1e-5, torch.float32)
+    merge(base, [stage], tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    figures = verify(merged, stage / PROBE)
+    assert not shows_adapter(figures)
+    assert "drowns in rounding" in verdict(figures)
+
+
+def test_another_adapter_fails_where_rounding_can_not_explain_it(trained, tmp_path):
+    """Twice the update in bfloat16: within the room for rounding, but not nearer to what was trained."""
+    base, _ = trained
+    stage = small_effect(base, tmp_path / "small", 0.06, torch.bfloat16)
+    twice = tmp_path / "twice"
+    shutil.copytree(stage, twice)
+    config = json.loads((twice / "adapter_config.json").read_text())
+    (twice / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    merge(base, [twice], tmp_path / "merged", dtype="bfloat16")
+    with pytest.raises(RunFailed, match="does not answer as base"):
+        verify(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), stage / PROBE)
+
+
+def test_equal_runs_leave_equal_probes(trained, tmp_path):
+    """Byte by byte (trust L9)."""
+    base, _ = trained
+    probes = {(small_effect(base, tmp_path / str(k), 0.1, torch.float32) / PROBE).read_bytes() for k in range(4)}
+    assert len(probes) == 1
 
 
 def test_looking_disturbs_neither_mode_nor_random_state(trained):

@@ -17,7 +17,7 @@ from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.errors import RunFailed
 from sft.merging.merge import Ingredients, is_current, merge, record_verification
-from sft.merging.probe import store_probe, verify
+from sft.merging.probe import store_probe, verdict, verify
 from sft.models.model import compute_dtype, load_model
 from sft.stages.paths import MERGE_RECORD, PROBE
 from sft.storage import json_files
@@ -106,10 +106,7 @@ def verify_merged(stage: Stage, model: PreTrainedModel) -> None:
     if PartialState().is_main_process:
         record_verification(stage.merged_base, figures)
         stage.update(merge=merge_facts(stage))
-    say(
-        f"Merged base verified: KL {figures['kl']:.1e}, largest logit difference {figures['max_abs_diff']:.1e} "
-        f"(the last adapter moved the model by KL {figures['adapter_kl']:.1e})"
-    )
+    say(f"Merged base verified: {verdict(figures)}")
 
 
 def keep_probe(stage: Stage, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from sft.errors import Problems, RunFailed
 from sft.merging.merge import Ingredients, MergeRecord, merge
 from sft.merging.parents import with_adapters
-from sft.merging.probe import judge, precision, probe_ids, probe_logits, verify
+from sft.merging.probe import judge, precision, probe_ids, probe_logits, shows_adapter, verdict, verify
 from sft.merging.weights import model_folder
 from sft.programs.model_card import model_card
 from sft.stages.lineage import result_sha256
@@ -157,6 +157,8 @@ def export(origin: Origin, target: Path) -> MergeRecord:
         if origin.adapters:
             figures = _verified(origin, folder)
             record.max_abs_diff, record.kl = figures["max_abs_diff"], figures["kl"]
+            if not shows_adapter(figures):
+                record.warnings.append(f"verified as far as answers can tell: {verdict(figures)}")
         (folder / "README.md").write_text(model_card(origin.base, origin.manifests, record), encoding="utf-8")
 
     return merge(
