@@ -39,6 +39,8 @@ def silence_libraries() -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT looks for its own rank patterns of fused experts among modules, where they are parameters.
+    warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|transformers|peft|trl|bitsandbytes|accelerate)"
     )

@@ -21,7 +21,9 @@ from sft.evaluation.generation_evaluation import GenerationEvaluation, questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
 from sft.evaluation.ladder_scores import Earlier, general_after, general_before, ladder_scores, score_earlier
 from sft.merging.parents import keep_probe, verify_merged
-from sft.models.model import trained_modules
+from sft.models.fitness import require_known_tokens
+from sft.models.model import load_config, trained_modules
+from sft.models.targets import target_notes
 from sft.planning.memory import checkpointing_needed, largest_batch, raise_shortage
 from sft.reporting.recording import RunRecord
 from sft.scoring.forgetting import GENERAL
@@ -49,6 +51,7 @@ def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     """The rows of the stage; the main process makes the labels, the others find them cached."""
     with ranks.main_first("the main process to read the data"):
         mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings))
+    require_known_tokens(load_config(settings), settings, mix.train, mix.val)
     for warning in mix.warnings:
         say(warning)
     say(f"Rows: {mix.rows_in_words()}")
@@ -136,6 +139,8 @@ def build_trainer(
     edge_mask = build_edge_mask(mix, settings)
     if edge_mask is not None:
         stage.update(masked_loss=edge_mask.report(settings.epochs))
+    for note in target_notes(model, settings):
+        say(note)
     trainer = StagedTrainer(
         model,
         args=training_arguments(

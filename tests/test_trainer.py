@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from sft.errors import RunFailed
 from sft.models.isolation import Isolation
-from sft.models.model import adapter_config, casts_left_to_autocast, linear_names, lora_layers, trained_modules
+from sft.models.model import casts_left_to_autocast, lora_layers, trained_modules
+from sft.models.targets import adapter_config, linear_names
 from sft.planning.activations import Tally
 from sft.settings.values import Scheduler
 from sft.training import trainer as trainer_module
@@ -67,7 +68,7 @@ def test_the_default_targets_reach_every_projection(tmp_path: Path):
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     settings = SimpleNamespace(
         use_lora=True, lora_target_modules=names, lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_rslora=False,
-        lora_dora=False,
+        lora_dora=False, origins={},
     )  # fmt: skip
     assert set(linear_names(model)) == set(names)
     adapted = get_peft_model(model, adapter_config(model, settings))
@@ -85,7 +86,7 @@ def test_leaving_casts_to_autocast_saves_memory_and_changes_no_bit(tmp_path: Pat
 
     chosen = SimpleNamespace(
         use_lora=True, lora_target_modules=["all-linear"], lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_rslora=False,
-        lora_dora=False,
+        lora_dora=False, origins={},
     )  # fmt: skip
     folder = write_model(tmp_path / "m")
     ids = torch.arange(400)[None] % 300

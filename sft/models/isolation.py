@@ -53,11 +53,11 @@ class Isolation:
 
     def sentence(self) -> str:
         """What a person is told."""
-        known = self.difference is not None
         if self.kept_apart:
-            return f"Joined rows are kept apart: logits as of each alone, to {self.difference:.0e}."
-        why = f"layers of this model mix joined rows (logits differ by {self.difference:.2g})"
-        return f"Rows go one by one: {why if known else 'whether this model mixes joined rows could not be tried'}."
+            return f"Joined rows are kept apart: logits as of each alone, to {self.difference or 0.0:.0e}."
+        if self.difference is None:
+            return "Rows go one by one, unless the loaded model keeps joined rows apart, which is tried then."
+        return f"Rows go one by one: layers of this model mix joined rows (logits differ by {self.difference:.2g})."
 
     def passes(self, inputs: dict[str, Any], *, at_least: int = 0) -> list[dict[str, Any]]:
         """The forward passes of joined rows: one, or one per row in their order.

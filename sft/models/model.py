@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -46,7 +45,9 @@ def load_problem(what: str, name: str, error: Exception) -> Problems:
     """One plain message for a model that can't be loaded, saying which of the usual reasons it is."""
     text = f"{type(error).__name__} {error}".lower()
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).expanduser().exists():
+    if "trust_remote_code" in text:
+        remedy = "the model brings code of its own: read it, then set SFT_TRUST_REMOTE_CODE=1"
+    elif Path(name).expanduser().exists():
         remedy = "the folder must hold config.json, tokenizer files and safetensors weights"
     elif is_missing_folder(name):
         remedy = NO_FOLDER
@@ -72,6 +73,11 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         )
     except LOAD_ERRORS as error:
         raise load_problem("the tokenizer", settings.base_model, error) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
+        raise Problems([
+            f"SFT_BASE_MODEL={settings.base_model}: has no tokenizer files, so that its tokenizer knows no words; "
+            "copy tokenizer.json and tokenizer_config.json of the model there"
+        ])  # fmt: skip
     if settings.chat_template:
         tokenizer.chat_template = chat_template_for(settings.chat_template)
     if tokenizer.pad_token is None:
@@ -138,50 +144,6 @@ def load_model(source: str | Path, settings: Settings, *, device: torch.device |
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # no tensor, a switch
     return model
-
-
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Last name parts of the modules an adapter can go on, the output head left out."""
-    head = model.get_output_embeddings()
-    kinds = (torch.nn.Linear,)
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if module is not head and (isinstance(module, kinds) or type(module).__name__ == "Conv1D")
-    }
-    # transformers 5 keeps the experts of a mixture fused in 3-D parameters; peft maps the usual names onto them.
-    if any("experts" in name for name, _ in model.named_parameters()):
-        names |= {"gate_proj", "up_proj", "down_proj"}
-    return sorted(names)
-
-
-def adapter_config(model: PreTrainedModel, settings: Settings) -> LoraConfig | None:
-    """The LoRA configuration of the stage; None for full fine-tuning.
-
-    Raises:
-        Problems: none of the target modules exists in the model.
-    """
-    if not settings.use_lora:
-        return None
-    targets: str | list[str] = list(settings.lora_target_modules)
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    elif not set(targets) & set(linear_names(model)):
-        raise Problems(
-            [
-                f"SFT_LORA_TARGET_MODULES={','.join(targets)}: {type(model).__name__} has none of them; "
-                f"it has {', '.join(linear_names(model))}, or use all-linear"
-            ]
-        )
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        use_rslora=settings.lora_rslora,
-        use_dora=settings.lora_dora,
-    )
 
 
 @contextmanager

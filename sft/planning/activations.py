@@ -6,7 +6,6 @@ memory and no values. Every tensor that comes into being is counted until it is 
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 import weakref
@@ -20,12 +19,13 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.modeling_utils import set_zero3_state
+from transformers import AttentionInterface
 
 from sft.models.experts import route_experts
-from sft.models.model import adapter_config, casts_left_to_autocast, compute_dtype, lora_layers
+from sft.models.fitness import blank
+from sft.models.model import casts_left_to_autocast, compute_dtype, lora_layers
 from sft.models.stand_in import shortened
+from sft.models.targets import adapter_config
 from sft.training.loss import token_cross_entropy
 
 if TYPE_CHECKING:
@@ -108,11 +108,7 @@ def rule_of_thumb(config: PretrainedConfig, batch: BatchShape, *, device: Device
 def blank_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
     """The model in its compute type, without any memory behind its weights; whole under ZeRO-3 too, where transformers
     would split it over all processes and wait for those that do not ask."""
-    trusted = settings.trust_remote_code
-    with torch.device("meta"), set_zero3_state():
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=compute_dtype(settings), trust_remote_code=trusted
-        )
+    return blank(config, settings, dtype=compute_dtype(settings))
 
 
 def with_adapter(bare: PreTrainedModel, settings: Settings) -> torch.nn.Module:

@@ -92,8 +92,8 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
         return
     document.steps = steps_of(plan.rows.mix, settings)
     if config is not None:
-        add_isolation(plan, config)
-        add_memory(plan, plan.rows.mix, config)
+        plan.attempt(add_isolation, plan, config)
+        plan.attempt(add_memory, plan, plan.rows.mix, config)
     if plan.need is not None and not document.problems:
         add_time(plan, plan.rows.mix, plan.need, start_model)
 
@@ -122,6 +122,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model."""
     from sft.data.mixture import prepare_mix
     from sft.evaluation.held_out import earlier_questions
+    from sft.models.fitness import model_notes, require_known_tokens
     from sft.models.model import load_config, load_tokenizer
 
     settings, document = plan.settings, plan.document
@@ -131,8 +132,10 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
         return config
     earlier = earlier_questions(settings).union(held)
     mix = plan.attempt(prepare_mix, settings, tokenizer, say=plan.notes.append, earlier=earlier)
+    plan.notes += model_notes(settings)
     if mix is None:
         return config
+    plan.attempt(require_known_tokens, config, settings, mix.train, mix.val)
     plan.notes += [*mix.warnings, *answer_faults(settings)]
     document.sources = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
     document.train_rows, document.val_rows = len(mix.train), len(mix.val)

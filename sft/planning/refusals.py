@@ -16,6 +16,7 @@ from sft.data.sources.load import load_source
 from sft.data.sources.readers import SourceError
 from sft.distributed.launch import launched
 from sft.errors import Problems
+from sft.models.fitness import model_problems
 from sft.planning.machine import device_problems
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def refusals(settings: Settings) -> list[str]:
         *device_problems(),
         *cache_problems(settings),
         *(file_problems(Path(settings.base_model)) if Path(settings.base_model).is_dir() else ()),
-        *([] if any(cache_problems(settings)) else question_problems(settings)),
+        *([] if any(cache_problems(settings)) else [*model_problems(settings), *question_problems(settings)]),
     ]
 
 

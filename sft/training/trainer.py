@@ -20,12 +20,12 @@ from sft.models.experts import route_experts
 from sft.models.isolation import keep_rows_apart
 from sft.models.model import (
     RandomState,
-    adapter_config,
     answering,
     casts_left_to_autocast,
     lora_layers,
     preserved_random_state,
 )
+from sft.models.targets import adapter_config
 from sft.stages import paths
 from sft.stages.checkpoints import metrics_mark, rotate
 from sft.storage import json_files

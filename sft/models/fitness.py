@@ -1,0 +1,106 @@
+"""Does a model fit the stage? What its configuration and its tokenizer tell before any weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import set_zero3_state
+
+from sft.errors import Problems
+from sft.models.model import load_config
+from sft.models.targets import target_notes, target_problems, targets_of
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from sft.settings import Settings
+
+
+def blank(config: PretrainedConfig, settings: Settings, **keywords: Any) -> PreTrainedModel:
+    """The model without any memory behind its weights.
+
+    Raises:
+        Problems: it is no causal language model that transformers knows.
+    """
+    try:
+        with torch.device("meta"), set_zero3_state():
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=settings.trust_remote_code, **keywords
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        what = f"SFT_BASE_MODEL={settings.base_model}: {config.model_type} is"
+        if config.get_text_config() is not config:
+            raise Problems([
+                f"{what} a model for images, sound or video besides text, which this program does not train; "
+                "name a text model"
+            ]) from error  # fmt: skip
+        raise Problems([f"{what} no causal language model; name one that continues text"]) from error
+
+
+def model_problems(settings: Settings) -> list[str]:
+    """What would end a run although model and settings are in order each by itself."""
+    try:
+        config = load_config(settings)
+        model = blank(config, settings)
+    except Problems as error:
+        return error.problems
+    found = [*attention_problems(config, settings), *position_problems(model, settings)]
+    return [*found, *target_problems(targets_of(model), settings, type(model).__name__)]
+
+
+def model_notes(settings: Settings) -> list[str]:
+    """Warnings about the adapter's targets; [] where the model can't be built."""
+    try:
+        return target_notes(blank(load_config(settings), settings), settings)
+    except Problems:
+        return []
+
+
+def attention_problems(config: PretrainedConfig, settings: Settings) -> Iterator[str]:
+    """SFT_ATTN that the architecture does not have."""
+    if settings.attn == "auto":
+        return
+    try:
+        blank(config, settings, attn_implementation=settings.attn)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().partition(". ")[0].partition("\n")[0]
+        yield f"SFT_ATTN={settings.attn}: {reason}; SFT_ATTN=auto takes what the model has"
+
+
+def position_problems(model: PreTrainedModel, settings: Settings) -> Iterator[str]:
+    """Rows that may be longer than a table of learned positions."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
+    if longest is None:
+        return
+    learned = any(0 <= table.num_embeddings - longest <= 2 for table in tables)
+    if learned and settings.max_seq_len > longest:
+        yield (
+            f"SFT_MAX_SEQ_LEN={settings.max_seq_len}: {type(model).__name__} has learned {longest} positions and no "
+            f"more; set SFT_MAX_SEQ_LEN={longest} or less"
+        )
+
+
+def require_known_tokens(config: PretrainedConfig, settings: Settings, *parts: datasets.Dataset) -> None:
+    """No row has a token for which the model has no embedding: an added token without a trained row.
+
+    Raises:
+        Problems: names the first such row and its token.
+    """
+    rows = blank(config, settings).get_input_embeddings().num_embeddings
+    for part in parts:
+        for position, ids in enumerate(part.with_format("numpy")["input_ids"] if len(part) else ()):
+            if ids.max(initial=0) >= rows:
+                raise Problems([
+                    f"SFT_BASE_MODEL={settings.base_model}: the tokenizer has ids beyond the model's embedding of "
+                    f"{rows:,} rows, and row {position + 1} holds one ({int(ids.max()):,}): it can't be trained; use "
+                    "the tokenizer the model was trained with, or a model whose embedding was resized for it"
+                ])  # fmt: skip
