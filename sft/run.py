@@ -6,18 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import transformers
 from accelerate import PartialState
 
 from sft.data.masked_loss.edge_mask import EdgeMask
-from sft.data.mixture import load_questions, prepare_mix
+from sft.data.mixture import prepare_mix
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.distributed.signals import STOP, Stopped
+from sft.evaluation.chosen_by import asked_rows, require_metric
 from sft.evaluation.general import METRIC
-from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
+from sft.evaluation.generation_evaluation import GenerationEvaluation, write_questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
 from sft.evaluation.ladder_scores import Earlier, general_after, general_before, ladder_scores, score_earlier
 from sft.merging.parents import keep_probe, verify_merged
@@ -57,6 +57,7 @@ def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     say(f"Rows: {mix.rows_in_words()}")
     for remark in mix.remarks():
         say(remark)
+    require_metric(settings, mix, say)
     return mix
 
 
@@ -75,22 +76,12 @@ def rows_facts(mix: Mix) -> dict[str, Any]:
 def evaluation(stage: Stage, tokenizer: PreTrainedTokenizerBase, mix: Mix) -> GenerationEvaluation | None:
     """The generation evaluation of the stage, None when SFT_GEN_EVAL=none or there is nothing to ask."""
     settings = stage.settings
-    rows = questions(answered_rows(settings, mix), settings) if settings.gen_eval != "none" else []
+    rows = asked_rows(settings, mix)
     if not rows:
         return None
     if PartialState().is_main_process:
         write_questions(stage.folder, rows, settings.gen_eval)
     return GenerationEvaluation(settings, stage.folder, tokenizer, rows)
-
-
-def answered_rows(settings: Settings, mix: Mix) -> datasets.Dataset:
-    """The rows to draw questions from: those of SFT_GEN_EVAL_DATASET, else the validation rows.
-
-    Raises:
-        Problems: a data set of SFT_GEN_EVAL_DATASET can't be loaded.
-    """
-    loaded = [dataset.select_columns(["messages", "extras", "task_key"]) for dataset in load_questions(settings)]
-    return datasets.concatenate_datasets(loaded) if loaded else mix.val
 
 
 def score_earlier_models(stage: Stage, evaluation: GenerationEvaluation | None) -> Earlier | None:
@@ -147,7 +138,7 @@ def build_trainer(
             settings,
             stage.folder,
             checkpointing=checkpoints_gradients(settings, model, mix),
-            evaluated=len(mix.val) > 0,
+            evaluated=len(mix.val) > 0 or evaluation is not None,
             resumed=stage.checkpoint is not None,
         ),
         settings=settings,

@@ -87,6 +87,21 @@ def test_every_epoch_has_its_own_order_and_the_same_seed_the_same():
     assert first == [key for step in order_of(1, 10, epoch=0) for key in step[0]]
 
 
+def test_grouping_by_length_does_not_train_the_longest_first():
+    """80 lengths in 40 global batches: about half of the batches are shorter than the one before, in another order
+    each epoch. Trained longest first, the last steps would see nothing but short rows."""
+    lengths = list(range(1, 81))
+    sampler = EpochBatches(80, batch_size=2, seed=0, lengths=lengths, group=2)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders.append(sampler.order())
+        means = np.array(lengths)[orders[-1]].reshape(-1, 2).mean(axis=1)
+        assert 12 <= (np.diff(means) < 0).sum() <= 27
+        assert abs(means[:20].mean() - means[20:].mean()) < 20
+    assert orders[0].tolist() != orders[1].tolist()
+
+
 def test_grouping_by_length_puts_similar_rows_together():
     """Rows of lengths 1 and 100: every global batch of two holds rows of one length, and no row is lost."""
     lengths = [1, 100] * 6

@@ -121,6 +121,7 @@ def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> str:
 def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model."""
     from sft.data.mixture import prepare_mix
+    from sft.evaluation.chosen_by import require_metric
     from sft.evaluation.held_out import earlier_questions
     from sft.models.fitness import model_notes, require_known_tokens
     from sft.models.model import load_config, load_tokenizer
@@ -137,6 +138,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
         return config
     plan.attempt(require_known_tokens, config, settings, mix.train, mix.val)
     plan.notes += [*mix.warnings, *answer_faults(settings)]
+    plan.attempt(require_metric, settings, mix, plan.notes.append)
     document.sources = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
     document.train_rows, document.val_rows = len(mix.train), len(mix.val)
     document.dropped, document.upsampling = dict(mix.dropped), mix.upsampling

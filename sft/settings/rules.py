@@ -89,6 +89,9 @@ def _weight_rules(settings: Any) -> Iterator[Conflict]:
         if quantised and not settings.use_lora:
             text = "quantised weights cannot be trained themselves; set SFT_USE_LORA=1, or do not quantise"
             yield Conflict((name, "SFT_USE_LORA"), text)
+    if settings.dtype == "float16" and not settings.use_lora:
+        text = "weights trained themselves overflow in float16; take bfloat16 or float32, or set SFT_USE_LORA=1"
+        yield Conflict(("SFT_DTYPE", "SFT_USE_LORA"), text)
 
 
 def _training_rules(settings: Any) -> Iterator[Conflict]:

@@ -56,7 +56,6 @@ def training_arguments(
         gradient_accumulation_steps=settings.grad_accum,
         **optimisation(settings),
         **machine(settings, checkpointing=checkpointing),
-        neftune_noise_alpha=settings.neftune_noise_alpha or None,
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=settings.logging_steps,

@@ -82,7 +82,8 @@ class TrainingRows(Dataset):
         row = self.rows[position]
         labels = np.asarray(row["labels"], dtype=np.int64).copy()
         labels[0] = -100
-        example = {"position": position, "input_ids": np.asarray(row["input_ids"], dtype=np.int64), "labels": labels}
+        ids = np.asarray(row["input_ids"], dtype=np.int64)
+        example = {"position": position, "epoch": epoch, "input_ids": ids, "labels": labels}
         return (
             example if self.edge_mask is None else example | self.masked(self.edge_mask, epoch, position, row, labels)
         )
@@ -111,7 +112,7 @@ def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     tokens."""
     rows = [row for item in items for row in item]
     if not rows:
-        nothing = {"position": -1, "input_ids": np.zeros(2, np.int64), "labels": np.full(2, -100, np.int64)}
+        nothing = {"position": -1, "epoch": 0, "input_ids": np.zeros(2, np.int64), "labels": np.full(2, -100, np.int64)}
         rows = [nothing]
     batch: dict[str, Any] = {
         name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None]
@@ -121,7 +122,7 @@ def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     batch["position_ids"] = torch.from_numpy(np.concatenate([np.arange(len(row["input_ids"])) for row in rows]))[None]
     batch["row_lengths"] = [len(row["input_ids"]) for row in rows]
     batch["row_ends"] = row_ends(batch["row_lengths"])
-    batch["rows"] = [row["position"] for row in rows]
+    batch["rows"], batch["epochs"] = [row["position"] for row in rows], [row["epoch"] for row in rows]
     trained = int((batch["labels"] != -100).sum())
     batch["num_items"] = sum(row["expected_tokens"] for row in rows) if "expected_tokens" in rows[0] else trained
     return batch

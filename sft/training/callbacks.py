@@ -40,15 +40,8 @@ class StageRhythm(TrainerCallback):
     # Best model and early stopping
 
     def count(self, metrics: dict[str, float], step: int) -> None:
-        """Takes an evaluation into account: whether it is the best so far, and how long there was none better.
-
-        Raises:
-            KeyError: the metric to choose by is not among them.
-        """
-        if self.metric not in metrics:
-            known = ", ".join(sorted(key for key in metrics if "/" not in key))
-            raise KeyError(f"SFT_METRIC_FOR_BEST={self.metric} is not among the metrics of this run: {known}")
-        value = metrics[self.metric]
+        """Takes an evaluation into account: whether it is the best so far, and how long there was none better."""
+        value = metrics.get(self.metric, math.nan)  # whether it will be there was asked before the first step
         better = self.best is None or (value > self.best if self.greater else value < self.best)
         self.improved = math.isfinite(value) and better
         self.without_improvement = 0 if self.improved else self.without_improvement + 1

@@ -98,6 +98,16 @@ def finite_norm(norm: torch.Tensor | float | None, *, step: int, rows: Iterable[
     )
 
 
+def require_finite_evaluation(loss: float, step: int) -> None:
+    """Raises RunFailed where the loss on the validation rows is infinite or not a number."""
+    if not math.isfinite(loss):
+        raise RunFailed(
+            f"The loss on the validation rows is {loss} at step {step}: the model is broken, and no later stage should "
+            "build on it. Checkpoints before it are kept. Try SFT_DTYPE=bfloat16 or float32, or a lower SFT_LR with "
+            "--fresh."
+        )
+
+
 def require_finite(model: torch.nn.Module, step: int) -> None:
     """Before anything is saved.
 

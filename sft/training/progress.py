@@ -78,7 +78,7 @@ class Readable(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+        if state.is_world_process_zero and any(name.startswith(("loss", "eval_", "gen_")) for name in logs):
             tqdm.write(metric_line(state.global_step, logs, state.max_steps))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

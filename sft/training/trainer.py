@@ -32,7 +32,15 @@ from sft.storage import json_files
 from sft.training.arguments import reduce_in_float32, steps_to_schedule
 from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, blocks_of, join_rows
 from sft.training.callbacks import StageRhythm
-from sft.training.loss import LossScale, finite_norm, leave_out_triton, require_finite, token_cross_entropy
+from sft.training.loss import (
+    LossScale,
+    finite_norm,
+    leave_out_triton,
+    require_finite,
+    require_finite_evaluation,
+    token_cross_entropy,
+)
+from sft.training.noise import RowNoise
 from sft.training.progress import AtStart
 from sft.training.results import STAGING, best_model_record, published_together
 
@@ -95,7 +103,7 @@ class StagedTrainer(SFTTrainer):
             args=args,
             data_collator=join_rows,
             train_dataset=rows.rows,
-            eval_dataset=val_rows.rows if val_rows else None,
+            eval_dataset=(val_rows or rows).rows,  # the Trainer insists on some where answers alone are evaluated
             processing_class=tokenizer,
             peft_config=adapter_config(model, settings),
         )
@@ -106,6 +114,8 @@ class StagedTrainer(SFTTrainer):
         self.train_dataset, self.val_rows = rows, val_rows
         self.loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared as None, meant as a switch
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        alpha = settings.neftune_noise_alpha
+        self.noise = RowNoise(model.get_input_embeddings(), alpha, settings.seed) if alpha else None
         self.rhythm = StageRhythm(settings.metric_for_best, settings.early_stopping_patience)
         self.add_callback(self.rhythm)
         self.remove_callback(PrinterCallback)
@@ -198,7 +208,9 @@ class StagedTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Sum of token losses over the trained tokens of the global batch (torchtitan's normalisation)."""
-        inputs = {name: value for name, value in inputs.items() if name not in ("rows", "num_items")}
+        if self.noise:
+            self.noise.expect(list(zip(inputs["row_lengths"], inputs["epochs"], inputs["rows"], strict=True)))
+        inputs = {name: value for name, value in inputs.items() if name not in ("rows", "epochs", "num_items")}
         weights, labels = inputs.pop("loss_weights", None), inputs.pop("labels")
         losses = self.token_losses(model, inputs, labels).float()
         if weights is not None:
@@ -252,6 +264,7 @@ class StagedTrainer(SFTTrainer):
         with preserved_random_state():
             if self.val_rows:
                 loss = self.validation_loss(self.val_rows)
+                require_finite_evaluation(loss, self.state.global_step)
                 metrics |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
             if self.measure:
                 metrics |= self.measure(self.model, self.accelerator, self.state, self.rhythm.raise_if_stopped)

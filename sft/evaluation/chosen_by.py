@@ -1,0 +1,78 @@
+"""What an evaluation of a stage will measure, and whether the best model can be chosen by what was asked for.
+
+Both are known before the first step, from the rows alone: a run must not train for hours towards a metric that never
+comes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import datasets
+
+from sft.data.mixture import load_questions
+from sft.errors import Problems
+from sft.evaluation.generation_evaluation import questions
+from sft.scoring.metrics import logged_name
+from sft.scoring.score import score
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from sft.data.mixture import Mix
+    from sft.settings import Settings
+
+_VALIDATION = "raise SFT_VAL_RATIO, or set SFT_EVAL_DATASET"
+
+
+def asked_rows(settings: Settings, mix: Mix) -> list[dict[str, Any]]:
+    """The questions of the generation evaluation, [] without one: from SFT_GEN_EVAL_DATASET, else validation rows.
+
+    Raises:
+        Problems: a data set of SFT_GEN_EVAL_DATASET can't be loaded.
+    """
+    if settings.gen_eval == "none":
+        return []
+    loaded = [dataset.select_columns(["messages", "extras", "task_key"]) for dataset in load_questions(settings)]
+    return questions(datasets.concatenate_datasets(loaded) if loaded else mix.val, settings)
+
+
+def measured(settings: Settings, val_rows: int, asked: list[dict[str, Any]]) -> set[str]:
+    """The names of the metrics an evaluation will log: what scoring the reference answers themselves gives."""
+    names = {logged_name("loss"), logged_name("perplexity")} if val_rows else set()
+    if asked:
+        perfect = [row | {"answer": row["reference"]} for row in asked]
+        fields, markers = settings.extraction_fields, settings.output_markers
+        names |= score(settings.gen_eval, perfect, fields=fields, markers=markers)[1].keys()
+    return names
+
+
+def require_metric(settings: Settings, mix: Mix, say: Callable[[str], None]) -> None:
+    """Says where no best model will be kept though nobody asked for one.
+
+    Raises:
+        Problems: early stopping or SFT_METRIC_FOR_BEST go by what no evaluation will measure.
+    """
+    wanted = logged_name(settings.metric_for_best)
+    names = measured(settings, len(mix.val), asked_rows(settings, mix))
+    if wanted in names:
+        return
+    if not names:
+        reason = f"there is nothing to evaluate: no validation rows of {len(mix.train):,}; {_VALIDATION}"
+    elif wanted in (logged_name("loss"), logged_name("perplexity")):
+        reason = f"{wanted} needs validation rows; {_VALIDATION}, or choose by one of {_listed(names)}"
+    else:
+        reason = f"the rows to answer do not give it; they give {_listed(names)}"
+    patience = settings.early_stopping_patience
+    if patience > 0:
+        raise Problems([f"SFT_EARLY_STOPPING_PATIENCE={patience}: goes by SFT_METRIC_FOR_BEST={wanted}, but {reason}"])
+    if settings.origins.get("SFT_METRIC_FOR_BEST", "default") != "default":
+        raise Problems([f"SFT_METRIC_FOR_BEST={settings.metric_for_best}: {reason}"])
+    say(f"[WARNING] No best model will be kept: {reason}")
+
+
+def _listed(names: set[str]) -> str:
+    plain = sorted(name for name in names if "/" not in name and name != "gen_samples")
+    parts = sorted(name for name in names if name.startswith("gen_score/"))
+    return ", ".join([*plain, *parts]) or "none"
