@@ -136,7 +136,7 @@ def _expert_targets(offered: Targets, targets: list[str], settings: Settings) ->
 
 def target_problems(offered: Targets, settings: Settings, kind: str) -> Iterator[str]:
     """Names that a person wrote and that fit nothing; defaults only where none of them fits."""
-    targets = settings.lora_target_modules
+    targets = tuple(settings.lora_target_modules)
     if not settings.use_lora or targets == ("all-linear",):
         return
     wrong = [target for target in targets if not offered.fits(target)]
@@ -174,7 +174,7 @@ def target_notes(model: PreTrainedModel, settings: Settings) -> list[str]:
     """What a person should know of the targets in this model: warnings, [] where there are none."""
     if not settings.use_lora:
         return []
-    offered, targets = targets_of(model), settings.lora_target_modules
+    offered, targets = targets_of(model), tuple(settings.lora_target_modules)
     found = []
     missing = [target for target in targets if target != "all-linear" and not offered.fits(target)]
     if missing:
