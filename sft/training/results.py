@@ -29,7 +29,7 @@ UNWANTED = ("training_args.bin", "README.md")
 
 @contextmanager
 def published_together(target: Path, *, main: bool, sealed: bool = False) -> Iterator[Path]:
-    """A folder that all ranks fill and that appears at `target` when all are done (`files.published_folder` is for one
+    """A folder that all ranks fill and that appears at `target` when all are done (`atomic.published_folder` is for one
     process alone). `sealed` adds checksums, by which damage is noticed before use.
     """
     staging = target.parent / STAGING / target.name

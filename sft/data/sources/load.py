@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one source: first messages, after `chat.label` tokens and labels as well.
+    """Rows of one source: first messages, after `label.label` tokens and labels as well.
 
     `dropped` counts lost rows by reason, `noted` what happened to kept ones (truncated, no marker); `first` has the
     number of the first row lost for a reason. `unread` are columns, and keys of messages, whose text nothing reads.
