@@ -146,7 +146,7 @@ def build_trainer(
         rows=TrainingRows(
             mix.train, packs=packs_of(mix.train, settings), edge_mask=edge_mask, mode=settings.masked_loss_mode
         ),
-        val_rows=TrainingRows(mix.val),
+        val_rows=TrainingRows(mix.val, names=mix.names),
         measure=measure_answers(evaluation, record) if evaluation else None,
     )
     trainer.add_callback(Metrics(record.metrics))

@@ -57,6 +57,15 @@ def test_a_rank_without_rows_gets_masked_tokens():
     assert batch["num_items"] == 0
 
 
+def test_every_trained_token_has_its_source():
+    """Rows 0 and 2 of source 1, row 1 of source 0: two, three and one trained tokens of a joined batch."""
+    training = TrainingRows(rows().add_column("source", [1, 0, 1]), names=["a", "b"])
+    batch = join_rows([training[0], training[1], training[2]])
+    assert training.sources_of_tokens(batch, batch["labels"]).tolist() == [1, 1, 0, 1, 1, 1]
+    nothing = join_rows([])
+    assert training.sources_of_tokens(nothing, nothing["labels"]).tolist() == []
+
+
 def test_packs_are_items():
     """With packing an item is the rows of one pack, in row order."""
     training = TrainingRows(rows(), packs=[[0, 1], [2]])

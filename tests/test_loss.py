@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from sft.planning.activations import Tally
 from sft.training import loss
-from sft.training.loss import LossScale, token_cross_entropy
+from sft.training.loss import LossScale, source_losses, token_cross_entropy
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
@@ -82,3 +82,11 @@ def test_float16_finds_its_scale_where_the_first_steps_overflow():
         scaler.update()
     assert skipped == 11
     assert weight.item() == pytest.approx(0.6)
+
+
+def test_the_loss_of_each_source():
+    """Two of three sources have validation rows: 6 / 3 and 4 / 1, together 10 / 4; one alone has no own figure."""
+    sums = torch.tensor([[6.0, 3.0], [0.0, 0.0], [4.0, 1.0]], dtype=torch.float64)
+    assert source_losses(sums, ["a", "b", "c"]) == {"eval_loss": 2.5, "eval_loss/a": 2.0, "eval_loss/c": 4.0}
+    assert source_losses(sums[:2], ["a", "b"]) == {"eval_loss": 2.0}
+    assert source_losses(sums[2:], []) == {"eval_loss": 4.0}

@@ -40,8 +40,8 @@ class Mix:
 
     `sources` and `upsampling` are the records of the contract's `--check --json`; `tokens` those of `train`.
     `held` are the contents that no later stage may train on; `unasked` counts rows left out beyond the share asked for.
-    `first` says where a row was first dropped; `unread` are columns and keys with text that nothing reads, by source;
-    `parity` whether a source's prompts are those a server asks with.
+    `first` says where a row was first dropped, `unread` which columns and keys with text nothing reads, by source;
+    `parity` whether a source's prompts are those a server asks with; `names` are those of the sources by their number.
     """
 
     train: datasets.Dataset
@@ -57,6 +57,7 @@ class Mix:
     first: dict[str, str] = field(default_factory=dict)
     unread: dict[str, list[str]] = field(default_factory=dict)
     parity: dict[str, Parity] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
 
     def rows_in_words(self) -> str:
         """How many rows there are and how they add up."""
@@ -178,6 +179,7 @@ def mix(
     base = _Base([*sources, *evaluation])
     dropped, first = placed(base.sources)
     report = Mix(base.rows, base.rows, [], [], dropped, noted=base.counted("noted"), first=first)
+    report.names = _names(base.sources)
     report.unread = {rows.source.id: list(rows.unread) for rows in base.sources if rows.unread}
     found = _splits(base, len(sources), settings, report, questions=questions)
     drawn = _drawn([rows.source for rows in sources], found, settings, report)
@@ -195,6 +197,16 @@ def mix(
     ]
     report.tokens = base.tokens(rows)
     return report
+
+
+def _names(sources: Sequence[Rows]) -> list[str]:
+    """Short names, each another: the file's or folder's, with a number where several have it."""
+    names: list[str] = []
+    for rows in sources:
+        name = Path(rows.source.id).name
+        same = sum(other == name or other.startswith(f"{name}-") for other in names)
+        names.append(f"{name}-{same + 1}" if same else name)
+    return names
 
 
 class _Base:

@@ -58,7 +58,7 @@ class TrainingRows(Dataset):
     """Labelled rows addressed by key = epoch * len + item, so that a worker needs nothing but the key to draw masks.
 
     An item is one row, or the rows of one pack. `labels` of the first token of every row are masked: with rows joined
-    it would otherwise be predicted from the row before.
+    it would otherwise be predicted from the row before. `names` are those of the rows' sources.
     """
 
     def __init__(
@@ -68,8 +68,11 @@ class TrainingRows(Dataset):
         packs: list[list[int]] | None = None,
         edge_mask: EdgeMask | None = None,
         mode: str = "sample",
+        names: Sequence[str] = (),
     ) -> None:
         self.rows, self.packs, self.edge_mask, self.mode = rows, packs, edge_mask, mode
+        self.names = names if len(names) > 1 else ()
+        self._sources = np.asarray(rows["source"][:]) if self.names else np.zeros(len(rows), np.int64)
 
     def __len__(self) -> int:
         return len(self.rows) if self.packs is None else len(self.packs)
@@ -87,6 +90,12 @@ class TrainingRows(Dataset):
         return (
             example if self.edge_mask is None else example | self.masked(self.edge_mask, epoch, position, row, labels)
         )
+
+    def sources_of_tokens(self, batch: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        """The number of the source of every trained token of a joined batch, shape (trained tokens,), on the CPU."""
+        of_rows = torch.tensor([int(self._sources[row]) if row >= 0 else 0 for row in batch["rows"]])
+        row_of_token = (batch["position_ids"][0] == 0).cumsum(0) - 1
+        return of_rows[row_of_token[labels[0] != -100].cpu()]
 
     def masked(
         self, mask: EdgeMask, epoch: int, position: int, row: dict[str, Any], labels: np.ndarray

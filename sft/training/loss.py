@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -120,3 +120,14 @@ def require_finite(model: torch.nn.Module, step: int) -> None:
                 f"{name} is not finite after step {step}, so it was not saved; checkpoints before it are good. A rate "
                 "that is far too high does this: start again with a lower SFT_LR and --fresh."
             )
+
+
+def source_losses(sums: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """`eval_loss` and `eval_loss/<source>` from the summed losses and trained tokens of each source, (sources, 2).
+
+    A source without validation rows has none; one alone has the overall one.
+    """
+    total = sums.sum(dim=0)
+    found = {"eval_loss": (total[0] / total[1].clamp(min=1)).item()}
+    there = [(name, loss / count) for name, (loss, count) in zip(names, sums.tolist(), strict=False) if count]
+    return found | ({f"eval_loss/{name}": loss for name, loss in there} if len(there) > 1 else {})

@@ -38,6 +38,7 @@ from sft.training.loss import (
     leave_out_triton,
     require_finite,
     require_finite_evaluation,
+    source_losses,
     token_cross_entropy,
 )
 from sft.training.noise import RowNoise
@@ -238,24 +239,26 @@ class StagedTrainer(SFTTrainer):
 
     # Evaluation
 
-    def validation_loss(self, rows: TrainingRows) -> float:
-        """Mean loss per trained token over all the rows, the same whatever the number of ranks."""
+    def validation_loss(self, rows: TrainingRows) -> dict[str, float]:
+        """`eval_loss`, the mean loss per trained token over all the rows, and, where they are of several sources,
+        `eval_loss/<source>`; the same whatever the number of ranks."""
         size, together, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         model = self.model_wrapped
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros((max(len(rows.names), 1), 2), dtype=torch.float64)
         with answering(model):
             for start in range(0, len(rows), size * together):
                 self.rhythm.raise_if_stopped()
                 mine = range(start + rank * size, min(start + (rank + 1) * size, len(rows)))
                 batch = self._prepare_inputs(join_rows([rows[row] for row in mine]))
                 labels = batch.pop("labels")
+                sources = rows.sources_of_tokens(batch, labels)
                 batch = {name: batch[name] for name in ("input_ids", "position_ids", "row_lengths", "row_ends")}
                 with self.compute_loss_context_manager():
-                    losses = self.token_losses(model, batch, labels)
-                sums += torch.tensor([losses.double().sum().item(), losses.numel()], dtype=torch.float64)
+                    losses = self.token_losses(model, batch, labels).double().cpu()
+                sums.index_add_(0, sources, torch.stack([losses, torch.ones_like(losses)], dim=1))
         if together > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
-        return (sums[0] / sums[1].clamp(min=1)).item()
+        return source_losses(sums, rows.names)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Loss and perplexity on the validation rows, then what `measure` finds; never shifts random state. Keeps the
@@ -263,9 +266,9 @@ class StagedTrainer(SFTTrainer):
         metrics: dict[str, float] = {}
         with preserved_random_state():
             if self.val_rows:
-                loss = self.validation_loss(self.val_rows)
-                require_finite_evaluation(loss, self.state.global_step)
-                metrics |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+                metrics |= self.validation_loss(self.val_rows)
+                require_finite_evaluation(metrics["eval_loss"], self.state.global_step)
+                metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
             if self.measure:
                 metrics |= self.measure(self.model, self.accelerator, self.state, self.rhythm.raise_if_stopped)
         self.log(dict(metrics))
