@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from sft.distributed import ranks
 from sft.distributed.launch import launched
+from sft.distributed.ranks import say
 from sft.evaluation.general import ask_general, general_questions, is_chance
 from sft.evaluation.generation_evaluation import GenerationEvaluation
 from sft.models.model import load_model
@@ -35,11 +35,6 @@ class Earlier:
     """Task scores of earlier models: {model: {tasks: {task key: score, "": overall}}}."""
 
     scores: dict[str, dict[str, TaskScores]] = field(default_factory=dict)
-
-
-def say(text: str) -> None:
-    if PartialState().is_main_process:
-        tqdm.write(text)
 
 
 def task_scores(metrics: dict[str, float], rows: Sequence[dict[str, Any]]) -> TaskScores:
