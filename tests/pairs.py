@@ -57,7 +57,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 1, "head_dim": 16,
     }),
     "hybrid": ("lfm2", {"intermediate_size": 64, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]}),
-    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}),
+    # Its own dropout, 0.1 unless said otherwise, would make every division another run.
+    "gpt2": ("gpt2", {
+        "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0,
+    }),
 }  # fmt: skip
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
