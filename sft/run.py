@@ -19,7 +19,7 @@ from sft.evaluation.chosen_by import asked_rows, require_metric
 from sft.evaluation.general import METRIC
 from sft.evaluation.generation_evaluation import GenerationEvaluation, write_questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
-from sft.evaluation.ladder_scores import Earlier, general_after, general_before, ladder_scores, score_earlier
+from sft.evaluation.ladder_scores import general_after, general_before, ladder_scores, score_earlier
 from sft.merging.parents import keep_probe, verify_merged
 from sft.models.fitness import require_known_tokens
 from sft.models.model import load_config, trained_modules
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from sft.data.mixture import Mix
     from sft.reporting.tracker import Tracker
+    from sft.scoring.forgetting import Matrix
     from sft.settings import Settings
     from sft.stages.stage import Stage
     from sft.training.trainer import Measure
@@ -84,7 +85,7 @@ def evaluation(stage: Stage, tokenizer: PreTrainedTokenizerBase, mix: Mix) -> Ge
     return GenerationEvaluation(settings, stage.folder, tokenizer, rows)
 
 
-def score_earlier_models(stage: Stage, evaluation: GenerationEvaluation | None) -> Earlier | None:
+def score_earlier_models(stage: Stage, evaluation: GenerationEvaluation | None) -> Matrix | None:
     """How the base model and earlier stages' models do on this stage's rows, before it is trained."""
     return score_earlier(stage, evaluation) if evaluation else None
 
@@ -194,7 +195,7 @@ def finish(
     trainer: StagedTrainer,
     mix: Mix,
     evaluation: GenerationEvaluation | None,
-    earlier: Earlier | None,
+    earlier: Matrix | None,
     tracker: Tracker | None,
 ) -> None:
     """Writes the result, scores it on all stages' rows, completes the manifest and writes the report."""

@@ -70,7 +70,7 @@ def test_a_record_is_read_as_it_was_written():
     """Manifest form and back; what is not a whole matrix is none."""
     table = {"base": {"stage 1": {"": 0.1, "odd key": 0.2}}, "stage 1": {"stage 1": {"": 0.9}}}
     record = Matrix(table, margin=0.2).record()
-    assert Matrix.read(record) == Matrix(table, margin=0.2)
+    assert Matrix.read(record).record() == record
     for broken in (None, {}, [], record | {"scores": [[0.1]]}, record | {"models": [1, 2]}, record | {"scores": None}):
         assert Matrix.read(broken) is None
 
@@ -89,3 +89,26 @@ def test_overall_is_over_the_same_columns_for_every_model():
         "stage 1": {"overall": 0.9, "json": 0.9},
         "stage 2": {"overall": 0.7, "json": 0.7, "csv": 1.0},
     }
+
+
+def test_a_drop_says_whether_it_may_be_chance():
+    """Question by question: ten of ten a little worse is real, two of ten much worse is not."""
+    table = {"stage 1": {"stage 1": {"": 0.9}}, "stage 2": {"stage 1": {"": 0.8}}}
+    before = [0.9] * 9 + [0.8]
+    for after, ending in (([0.7] * 9 + [0.9], ")"), ([0.1, 0.7, *before[2:]], ", within noise)")):
+        questions = {"stage 1": {"stage 1": before}, "stage 2": {"stage 1": after}}
+        (drop,) = forgetting.drops(Matrix(table, questions=questions))
+        assert "; 95 % interval of the loss " in drop.sentence()
+        assert drop.sentence().endswith(ending)
+        assert drop.difference.real is (ending == ")")
+    assert forgetting.drops(Matrix(table))[0].sentence().endswith("(stage 1 scored 0.900, now 0.800)")
+
+
+def test_models_are_paired_only_on_the_same_questions():
+    """Lists of unequal length say nothing; a question that one of them was not judged on is left out."""
+    questions = {"base": {"stage 1": [0.0, None, 0.5]}, "stage 1": {"stage 1": [1.0, 1.0, None]}}
+    matrix = Matrix({"base": {"stage 1": {"": 0.2}}, "stage 1": {"stage 1": {"": 1.0}}}, questions=questions)
+    assert matrix.difference("base", "stage 1", "stage 1")[:4] == (1.0, 1.0, 1.0, 1)
+    assert Matrix.read(matrix.record()) == matrix
+    matrix.questions["base"]["stage 1"].pop()
+    assert matrix.difference("base", "stage 1", "stage 1") is None

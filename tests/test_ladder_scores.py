@@ -22,7 +22,7 @@ class Parrot:
         return [row["reference"] for row in rows]
 
     def score(self, rows, answers):
-        return [], {"gen_score": 1.0} | {f"gen_score/{row['task']}": 1.0 for row in rows}
+        return [{"score": 1.0} for _ in rows], {"gen_score": 1.0} | {f"gen_score/{row['task']}": 1.0 for row in rows}
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_questions_before_a_fully_trained_stage_are_still_asked(fourth):
     """Every earlier stage's questions, each score under its task key whatever it looks like; old cells are kept."""
     rows = [{"task": "odd (easy)", "prompt": [], "reference": "r"}]
     evaluation = Parrot(rows)
-    earlier = ladder_scores.Earlier({"stage 1": {"stage 4": {"": 0.3}}})
+    earlier = Matrix({"stage 1": {"stage 4": {"": 0.3}}})
     record = ladder_scores.ladder_scores(fourth, evaluation, earlier, general={}, model="m", accelerator=None, step=9)
     assert evaluation.asked == [("m", ["task 1"]), ("m", ["task 2"]), ("m", ["task 3"])]
     assert (record["models"], record["tasks"]) == (
@@ -89,6 +89,7 @@ def test_questions_before_a_fully_trained_stage_are_still_asked(fourth):
         [None, None, None, 0.2],
         [1.0, 1.0, 1.0, 0.9],
     ]
+    assert record["by_question"]["stage 4"] == {"stage 1": [1.0], "stage 2": [1.0], "stage 3": [1.0]}
     assert record["by_task"]["stage 4"]["stage 1"] == {"task 1": 1.0}
     assert record["by_task"]["stage 3"]["stage 4"] == {"odd (easy)": 0.2}
 

@@ -217,6 +217,24 @@ def test_the_top_of_the_page_says_what_happened(folders):
     assert facts["lead"][0] in Page(page).text
 
 
+def test_cells_carry_intervals_where_the_questions_are_known(folders):
+    """The change from the model above with its interval, in facts and page; none for the first model."""
+    asked = {
+        "base": {"stage 1": [0.1] * 8},
+        "stage 1": {"stage 1": [0.9] * 8},
+        "stage 2": {"stage 1": [0.4, 0.9] * 4},
+    }
+    (folders[1] / "stage.json").write_text(
+        json.dumps(manifest(2) | {"forgetting": FORGETTING | {"by_question": asked}})
+    )
+    facts, text = read(folders[1])
+    first, second, third = (row["cells"][0]["change"] for row in facts["forgetting"]["rows"])
+    assert first is None
+    assert (second["since"], second["mean"], second["real"]) == ("base", pytest.approx(0.8), True)
+    assert third["mean"] == pytest.approx(-0.25) and third["low"] < -0.25 < third["high"]
+    assert "<small>−0.250 (" in text and "95 % interval of the loss 0." in text
+
+
 def test_nothing_earlier_fell(folders):
     """Said where earlier tasks were asked and none fell by more than the margin."""
     kept = FORGETTING | {"scores": [[0.1, 0.0], [0.9, 0.59], [0.9, 1.0]]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,6 @@ if TYPE_CHECKING:
 METRIC = "gen_score"
 Table = dict[str, dict[str, TaskScores]]
 """Scores by model and by the stage whose questions were asked."""
-
-
-@dataclass
-class Earlier:
-    """Task scores of earlier models: {model: {tasks: {task key: score, "": overall}}}."""
-
-    scores: dict[str, dict[str, TaskScores]] = field(default_factory=dict)
 
 
 def task_scores(metrics: dict[str, float], rows: Sequence[dict[str, Any]]) -> TaskScores:
@@ -73,7 +65,7 @@ def earlier_models(stage: Stage) -> dict[str, str]:
     return models if stage.parents else {}
 
 
-def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
+def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Matrix:
     """Scores on this stage's rows of every model before the one this stage starts from, loaded one after the other.
 
     A resumed stage has them in its folder already. Several processes share the rows; each loads the whole model, so
@@ -81,23 +73,26 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Earlier:
     """
     path = stage.folder / paths.EARLIER_SCORES
     state = PartialState()
-    known = ranks.from_main(_known_scores(path) if state.is_main_process else None)
+    known = Matrix.read(ranks.from_main(_known_scores(path) if state.is_main_process else None))
     if known is not None:
-        return Earlier(known)
-    earlier = Earlier()
-    tasks = f"stage {stage.number}"
+        return known
+    earlier = Matrix()
     for name, source in earlier_models(stage).items() if not launched().splits_weights else ():
         say(f"Scoring {name} on the rows of stage {stage.number} ...")
         model = load_model(source, stage.settings)
         answers = evaluation.answer(model, evaluation.rows, accelerator=state)
-        _, metrics = evaluation.score(evaluation.rows, answers)
-        earlier.scores[name] = {tasks: task_scores(metrics, evaluation.rows)}
+        samples, metrics = evaluation.score(evaluation.rows, answers)
+        earlier.put(name, f"stage {stage.number}", task_scores(metrics, evaluation.rows), question_scores(samples))
         del model
         gc.collect()
         torch.cuda.empty_cache()  # the next model is of another size; without a GPU it does nothing
     if state.is_main_process:
-        json_files.write_json(path, with_digest({"scores": earlier.scores}))
+        json_files.write_json(path, with_digest({"scores": earlier.record()}))
     return earlier
+
+
+def question_scores(samples: Sequence[dict[str, Any]]) -> list[float | None]:
+    return [sample.get("score") for sample in samples]
 
 
 def _known_scores(path: Path) -> Any:
@@ -143,7 +138,7 @@ def _before(stage: Stage) -> str:
 def ladder_scores(
     stage: Stage,
     evaluation: GenerationEvaluation | None,
-    earlier: Earlier | None,
+    earlier: Matrix | None,
     *,
     general: Table,
     model: Any,
@@ -157,18 +152,19 @@ def ladder_scores(
     stages = earlier_stages(stage)
     matrix = _previous(stages)
     matrix.margin = stage.settings.forgetting_margin
-    matrix.update(earlier.scores if earlier else {})
+    matrix.update(earlier or Matrix())
     here = f"stage {stage.number}"
     if evaluation:
-        matrix.update({_before(stage): {here: task_scores(_metrics_at(stage, 0), evaluation.rows)}})
-        matrix.update({here: {here: task_scores(_metrics_at(stage, step), evaluation.rows)}})
-    matrix.update(general)
+        for name, at in ((_before(stage), 0), (here, step)):
+            samples = json_files.read_records(stage.folder / f"{paths.GEN_SAMPLES}{at}.jsonl")
+            matrix.put(name, here, task_scores(_metrics_at(stage, at), evaluation.rows), question_scores(samples))
+    matrix.update(Matrix(general))
     for number, folder in stages.items():
         if evaluation and (rows := json_files.read_records(folder / paths.QUESTIONS)):
             say(f"Scoring stage {stage.number} on the rows of stage {number} ...")
             answers = evaluation.answer(model, rows, accelerator=accelerator)
-            _, metrics = evaluation.score(rows, answers)
-            matrix.update({here: {f"stage {number}": task_scores(metrics, rows)}})
+            samples, metrics = evaluation.score(rows, answers)
+            matrix.put(here, f"stage {number}", task_scores(metrics, rows), question_scores(samples))
     if not any(scores for tasks in matrix.table.values() for scores in tasks.values()):
         return None
     for drop in drops(matrix):

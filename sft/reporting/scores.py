@@ -112,7 +112,14 @@ def matrix_facts(matrix: forgetting.Matrix | None) -> Facts | None:
 
 def _cell(matrix: forgetting.Matrix, model: str, tasks: str, drop: forgetting.Drop | None) -> Facts:
     fall = drop and {"since": drop.since, "before": drop.before, "lost": drop.before - drop.after}
-    return {"score": matrix.cell(model, tasks), "drop": fall}
+    return {"score": matrix.cell(model, tasks), "drop": fall, "change": _change(matrix, model, tasks)}
+
+
+def _change(matrix: forgetting.Matrix, model: str, tasks: str) -> Facts | None:
+    """Against the model before that was asked the same: the difference and its 95 % interval, where it is known."""
+    before = [name for name in matrix.models[: matrix.models.index(model)] if matrix.cell(name, tasks) is not None]
+    found = matrix.difference(before[-1], model, tasks) if before else None
+    return found and {"since": before[-1], "real": found.real} | found._asdict()
 
 
 def read_answers(folder: Path, notices: list[str]) -> Facts | None:

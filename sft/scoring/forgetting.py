@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from sft.scoring.formats import FORMATS
 from sft.scoring.metrics import FORGETTING_MARGIN
+from sft.scoring.significance import Difference, paired_difference
 from sft.scoring.structured import target_format
 
 NAMED = 6  # task keys in a sentence, the rest are counted
@@ -40,6 +41,8 @@ class Matrix:
     table: dict[str, dict[str, TaskScores]] = field(default_factory=dict)
     metric: str = "gen_score"
     margin: float = FORGETTING_MARGIN
+    # The same cells question by question, in the order of the stage's questions; None where one was not judged.
+    questions: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -57,10 +60,24 @@ class Matrix:
     def by_key(self, model: str, tasks: str) -> TaskScores:
         return {key: score for key, score in self.table.get(model, {}).get(tasks, {}).items() if key}
 
-    def update(self, table: Mapping[str, Mapping[str, TaskScores]]) -> None:
-        """Adds scores; of two for one cell the later counts."""
-        for model, stages in table.items():
-            self.table.setdefault(model, {}).update(stages)
+    def put(self, model: str, tasks: str, scores: TaskScores, questions: Sequence[float | None] = ()) -> None:
+        """Sets one cell."""
+        self.table.setdefault(model, {})[tasks] = scores
+        self.questions.setdefault(model, {})[tasks] = list(questions)
+
+    def update(self, other: "Matrix") -> None:
+        """Adds the cells of another; of two for one cell the later counts."""
+        for model, stages in other.table.items():
+            for tasks, scores in stages.items():
+                self.put(model, tasks, scores, other.questions.get(model, {}).get(tasks, ()))
+
+    def difference(self, before: str, after: str, tasks: str) -> Difference | None:
+        """How two models differ on a stage's tasks, with its interval; None where they can't be paired."""
+        first, second = (self.questions.get(model, {}).get(tasks, []) for model in (before, after))
+        if len(first) != len(second):
+            return None
+        pairs = [(x, y) for x, y in zip(first, second, strict=True) if x is not None and y is not None]
+        return paired_difference(*zip(*pairs, strict=True)) if pairs else None
 
     @classmethod
     def read(cls, record: Any) -> "Matrix | None":
@@ -72,7 +89,7 @@ class Matrix:
         rows = isinstance(scores, list) and len(scores) == len(models) and all(isinstance(row, list) for row in scores)
         if not (models and tasks and named and rows):
             return None
-        by_task = record.get("by_task") or {}
+        by_task, asked = record.get("by_task") or {}, record.get("by_question") or {}
         table: dict[str, dict[str, TaskScores]] = {
             model: {
                 name: {key: s for key, s in by_task.get(model, {}).get(name, {}).items() if _is_score(s)} | {"": score}
@@ -81,7 +98,8 @@ class Matrix:
             }
             for model, row in zip(models, scores, strict=True)
         }
-        return cls(table, record.get("metric", "gen_score"), record.get("margin", FORGETTING_MARGIN))
+        questions = {model: {name: asked.get(model, {}).get(name, []) for name in table[model]} for model in table}
+        return cls(table, record.get("metric", "gen_score"), record.get("margin", FORGETTING_MARGIN), questions)
 
     def record(self) -> dict[str, Any]:
         """The manifest's form: models, tasks, scores as rows with None where nothing was measured, and by_task."""
@@ -93,6 +111,10 @@ class Matrix:
             "tasks": tasks,
             "scores": [[self.cell(model, name) for name in tasks] for model in models],
             "by_task": {model: {name: self.by_key(model, name) for name in self.table[model]} for model in models},
+            "by_question": {
+                model: {name: found for name, found in self.questions.get(model, {}).items() if found}
+                for model in models
+            },
         }
 
 
@@ -106,13 +128,23 @@ class Drop:
     before: float
     after: float
     fell: tuple[tuple[str, float, float], ...]  # (task key, before, after), the largest loss first
+    difference: Difference | None = None  # question by question, where that is known
 
     def sentence(self) -> str:
         named = "; ".join(f"{key} {before:.3f} -> {after:.3f}" for key, before, after in self.fell[:NAMED])
         named += f"; and {len(self.fell) - NAMED} more" if len(self.fell) > NAMED else ""
         where = "general questions" if self.tasks == GENERAL else f"tasks of {self.tasks}"
         lost = f"{self.model} lost {self.before - self.after:.3f} on the {where}"
-        return f"{lost} ({self.since} scored {self.before:.3f}, now {self.after:.3f})" + (f": {named}" if named else "")
+        lost += f" ({self.since} scored {self.before:.3f}, now {self.after:.3f}{self._interval()})"
+        return lost + (f": {named}" if named else "")
+
+    def _interval(self) -> str:
+        if self.difference is None:
+            return ""
+        low, high = -self.difference.high, -self.difference.low
+        return f"; 95 % interval of the loss {low:.3f} to {high:.3f}" + (
+            "" if self.difference.real else ", within noise"
+        )
 
 
 def drops(matrix: Matrix) -> list[Drop]:
@@ -131,7 +163,9 @@ def _drop(matrix: Matrix, model: str, tasks: str) -> Drop | None:
     if after is None or not earlier:
         return None
     since = max(earlier, key=lambda other: earlier[other])
-    return Drop(model, tasks, since, earlier[since], after, _fallen(matrix, since, model, tasks))
+    # Most cells fell by nothing worth an interval.
+    real = matrix.difference(since, model, tasks) if earlier[since] - after > matrix.margin else None
+    return Drop(model, tasks, since, earlier[since], after, _fallen(matrix, since, model, tasks), real)
 
 
 def _fallen(matrix: Matrix, since: str, model: str, tasks: str) -> tuple[tuple[str, float, float], ...]:
@@ -147,7 +181,7 @@ def joined(matrices: Iterable[Matrix | None]) -> Matrix | None:
         return None
     whole = Matrix(metric=found[-1].metric, margin=found[-1].margin)
     for matrix in found:
-        whole.update(matrix.table)
+        whole.update(matrix)
     return whole
 
 
