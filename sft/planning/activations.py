@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 
 from sft.models.experts import route_experts
 from sft.models.fitness import blank
+from sft.models.isolation import expected_isolation
 from sft.models.model import casts_left_to_autocast, compute_dtype, lora_layers
 from sft.models.stand_in import shortened
 from sft.models.targets import adapter_config
@@ -38,8 +39,8 @@ FEW, MORE = 2, 4
 # TRL's fused head on a GPU works on tiles of this many tokens by this many words, in float32 and the compute type.
 _TILE_TOKENS, _TILE_WORDS, _TILE_BYTES = 4096, 32768, 10
 ATTENTION = "staged_sft_shapes"
-# SFT_ATTN under which joined rows are kept apart by a mask.
-MASKED_ATTENTION = ("auto", "sdpa", "eager")
+# What attention keeps of T tokens: no more than its states; a mask of T x T; all scores, heads x T x T.
+Kept = Literal["states", "mask", "scores"]
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,34 @@ def activation_bytes(
     """
     layers = config.get_text_config().num_hidden_layers
     try:
-        peaks = {
-            count: _peak(shortened(config, count), settings, batch, device=device, checkpointing=checkpointing)
-            for count in sorted({min(FEW, layers), min(MORE, layers)})
-        }
+        kept = kept_by_attention(config, settings)
+        peaks = {}
+        for count in sorted({min(FEW, layers), min(MORE, layers)}):
+            short = shortened(config, count)
+            peaks[count] = _peak(short, settings, batch, kept=kept, device=device, checkpointing=checkpointing)
     except (RuntimeError, NotImplementedError):
         return Activations(rule_of_thumb(config, batch, device=device, checkpointing=checkpointing), traced=False)
     few, more = min(peaks), max(peaks)
     slope = (peaks[more] - peaks[few]) / (more - few) if more > few else 0.0
     peak = peaks[few] + slope * (layers - few)
-    if settings.attn in MASKED_ATTENTION and batch.rows > 1:
+    if kept != "states" and batch.rows > 1:
         peak += batch.tokens**2  # the mask itself, as booleans
     if device.fused_head:
         tile = min(batch.trained, _TILE_TOKENS) * min(config.get_text_config().vocab_size, _TILE_WORDS)
         peak += tile * _TILE_BYTES
     return Activations(round(peak), traced=True)
+
+
+def kept_by_attention(config: PretrainedConfig, settings: Settings) -> Kept:
+    """What attention keeps under the settings: `auto` is what the model itself would take, or our attention over rows
+    where it keeps them apart. Rows that go one by one need no mask either."""
+    own = settings.attn
+    if own == "auto":
+        own = blank_model(shortened(config, 1), settings).config._attn_implementation
+    if own == "eager":
+        return "scores"
+    found = expected_isolation(config, settings) if own == "sdpa" else None
+    return "mask" if found is not None and found.kept_apart and not found.lengths else "states"
 
 
 def rule_of_thumb(config: PretrainedConfig, batch: BatchShape, *, device: Device, checkpointing: bool) -> int:
@@ -188,21 +202,21 @@ class _Attention(torch.autograd.Function):
         return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
 
 
-def kept_scores(attention: str, *, tokens: int, heads: int, rows: int, dtype: torch.dtype) -> list[Any]:
+def kept_scores(kept: Kept, *, tokens: int, heads: int, rows: int, dtype: torch.dtype) -> list[Any]:
     """(shape, dtype) of what attention keeps per layer that grows with the square of the tokens.
 
-    Rows that are joined need a mask: sdpa turns it into numbers in every layer. Eager attention keeps all scores.
+    Where joined rows need a mask sdpa turns it into numbers in every layer. Eager attention keeps all scores.
     """
-    if attention == "eager":
+    if kept == "scores":
         return [((heads, tokens, tokens), torch.float32), ((heads, tokens, tokens), dtype)]
-    return [((tokens, tokens), dtype)] if attention in MASKED_ATTENTION and rows > 1 else []
+    return [((tokens, tokens), dtype)] if kept == "mask" and rows > 1 else []
 
 
 @contextmanager
-def _attention(settings: Settings, batch: BatchShape) -> Iterator[None]:
+def _attention(kept: Kept, batch: BatchShape) -> Iterator[None]:
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **other: Any) -> Any:
         sizes = {"tokens": batch.tokens, "heads": query.shape[1], "rows": batch.rows, "dtype": query.dtype}
-        output = _Attention.apply(query, key, value, kept_scores(settings.attn, **sizes))
+        output = _Attention.apply(query, key, value, kept_scores(kept, **sizes))
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(ATTENTION, attend)
@@ -213,11 +227,17 @@ def _attention(settings: Settings, batch: BatchShape) -> Iterator[None]:
 
 
 def _peak(
-    config: PretrainedConfig, settings: Settings, batch: BatchShape, *, device: Device, checkpointing: bool
+    config: PretrainedConfig,
+    settings: Settings,
+    batch: BatchShape,
+    *,
+    kept: Kept,
+    device: Device,
+    checkpointing: bool,
 ) -> int:
     """Peak bytes of a step of the model as it is configured, all gradients being there already."""
     config._attn_implementation = ATTENTION
-    with _attention(settings, batch), _silent("torch._subclasses.fake_tensor"):
+    with _attention(kept, batch), _silent("torch._subclasses.fake_tensor"):
         bare = blank_model(config, settings)
         model = with_adapter(bare, settings)
         if checkpointing and bare.supports_gradient_checkpointing:

@@ -47,8 +47,9 @@ _NF4, _NF4_DOUBLE, _INT8 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 # Copies of the trained parameters an optimizer keeps; the first name that is part of the optimizer's name counts.
 _STATES = {"ademamix": 3, "grokadamw": 3, "adamw": 2, "adafactor": 0, "lomo": 0, "free_sgd": 1, "sgd": 0, "radam": 2}
 _STATES |= {"lion": 1, "rmsprop": 1, "adagrad": 1}
-# In main memory freed blocks under 32 MB stay in the heap and can't always be used again (glibc): measured 1.6 to 2.8.
-_HEAP = 2.0
+# What libraries hold besides tensors: buffers of kernels and small blocks on a CPU (measured), cuBLAS's workspace on a
+# GPU, and NCCL's buffers where there are several.
+_CPU_BUFFERS, _CUBLAS, _NCCL = 96 * 2**20, 128 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,15 @@ def estimate(
     gradients = parameters.trained // shares["gradients"]
     if launch.processes > 1 and shares["gradients"] == 1 and not launch.deepspeed:
         gradients *= 2  # data parallel training keeps a second copy, in which they are exchanged
-    heap = 1.0 if torch.cuda.is_available() else _HEAP
+    on_gpu = torch.cuda.is_available()
+    buffers = _CUBLAS + (_NCCL if launch.processes > 1 else 0) if on_gpu else _CPU_BUFFERS
     step = activation_bytes(config, settings, batch, device=this_device(settings), checkpointing=checkpointing)
     return Estimate(
         weights=(0 if "parameters" in launch.offload else weights // shares["weights"]) + gathered,
         adapter=adapter // shares["weights"],
         optimizer=0 if "optimizer" in launch.offload else optimizer,
         gradients=gradients,
-        activations=round(heap * step.size) + parameters.largest_matrix,
+        activations=step.size + buffers + parameters.largest_matrix,
         available=available_bytes(launch.local_processes) if available is None else available,
         generation=cache_bytes(config, answers, compute_dtype(settings)) if answers else 0,
         traced=step.traced,
