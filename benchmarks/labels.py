@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.common import Bench, alternate, answer, child, comparison, cores, limit, resident_bytes
@@ -203,6 +202,9 @@ def labelled_rows(count: int, number: int) -> Any:
     import numpy as np
     import pyarrow as pa
 
+    from sft.data.sources.load import Rows
+    from sft.settings import Source
+
     chance = np.random.default_rng(number)
     tokens = pa.ListArray.from_arrays(np.arange(0, 4 * count + 1, 4, dtype=np.int32), np.zeros(4 * count, np.int32))
     keys = np.array(["text_to_toml", "csv_to_json", "toml_to_yaml", "text_to_xml"])[np.arange(count) % 4]
@@ -212,10 +214,7 @@ def labelled_rows(count: int, number: int) -> Any:
         "content_hash": pa.array(chance.integers(0, 2**63, count, dtype=np.uint64)), "input_ids": tokens,
         "labels": tokens, "length": np.full(count, 4, np.int32), "trained": np.full(count, 2, np.int32),
     }  # fmt: skip
-    source = SimpleNamespace(id=f"source {number}", weight=1.0, split="train", repeat=1.0)
-    return SimpleNamespace(
-        source=source, dataset=datasets.Dataset(pa.table(columns)), dropped=Counter(), noted=Counter(), fingerprint=""
-    )
+    return Rows(Source(id=f"source {number}"), datasets.Dataset(pa.table(columns)), Counter(), "")
 
 
 def main(name: str, *rest: str) -> None:

@@ -1,0 +1,116 @@
+"""Where turns stand: every chat template TRL ships, as published and edited by one comment, gives the same trained
+text for every kind of conversation; what a template does not write is said."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft.data.labels.rendering import (
+    EARLIER_REASONING_CUT,
+    NO_CALLS,
+    NO_TOOL_ANSWERS,
+    REASONING_CUT,
+    REWRITTEN,
+    THOUGHTS_TWICE,
+    TOOLS_UNSAID,
+    render,
+)
+from sft.data.labels.template import BUILT_IN, Chat, ChatTemplate, template_of
+from sft.data.sources.turns import Dropped
+from tests.conftest import byte_tokenizer
+
+Turns = list[dict[str, Any]]
+ASKED, WHERE, AND = ({"role": "user", "content": text} for text in ("What is it?", "Where is it?", "And now?"))
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Finds a code.",
+        "parameters": {"type": "object", "properties": {"item": {"type": "string", "description": "Which."}}},
+    },
+}
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "look_up", "arguments": {"item": "xyz"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+ANSWER = {"role": "tool", "name": "look_up", "tool_call_id": "abcdefghi", "content": "Seventeen"}
+
+
+def said(content: str, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **keys}
+
+
+KINDS = {
+    "two exchanges": Chat([ASKED, said("It is here."), WHERE, said("Over there.")]),
+    "equal answers": Chat([ASKED, said("Yes"), WHERE, said("Yes"), AND, said("Yes")]),
+    "think in the text": Chat(
+        [ASKED, said("<think>\nhm one\n</think>\n\nOne."), WHERE, said("<think>\nhm two\n</think>\n\nTwo.")]
+    ),
+    "reasoning": Chat(
+        [ASKED, said("One.", reasoning_content="hm one"), WHERE, said("Two.", reasoning_content="hm two")]
+    ),
+    "system": Chat([{"role": "system", "content": "Be kind."}, ASKED, said("It is here.")]),
+    "tools": Chat([ASKED, said("It is here.")], [TOOL]),
+    "tool call": Chat([ASKED, CALLING], [TOOL]),
+    "tool answer": Chat([ASKED, CALLING, ANSWER, said("It is 17.")], [TOOL]),
+    "tool answers, twice": Chat(
+        [ASKED, CALLING, ANSWER, said("It is 17."), WHERE, CALLING, ANSWER, said("So.")], [TOOL]
+    ),
+    "assistant first": Chat([said("Welcome!"), ASKED, said("It is here.")]),
+}  # fmt: skip
+
+
+def trl_templates() -> list[Any]:
+    """Chat templates of public models; those for images only are left out, and TRL's own training versions."""
+    package = importlib.util.find_spec("trl")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "chat_templates"
+    images = ("idefics3", "llava_next", "smolvlm", "vl", "_training")
+    paths = [path for path in sorted(folder.glob("*.jinja")) if not any(word in path.name for word in images)]
+    return [pytest.param(path.read_text(encoding="utf-8"), id=path.stem) for path in paths] + [
+        pytest.param(text, id=name) for name, text in BUILT_IN.items()
+    ]
+
+
+def of(text: str) -> ChatTemplate:
+    template = template_of(byte_tokenizer(text, eos="</s>"))
+    assert template is not None
+    return template
+
+
+def outcome(template: ChatTemplate, chat: Chat) -> tuple[list[str], tuple[str, ...]]:
+    """The trained texts and what is noted; for a row that is dropped nothing and its reason."""
+    (row,) = render(template, [Chat(template.fitted(chat.messages), chat.tools)])
+    if isinstance(row, Dropped):
+        return [], (str(row),)
+    return [row.text[start:end] for start, end in row.turns], row.noted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", trl_templates())
+def test_trained_text_of_every_template(text: str, kind: str):
+    """All turns are trained, each with its words, its end and nothing that others said; or it is said what isn't."""
+    template, chat = of(text), KINDS[kind]
+    trained, noted = outcome(template, chat)
+    assert (trained, noted) == outcome(of("{# edited #}" + text), chat)
+    if not trained:
+        (reason,) = noted
+        assert reason in (NO_CALLS, NO_TOOL_ANSWERS) or "refused it: " in reason
+        return
+    answers = [message for message in chat.messages if message["role"] == "assistant"]
+    if REWRITTEN in noted:  # DeepSeek's template writes a second call without the header of an answer
+        assert (kind, len(trained)) == ("tool answers, twice", 3)
+        assert "｜Assistant｜" in text
+        answers.pop(2)
+    assert len(trained) == len(answers)
+    assert set(noted) <= {REWRITTEN, TOOLS_UNSAID, REASONING_CUT, EARLIER_REASONING_CUT, THOUGHTS_TWICE}
+    for turn, message in zip(trained, answers, strict=True):
+        words = message["content"].rpartition("</think>")[2].strip() or "xyz"
+        assert turn.count(words) == 1
+        assert turn.partition(words)[2].strip()
+        others = [each["content"] for each in chat.messages if each["role"] != "assistant"]
+        assert not any(other in turn for other in others)
+    reasoned = "hm two" in trained[-1]
+    assert reasoned or REASONING_CUT in noted or kind not in ("think in the text", "reasoning")
+    assert TOOLS_UNSAID in noted or not chat.tools or template.writes_tools
