@@ -25,11 +25,12 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from sft import cli
+from sft.data.labels.template import chat_template_for
 from sft.data.mixture import prepare_mix
 from sft.errors import Problems
 from sft.settings import load_settings
 from sft.settings.schema import NAMES
-from tests.tiny import tokenizer
+from tests.tiny import CHATML, tokenizer
 
 CASES = int(os.environ.get("FUZZ_CASES", "240"))
 # capsys is read out after every example, so that examples share it is no harm.
@@ -160,13 +161,18 @@ def test_mixes(folder, capsys, mix, name, cut):
 # Data files
 
 PART = st.fixed_dictionaries({}, optional={"type": st.sampled_from(["text", "image"]), "text": VALUES, "value": VALUES})
+CALL = st.one_of(
+    st.builds(lambda arguments: {"function": {"name": "f", "arguments": arguments}}, VALUES),
+    st.builds(lambda given: {"name": "f", "arguments": text_of(given)}, st.dictionaries(WORDS, VALUES, max_size=2)),
+    VALUES,
+)
 TURN = st.fixed_dictionaries(
     {},
     optional={
         "role": st.one_of(st.sampled_from("user assistant system human gpt ai tool function_call".split()), VALUES),
         "content": st.one_of(st.just("Answer: {\"a\": 1}"), st.lists(PART, max_size=2), VALUES),
         "from": st.sampled_from(["human", "gpt", "observation", "function_call"]), "value": VALUES,
-        "tool_calls": st.one_of(VALUES, st.just([{"function": {"name": "f", "arguments": "{}"}}])),
+        "tool_calls": st.one_of(VALUES, st.lists(CALL, max_size=2)), "function_call": CALL,
         "tool_call_id": VALUES, "name": VALUES, "reasoning_content": VALUES, "thinking": VALUES, "thoughts": VALUES,
         "train": VALUES, "weight": VALUES, "loss": VALUES,
     },
@@ -174,9 +180,23 @@ TURN = st.fixed_dictionaries(
 GOOD_TURNS = st.lists(WORDS, min_size=1, max_size=3).map(
     lambda texts: [{"role": role, "content": text} for text in texts for role in ("user", "assistant")]
 )
+CALLING_TURNS = st.builds(
+    lambda calls, text: [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": text, "tool_calls": calls},
+        {"role": "tool", "content": text}, {"role": "assistant", "content": "So.", "reasoning_content": text},
+    ],
+    st.lists(CALL, min_size=1, max_size=2), WORDS,
+)  # fmt: skip
 CELL = st.one_of(VALUES, st.just("What is it?"), st.just('Output: {"a": [1, 2]}'))
-OF_MESSAGES = {"messages": st.one_of(GOOD_TURNS, st.lists(TURN, max_size=4), VALUES)}
-MORE = {"system": CELL, "tools": CELL, "images": CELL, "context": CELL, "label": CELL, "": CELL}
+OF_MESSAGES = {"messages": st.one_of(GOOD_TURNS, CALLING_TURNS, st.lists(TURN, max_size=4), VALUES)}
+MORE = {
+    "system": CELL,
+    "tools": st.one_of(st.lists(CALL, max_size=2), CELL),
+    "images": CELL,
+    "context": CELL,
+    "label": CELL,
+    "": CELL,
+}
 KEYS = {"subcategory": CELL, "metadata": CELL, "pack": CELL} | MORE
 ROW = st.one_of(
     st.fixed_dictionaries(OF_MESSAGES, optional=KEYS),
@@ -194,6 +214,7 @@ SWITCHES = st.fixed_dictionaries(
         "SFT_OVERLONG": st.sampled_from(["drop", "truncate", "error"]), "SFT_MASK_COT": st.just("1"),
         "SFT_MASKED_LOSS": st.just("inverse_frequency"),
         "SFT_MASKED_LOSS_UNIT": st.sampled_from(["path_edge", "json_edge"]),
+        "SFT_TRAIN_TURNS": st.just("last"), "SFT_CHAT_TEMPLATE": st.sampled_from(["chatml", "mistral"]),
         "SFT_TRAIN_ON_PROMPT": st.just("1"), "SFT_DEDUPLICATE": st.just("1"),
         "SFT_VAL_RATIO": st.sampled_from(["0", "0.5"]),
         "SFT_MAX_SEQ_LEN": st.sampled_from(["16", "64", "256"]),
@@ -250,6 +271,7 @@ def test_data_files(folder, rows, ending, repeat, spoil, switches):
     said: list[str] = []
     try:
         settings = load_settings(1, env_dir=folder, environ={})
+        WORDS_TOKENIZER.chat_template = chat_template_for(settings.chat_template) if settings.chat_template else CHATML
         mix = prepare_mix(settings, WORDS_TOKENIZER, say=said.append)
     except Problems as found:
         assert found.problems
@@ -260,6 +282,7 @@ def test_data_files(folder, rows, ending, repeat, spoil, switches):
         assert any(label != -100 for label in row["labels"])
 
 
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": "Hi"}}]}
 DEEP = {"a": [{"b": "text"}] * 9}
 
 
@@ -271,9 +294,18 @@ DEEP = {"a": [{"b": "text"}] * 9}
         {"prompt": "Hi", "completion": "Bye"} | {f"column {number}": f"{number}" for number in range(1000)},
         {"prompt": "Hi", "completion": "Bye"} | {f"column {number}": DEEP for number in range(1000)},
         {"messages": [{"role": role, "content": "Hi"} for role in ("assistant", "tool", "system", "user") * 100]},
+        {"messages": [CALLING, {"role": "tool", "content": "Hi"}] * 1000 + [{"role": "assistant", "content": "Hi"}]},
         {"messages": [{"role": "user", "content": "Hi"} | {f"key {number}": "a" for number in range(5000)}]},
     ],
-    ids=["10 MB asked", "10 MB answered", "1,000 columns", "1,000 deep columns", "roles out of order", "5,000 keys"],
+    ids=[
+        "10 MB asked",
+        "10 MB answered",
+        "1,000 columns",
+        "1,000 deep columns",
+        "roles out of order",
+        "1,000 calls",
+        "5,000 keys",
+    ],
 )
 def test_no_row_takes_a_second(folder, row):
     """Of odd rows beside usual ones each is trained on or dropped and counted, in a second of processor time."""

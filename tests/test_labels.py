@@ -584,3 +584,36 @@ def test_only_the_beginning_of_a_text_that_is_far_too_long_is_encoded():
     assert (len(short.ids), len(word.ids)) == (1, 1)
     assert 10 < len(long.ids) < 10_000
     assert asked == [2, 64 * 74, 64 * 74, 100_000]
+
+
+def test_rows_of_unknown_words_fail_the_audit(tmp_path: Path, make_settings: Any):
+    """A tokenizer for another language or with a broken vocabulary: nothing could be learnt from such rows."""
+    path = tmp_path / "rows.jsonl"
+    texts = ["One two three", "東京 大阪 京都", "One two three", "Bye 名古屋 神戸 横浜"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    tokenizer = word_tokenizer()
+    rows = label(load_source(Source(id=str(path)), make_settings()), tokenizer, make_settings())
+    (problem,) = audit(rows, tokenizer, make_settings())
+    assert "2 rows of" in problem
+    assert "are mostly <unk> (rows 1, 3): the tokenizer has no tokens for their text" in problem
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(("added", "text"), [("<s>", "One two"), ("<s>", "<s>One two"), ("", "One two")])
+def test_plain_text_begins_as_the_tokenizer_begins_it(
+    tmp_path: Path, make_settings: Any, added: str, text: str, slow: bool
+):
+    """BOS stands there where `tokenizer(text)` puts it, once, and EOS once; conversations get none beside theirs."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer()
+    if added:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": text}, {"messages": exchange("Hi", "One")}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = SlowWords(tokenizer) if slow else tokenizer
+    dataset = label(load_source(Source(id=str(path)), make_settings()), words, make_settings()).dataset
+    assert dataset["input_ids"][0] == [*([1] if added else []), 12, 13, 4]
+    assert dataset["labels"][0] == [*([M] if added else []), 12, 13, 4]
+    assert dataset["input_ids"][1] == [3, 6, 8, 9, 4, 8, 3, 7, 8, 12, 4, 8]

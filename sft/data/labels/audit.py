@@ -37,15 +37,37 @@ def audit(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) ->
     if not settings.train_on_prompt:
         faults["an end of turn that is not trained"] = unended
         faults["trained tokens in the prompt"] = _trained_prompts(rows, template, tokenizer) if template else []
-    return [_problem(rows.source.id, fault, numbers) for fault, numbers in faults.items() if numbers]
+    problems = [_problem(rows.source.id, fault, numbers) for fault, numbers in faults.items() if numbers]
+    if unknown := _unknown(rows, tokenizer.unk_token_id):
+        problems.append(
+            f"SFT_BASE_MODEL=: {len(unknown)} rows of {rows.source.id} are mostly {tokenizer.unk_token}"
+            f" ({_shown(unknown)}): the tokenizer has no tokens for their text; take a base model that was made for it,"
+            " or repair its tokenizer"
+        )
+    return problems
 
 
 def _problem(name: str, fault: str, numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:_ROWS_SHOWN])) + (", ..." if len(numbers) > _ROWS_SHOWN else "")
     return (
-        f"SFT_CHAT_TEMPLATE=: {len(numbers)} rows of {name} have {fault} (rows {shown}); the chat template must write"
-        " the end-of-turn token after the answer, inside its generation marks if it has them"
+        f"SFT_CHAT_TEMPLATE=: {len(numbers)} rows of {name} have {fault} ({_shown(numbers)}); the chat template must"
+        " write the end-of-turn token after the answer, inside its generation marks if it has them"
     )
+
+
+def _shown(numbers: list[int]) -> str:
+    return "rows " + ", ".join(map(str, numbers[:_ROWS_SHOWN])) + (", ..." if len(numbers) > _ROWS_SHOWN else "")
+
+
+def _unknown(rows: Rows, unknown: int | None) -> list[int]:
+    """Rows of which more than half the tokens stand for text the tokenizer does not know."""
+    found: list[int] = []
+    start = 0
+    for table in rows.dataset.select_columns(["input_ids"]).with_format("arrow").iter(_ROWS_AT_ONCE):
+        ids = table["input_ids"].combine_chunks()
+        counts = np.add.reduceat(np.append(ids.flatten().to_numpy() == unknown, 0), ids.offsets.to_numpy()[:-1])
+        found += (np.flatnonzero(counts * 2 > ids.value_lengths().to_numpy()) + start).tolist()
+        start += len(table)
+    return found
 
 
 def _scan(rows: Rows, ends: Sequence[int]) -> tuple[list[int], list[int], list[int]]:

@@ -82,7 +82,7 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         tokenizer.backend_tokenizer.no_padding()
         vocabulary = tokenizer.backend_tokenizer.to_str()
     else:
-        vocabulary = sorted(tokenizer.get_vocab().items())
+        vocabulary = [sorted(tokenizer.get_vocab().items()), *plain_ends(tokenizer)]
     return [type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map]
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-from sft.data.labels.template import MARK, TEMPLATE_ERRORS, Chat, ChatTemplate, Span, shared
+from sft.data.labels.template import MARK, PROBE, TEMPLATE_ERRORS, Chat, ChatTemplate, Span, shared
 from sft.data.sources.turns import Message
+
+# Messages of a conversation whose turns are found by rendering it up to each of them: 300 take half a second.
+_MOST_COMPARED = 300
 
 
 def located(template: ChatTemplate, chat: Chat, text: str) -> list[Span | None]:
@@ -20,8 +23,8 @@ def located(template: ChatTemplate, chat: Chat, text: str) -> list[Span | None]:
     spans: list[Span | None] = []
     for k, room in zip(turns, rooms, strict=True):
         message = chat.messages[k]
-        span = _worded(template, text, room, thoughts_apart(message["content"])[1].strip()) if room else None
-        if span is None or "tool_calls" in message:
+        span = _worded(template, text, room, _words(template, chat, message)) if room else None
+        if span is None and len(chat.messages) <= _MOST_COMPARED:
             span = _compared(template, chat, k, text, room)
         spans.append(span or _alone(template, message, text))
     return spans
@@ -31,6 +34,20 @@ def thoughts_apart(content: str) -> tuple[str, str]:
     """Reasoning written into an answer between <think> and </think>, and the answer behind it."""
     thoughts, end, answer = content.rpartition("</think>")
     return (thoughts.replace("<think>", "", 1), answer) if end else ("", content)
+
+
+def _words(template: ChatTemplate, chat: Chat, message: Message) -> str:
+    """What a turn says when it has thought; a call as the template writes it behind any question."""
+    if "tool_calls" not in message:
+        return thoughts_apart(message["content"])[1].strip()
+    asked = [PROBE[0]]
+    try:
+        (prompt,) = template.render([Chat(asked, chat.tools)], prompt=True)
+        (whole,) = template.render([Chat([*asked, message], chat.tools)])
+    except TEMPLATE_ERRORS:
+        return ""
+    begun = _begun(template, whole, prompt)
+    return "" if begun is None else thoughts_apart(whole[begun:])[1].strip().removesuffix(template.closing)
 
 
 def _rooms(template: ChatTemplate, text: str, count: int) -> list[Span] | list[None]:
