@@ -23,7 +23,7 @@ from sft.data.sources.shapes import content_hash
 from sft.data.split import EARLIER, GENERATION
 from sft.errors import Problems
 from sft.settings import Source
-from tests.conftest import word_tokenizer
+from tests.conftest import byte_tokenizer, word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -458,7 +458,7 @@ def test_document_000_s_second_stage(make_settings: Any):
         dataset_mix=mixing, mask_cot=True, max_seq_len=100_000, use_upsampling=True,
         upsample_rules={"text_to_toml": 3.0, "toml_to_yaml": 2.0},
     )  # fmt: skip
-    mixed = prepare_mix(settings, word_tokenizer())
+    mixed = prepare_mix(settings, byte_tokenizer())
     assert [record["validation_rows"] for record in mixed.sources] == [30, 15]
     assert [record["drawn"] for record in mixed.sources] == [190, 380]
     first, second = mixed.upsampling
