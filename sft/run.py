@@ -145,7 +145,11 @@ def build_trainer(
         settings=settings,
         tokenizer=tokenizer,
         rows=TrainingRows(
-            mix.train, packs=packs_of(mix.train, settings), edge_mask=edge_mask, mode=settings.masked_loss_mode
+            mix.train,
+            packs=packs_of(mix.train, settings),
+            edge_mask=edge_mask,
+            mode=settings.masked_loss_mode,
+            names=mix.names,
         ),
         val_rows=TrainingRows(mix.val, names=mix.names),
         measure=measure_answers(evaluation, record) if evaluation else None,

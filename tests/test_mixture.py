@@ -280,6 +280,9 @@ def test_upsampling_multiplies(make_settings: Any):
     rules = {"toml": 2.0, "text_to_toml": 3.0, "pack:hard": 2.0, "xml": 0.0, "text_to_tmol": 2.0}
     mixed = mix([rows], make_settings(val_ratio=0.0, use_upsampling=True, upsample_rules=rules))
     assert Counter(row for _, row in drawn(mixed)) == {0: 12, 1: 2, 2: 2}
+    assert mixed.dropped == {"left out by SFT_UPSAMPLE_RULES": 1}
+    assert mixed.rows_in_words() == "16 to train (source 4; upsampling +12), 0 to validate"
+    assert mixed.remarks() == ["Dropped: 1 left out by SFT_UPSAMPLE_RULES"]
     assert [(record["rule"], record["multiplier"], record["matched"]) for record in mixed.upsampling] == [
         ("toml", 2.0, 2), ("text_to_toml", 3.0, 1), ("pack:hard", 2.0, 2), ("xml", 0.0, 1), ("text_to_tmol", 2.0, 0),
     ]  # fmt: skip

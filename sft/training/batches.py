@@ -71,8 +71,8 @@ class TrainingRows(Dataset):
         names: Sequence[str] = (),
     ) -> None:
         self.rows, self.packs, self.edge_mask, self.mode = rows, packs, edge_mask, mode
-        self.names = names if len(names) > 1 else ()
-        self._sources = np.asarray(rows["source"][:]) if self.names else np.zeros(len(rows), np.int64)
+        self.names = names
+        self._sources = np.asarray(rows["source"][:]) if len(names) > 1 else np.zeros(len(rows), np.int64)
 
     def __len__(self) -> int:
         return len(self.rows) if self.packs is None else len(self.packs)

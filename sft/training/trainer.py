@@ -234,7 +234,7 @@ class StagedTrainer(SFTTrainer):
             row = self.train_dataset.rows[position]
             trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
             text = self.processing_class.decode(trained[:24], skip_special_tokens=True)
-            source = Path(self.settings.sources[row["source"]].id).name
+            source = self.train_dataset.names[row["source"]] if self.train_dataset.names else "the data"
             yield f"{position} from {source} ({text[:60]!r})"
 
     # Evaluation
