@@ -13,11 +13,13 @@ from sft.stages.status_lines import announce
 def train_stage(settings: Settings, *, fresh: bool) -> None:
     """The stage in order. Imports wait until it is known that there is something to do: torch alone takes seconds."""
     from sft.environment import silence_torch
+    from sft.reporting.leftovers import look_after
     from sft.stages.opening import open_stage
 
     with open_stage(settings, fresh=fresh) as stage:  # lineage and lock
         announce(stage, cli.say)
         if stage.decision == "complete":
+            look_after(stage)
             return
         silence_torch()
         from sft import run

@@ -203,11 +203,12 @@ def finish(
     tracker: Tracker | None,
 ) -> None:
     """Writes the result, scores it on all stages' rows, completes the manifest and writes the report."""
-    from sft.reporting.report import close_stage
+    from sft.reporting.report import close_stage, write_report
 
+    settings = stage.settings
     model, accelerator, state = trainer.model, trainer.accelerator, trainer.state
     bare = accelerator.unwrap_model(model)
-    config = training_config(stage.settings, trainer.args, bare)
+    config = training_config(settings, trainer.args, bare)
     write_result(stage.folder, trainer.save_model, config, main=accelerator.is_main_process)
     keep_probe(stage, bare, trainer.processing_class)
     general = general_after(stage, model, trainer.processing_class, accelerator) if stage.settings.general_eval else {}
@@ -223,10 +224,15 @@ def finish(
     last: dict[str, Any] = {}
     for record in json_files.read_records(stage.folder / paths.METRICS):
         last |= {name: value for name, value in record.items() if name not in ("step", "time")}
+
+    def report(manifest: dict[str, Any]) -> None:
+        write_report(stage.folder, settings.report_language, manifest=json_files.as_read(manifest))
+
     stage.complete(
         steps=state.global_step,
         metrics=last | {"epoch": state.epoch},
         forgetting=forgetting,
         mlflow_run_id=tracker.wait_for_run(5.0) if tracker else None,
+        report=report,
     )
     close_stage(stage, tracker)

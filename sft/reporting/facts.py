@@ -29,10 +29,11 @@ LONGEST_CURVE = 400  # points, about the pixels of a figure; more are averaged i
 SECRET_WORDS = {"TOKEN", "KEY", "PASSWORD", "PASSWD", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
 
 
-def stage_facts(folder: Path) -> Facts:
-    """Everything report.json holds about one stage."""
+def stage_facts(folder: Path, manifest: Facts | None = None) -> Facts:
+    """Everything report.json holds about one stage. `manifest`: that of a stage about to be complete, else the file."""
     notices: list[str] = []
-    manifest = read_object(folder / paths.MANIFEST, notices)
+    if manifest is None:
+        manifest = read_object(folder / paths.MANIFEST, notices)
     records = read_records(folder / paths.METRICS, notices)
     lines = [record for record in records if isinstance(record.get("step"), int)]
     evaluations = read_evaluations(folder, lines, notices)

@@ -37,6 +37,8 @@ def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
     finally:
         if tracker:
             tracker.close(status)
+            if not tracker.lost and not tracker.thread.is_alive():
+                (stage.folder / paths.OPEN_RUN).unlink(missing_ok=True)
         if status == "KILLED" and STOP.agreed:
             ranks.leave()
 
@@ -44,7 +46,9 @@ def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
 def start_tracking(stage: Stage, mix: Mix) -> Tracker:
     """The stage's MLflow run with its parameters and tags."""
     settings = stage.settings
-    tracker = Tracker(settings, stage.folder, run_id=stage.manifest.get("mlflow_run_id"), say=say)
+    known = stage.manifest.get("mlflow_run_id")
+    json_files.write_json(stage.folder / paths.OPEN_RUN, {"uri": settings.mlflow_tracking_uri, "run_id": known})
+    tracker = Tracker(settings, stage.folder, run_id=known, say=say)
     values = {name: record["value"] for name, record in settings.record().items()}
     tracker.log_parameters(values | {"train_rows": len(mix.train), "val_rows": len(mix.val)})
     tracker.log_tags({"ladder": str(settings.out_lora_dir), "stage": str(stage.number)} | lineage_tags(stage))

@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(folder: Path, language: str = "auto") -> Path:
+def write_report(folder: Path, language: str = "auto", *, manifest: Facts | None = None) -> Path:
     """Writes report.html and report.json into a stage's folder and returns the path of the page. `language`: that of
-    the page's fixed texts, as in SFT_REPORT_LANGUAGE; report.json is the same in any."""
-    facts = stage_facts(folder)
+    the page's fixed texts, as in SFT_REPORT_LANGUAGE; report.json is the same in any. `manifest`: as in stage_facts."""
+    facts = stage_facts(folder, manifest)
     shown = spoken(language)
     page = (
         _environment()
@@ -196,9 +196,8 @@ def _matrix_charts(matrix: Facts, say: Say) -> list[Facts]:
 
 
 def close_stage(stage: Stage, tracker: Tracker | None) -> None:
-    """Writes the report of a completed stage, sends it to MLflow and prints the summary."""
-    report = write_report(stage.folder, stage.settings.report_language)
-    manifest = stage.manifest
+    """Sends the report of a completed stage to MLflow and prints the summary."""
+    manifest, report = stage.manifest, stage.folder / paths.REPORT
     if tracker:
         tracker.log_tags({"lineage.adapter": manifest["adapter_sha256"]})
         for path in (stage.folder / paths.MANIFEST, report, stage.folder / paths.REPORT_FACTS):

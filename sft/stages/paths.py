@@ -10,6 +10,7 @@ PROBE = "probe.safetensors"
 QUESTIONS, HELD_OUT = "gen_rows.jsonl", "held_out.json"
 EARLIER_SCORES, GENERAL = "earlier_scores.json", "general.json"
 REPORT, REPORT_FACTS = "report.html", "report.json"
+OPEN_RUN = ".mlflow_run.json"  # as long as an MLflow run of the stage has not been ended
 BEST_MODEL, BEST_RECORD = "best_model", "best_model_info.json"
 GEN_METRICS, GEN_SAMPLES = "gen_metrics_step", "gen_samples_step"
 ERROR_LOGS = "error*.log"

@@ -5,6 +5,7 @@
 
 import contextlib
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -197,7 +198,7 @@ class Stage:
 
     def _has_results(self) -> bool:
         rewritten = {paths.MANIFEST, paths.error_log(0), paths.METRICS}
-        return any(path.name not in rewritten for path in self.folder.iterdir())
+        return any(path.name not in rewritten and not path.name.startswith(".") for path in self.folder.iterdir())
 
     def begin(self, **rows: Any) -> None:
         """Write the manifest as running. A resumed stage keeps its start, its MLflow run and metrics up to here.
@@ -234,8 +235,12 @@ class Stage:
         self.manifest |= fields
         self._save()
 
-    def complete(self, **fields: Any) -> None:
-        """Record the result. Everything else in the folder is on the disk before the status says so."""
+    def complete(self, *, report: Callable[[dict[str, Any]], object] | None = None, **fields: Any) -> None:
+        """Record the result. Everything else in the folder is on the disk before the status says so.
+
+        `report` is called with the finished manifest before it is written: a complete stage has its report. Logs of
+        starts that failed go, they tell of another run than this one.
+        """
         if not self.main_process:
             return
         result = result_sha256(self.folder)
@@ -243,7 +248,12 @@ class Stage:
             raise RunFailed(f"{self.folder} holds no weights after training; run the same command again to resume")
         sync_tree(self.folder)
         seal(self.folder, among=paths.SEALED)
-        self.update(**fields, adapter_sha256=result[1], status="complete", finished=_now())
+        finished = {**fields, "adapter_sha256": result[1], "status": "complete", "finished": _now()}
+        if report:
+            report(self.manifest | finished)
+        for log in self.folder.glob(paths.ERROR_LOGS):
+            log.unlink(missing_ok=True)
+        self.update(**finished)
 
     def fail(self, reason: str) -> None:
         """Record that the stage failed and why. It resumes from its last checkpoint when started again."""
