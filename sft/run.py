@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -178,6 +179,7 @@ def announce(trainer: StagedTrainer) -> None:
 def train(stage: Stage, trainer: StagedTrainer) -> None:
     """Trains, from the checkpoint where there is one; a stop signal ends it after the step it arrived in."""
     STOP.deferred = True
+    say("Starting training...")
     try:
         trainer.train(resume_from_checkpoint=str(stage.checkpoint) if stage.checkpoint else None)
     except Stopped:
@@ -192,6 +194,17 @@ def train(stage: Stage, trainer: StagedTrainer) -> None:
     # A signal after the last step had nothing to cut short in there.
     if trainer.rhythm.stopped or ranks.stop_agreed():
         raise Stopped(STOP.number or 15)
+    say("Training completed successfully!")
+
+
+def say_best(folder: Path) -> None:
+    """Where the best model is and how good, if there is one."""
+    notices: list[str] = []
+    best = json_files.read_object(folder / paths.BEST_MODEL / paths.BEST_RECORD, notices)
+    if best:
+        say(f"Best model saved to {folder / paths.BEST_MODEL} (step {best['step']})")
+        if best["best_perplexity"] is not None:
+            say(f"Best perplexity: {best['best_perplexity']:.4f}")
 
 
 def finish(
@@ -210,6 +223,8 @@ def finish(
     bare = accelerator.unwrap_model(model)
     config = training_config(settings, trainer.args, bare)
     write_result(stage.folder, trainer.save_model, config, main=accelerator.is_main_process)
+    say("Model and configuration saved successfully!")
+    say_best(stage.folder)
     keep_probe(stage, bare, trainer.processing_class)
     general = general_after(stage, model, trainer.processing_class, accelerator) if stage.settings.general_eval else {}
     if scores := general.get(f"stage {stage.number}"):

@@ -11,6 +11,7 @@ from sft.distributed.launch import launched
 from sft.errors import Problems, hide_secrets
 from sft.planning.document import Document, Lineage, Steps, Tokens
 from sft.settings import Settings
+from sft.settings.rules import warmup_remark
 from sft.stages.paths import stage_folder
 from sft.stages.stage import Stage
 
@@ -91,6 +92,8 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
         add_unlabelled(plan)
         return
     document.steps = steps_of(plan.rows.mix, settings)
+    if remark := warmup_remark(settings, document.steps.total or 0):
+        plan.notes.append(remark)
     if config is not None:
         plan.attempt(add_isolation, plan, config)
         plan.attempt(add_memory, plan, plan.rows.mix, config)

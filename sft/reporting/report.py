@@ -209,7 +209,9 @@ def close_stage(stage: Stage, tracker: Tracker | None) -> None:
     print(f"\nStage {stage.number} is complete: {', '.join(figures)}")
     if table := forgetting_table(manifest):
         print(f"\nForgetting matrix (gen_score; rows: models, columns: each stage's validation rows)\n{table}")
-    print(f"\n  adapter  {stage.folder}\n  best     {stage.folder / paths.BEST_MODEL}\n  report   {report}\n")
+    best = stage.folder / paths.BEST_MODEL
+    kept = f"  best     {best}\n" if best.is_dir() else ""
+    print(f"\n  adapter  {stage.folder}\n{kept}  report   {report}\n")
 
 
 def stage_folders(ladder: Sequence[Settings]) -> list[Path]:

@@ -154,6 +154,16 @@ def _base_model_rules(base_model: str) -> Iterator[Conflict]:
         yield Conflict(names, NO_FOLDER)
 
 
+def warmup_remark(settings: Any, steps: int) -> str:
+    """What to say where the rate never gets to SFT_LR; "" where it does."""
+    if settings.warmup_steps < steps:
+        return ""
+    return (
+        f"[WARNING] SFT_WARMUP_STEPS={settings.warmup_steps}: there are only {steps} steps, so the learning rate never "
+        f"reaches SFT_LR; set less, or SFT_WARMUP_STEPS=0 with SFT_WARMUP_RATIO={settings.warmup_ratio:g}"
+    )
+
+
 def is_missing_folder(model: str) -> bool:
     """Whether a model's name can only be a path, and nothing is there."""
     return (model.startswith(("/", ".")) or model.count("/") > 1) and not is_there(Path(model))

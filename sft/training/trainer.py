@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from sft.distributed import ranks
 from sft.distributed.launch import launched
+from sft.distributed.ranks import say
 from sft.distributed.signals import follow_parent
 from sft.models.experts import route_experts
 from sft.models.isolation import keep_rows_apart
@@ -26,6 +27,7 @@ from sft.models.model import (
     preserved_random_state,
 )
 from sft.models.targets import adapter_config
+from sft.settings.rules import warmup_remark
 from sft.stages import paths
 from sft.stages.checkpoints import metrics_mark, rotate
 from sft.storage import json_files
@@ -165,6 +167,8 @@ class StagedTrainer(SFTTrainer):
         return super()._get_learning_rate() if self.step_rate is None else self.step_rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if remark := warmup_remark(self.settings, num_training_steps):
+            say(remark)
         known: Any = self.args.lr_scheduler_kwargs or {}
         self.args.lr_scheduler_kwargs = known | steps_to_schedule(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
