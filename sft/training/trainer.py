@@ -116,6 +116,7 @@ class StagedTrainer(SFTTrainer):
         self.lora_layers = lora_layers(self.model)
         self.train_dataset, self.val_rows = rows, val_rows
         self.loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared as None, meant as a switch
+        self.model_accepts_loss_kwargs = True  # what transformers 5.17 goes by, which knows no such switch
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         alpha = settings.neftune_noise_alpha
         self.noise = RowNoise(model.get_input_embeddings(), alpha, settings.seed) if alpha else None
