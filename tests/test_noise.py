@@ -32,6 +32,17 @@ def test_a_rows_noise_does_not_depend_on_its_neighbours():
     assert alone.mean().abs() < 0.1 * limit
 
 
+def test_rows_that_go_one_by_one_have_the_noise_of_joined_ones():
+    """Models that mix joined rows get them in passes of their own: each pass takes the next row's noise."""
+    rows = [(5, 0, 1), (7, 0, 2), (4, 0, 3)]
+    joined = embedded(list(rows))
+    embeddings = torch.nn.Embedding(8, WIDTH)
+    torch.nn.init.zeros_(embeddings.weight)
+    RowNoise(embeddings, ALPHA, seed=3).expect(list(rows))
+    passes = [embeddings(torch.zeros(1, length, dtype=torch.long)).detach()[0] for length, _, _ in rows]
+    assert torch.equal(torch.cat(passes), joined)
+
+
 def test_every_epoch_and_row_has_noise_of_its_own_and_evaluation_none():
     """Equal lengths, other numbers; nothing for a stand-in row, nothing outside training."""
     alone = embedded([(37, 0, 5)])

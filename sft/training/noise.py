@@ -24,14 +24,18 @@ class RowNoise:
         embeddings.register_forward_hook(self.add)
 
     def expect(self, rows: list[tuple[int, int, int]]) -> None:
-        """The rows of the next pass in order: (tokens, epoch, position); a negative position gets no noise."""
+        """The rows of the next passes in order: (tokens, epoch, position); a negative position gets no noise."""
         self.rows = rows
 
     def add(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the embeddings: (1, tokens, width)."""
+        """Forward hook of the embeddings: (1, tokens, width), of all rows expected or, one by one, of the next."""
         if not module.training or not self.rows:
             return output
-        return output + torch.cat([self.of_row(row, output) for row in self.rows])[None].to(output.dtype)
+        taken, missing = [], output.shape[1]
+        while missing > 0:
+            taken.append(self.rows.pop(0))
+            missing -= taken[-1][0]
+        return output + torch.cat([self.of_row(row, output) for row in taken])[None].to(output.dtype)
 
     def of_row(self, row: tuple[int, int, int], like: torch.Tensor) -> torch.Tensor:
         """(tokens, width) in float32 on the device of `like`."""
