@@ -35,10 +35,32 @@ LOAD_ERRORS = (OSError, ValueError, KeyError)
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:
-    """SFT_DTYPE; `auto` is bfloat16 on a GPU that has it, else float32."""
+    """SFT_DTYPE; `auto` is bfloat16 on a GPU that has it, float16 on one that would emulate it, float32 on a CPU.
+
+    All weights are never trained in float16, whose range their updates leave: there `auto` is float32.
+    """
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if not torch.cuda.is_available():
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if settings.use_lora else torch.float32
+
+
+def weight_dtype(settings: Settings) -> torch.dtype:
+    """What weights are kept in: those that are trained themselves in float32, the compute type being autocast's.
+
+    In bfloat16 nine of ten of their updates would vanish. DeepSpeed keeps a float32 copy of its own.
+    """
+    return compute_dtype(settings) if settings.use_lora or launched().deepspeed else torch.float32
+
+
+def keep_adapters_exact(model: torch.nn.Module) -> None:
+    """Adapters in float32 again: TRL has those of quantised models in bfloat16, where small updates vanish."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def load_problem(what: str, name: str, error: Exception) -> Problems:
@@ -122,7 +144,7 @@ def load_model(source: str | Path, settings: Settings, *, device: torch.device |
     Raises:
         Problems: it can't be loaded.
     """
-    keywords: dict[str, Any] = {"dtype": compute_dtype(settings), "trust_remote_code": settings.trust_remote_code}
+    keywords: dict[str, Any] = {"dtype": weight_dtype(settings), "trust_remote_code": settings.trust_remote_code}
     if settings.attn != "auto":
         keywords["attn_implementation"] = settings.attn
     if str(source) == settings.base_model:

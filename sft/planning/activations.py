@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from sft.models.experts import route_experts
 from sft.models.fitness import blank
 from sft.models.isolation import expected_isolation
-from sft.models.model import casts_left_to_autocast, compute_dtype, lora_layers
+from sft.models.model import casts_left_to_autocast, compute_dtype, lora_layers, weight_dtype
 from sft.models.stand_in import shortened
 from sft.models.targets import adapter_config
 from sft.training.loss import token_cross_entropy
@@ -120,13 +120,13 @@ def rule_of_thumb(config: PretrainedConfig, batch: BatchShape, *, device: Device
 
 
 def blank_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
-    """The model in its compute type, without any memory behind its weights; whole under ZeRO-3 too, where transformers
+    """The model as it is loaded, without any memory behind its weights; whole under ZeRO-3 too, where transformers
     would split it over all processes and wait for those that do not ask."""
-    return blank(config, settings, dtype=compute_dtype(settings))
+    return blank(config, settings, dtype=weight_dtype(settings))
 
 
 def with_adapter(bare: PreTrainedModel, settings: Settings) -> torch.nn.Module:
-    """`bare` with the stage's adapter put in, in the types TRL trains them in; itself for full fine-tuning.
+    """`bare` with the stage's adapter put in, as it is trained; itself for full fine-tuning.
 
     Raises:
         Problems: none of the target modules exists in the model.
@@ -139,10 +139,6 @@ def with_adapter(bare: PreTrainedModel, settings: Settings) -> torch.nn.Module:
         # Where weights have no memory, the adapter needs none either: filling it in takes seconds.
         model = get_peft_model(bare, adapter, low_cpu_mem_usage=next(bare.parameters()).is_meta)
     route_experts(model)
-    if settings.load_in_4bit or settings.load_in_8bit:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 

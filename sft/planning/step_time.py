@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sft.distributed.launch import launched
 from sft.models.isolation import Isolation, keep_rows_apart
-from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers
+from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers, weight_dtype
 from sft.planning.activations import with_adapter
 from sft.planning.document import Steps
 from sft.training.batches import TrainingRows, join_rows, largest_items
@@ -83,7 +83,7 @@ def why_unmeasured(settings: Settings, estimate: Estimate, tokens: int) -> str:
         return ""
     if settings.load_in_4bit or settings.load_in_8bit:
         return "a step of a quantised model takes too long on this CPU to be tried"
-    weights = (estimate.weights + estimate.adapter) / compute_dtype(settings).itemsize
+    weights = (estimate.weights + estimate.adapter) / weight_dtype(settings).itemsize
     if _PER_WEIGHT * weights * tokens > _CPU_LIMIT:
         return f"{tokens:,} tokens through {weights / 1e6:,.0f} million weights take too long on this CPU to be tried"
     return ""

@@ -54,7 +54,7 @@ class Settings(BaseModel):
     model_revision: str | None = setting(None, "Branch, tag or commit of the base model on the hub.")
     trust_remote_code: Switch = setting(False, "Run Python code that comes with the model.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "Number format to train in; auto is bfloat16 on a GPU that has it, else float32."
+        "auto", "Number format of the computation; auto: bfloat16 on a GPU that has it, else float16; float32 on a CPU."
     )
     attn: Annotated[str, AfterValidator(values.check_attention)] = setting(
         "auto", "Attention implementation as transformers names it; auto takes the fastest that keeps rows apart."

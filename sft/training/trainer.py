@@ -23,6 +23,7 @@ from sft.models.model import (
     RandomState,
     answering,
     casts_left_to_autocast,
+    keep_adapters_exact,
     lora_layers,
     preserved_random_state,
 )
@@ -112,6 +113,8 @@ class StagedTrainer(SFTTrainer):
         )
         reduce_in_float32(self.accelerator)
         self.loss_scale = LossScale()
+        if not self.is_deepspeed_enabled:  # it casts what it trains and keeps float32 copies itself
+            keep_adapters_exact(self.model)
         self.unrouted = route_experts(self.model)
         self.lora_layers = lora_layers(self.model)
         self.train_dataset, self.val_rows = rows, val_rows
