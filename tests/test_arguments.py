@@ -36,7 +36,7 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path, gpus, capsys, count
     gpus(count)
     settings = make_settings(tmp_path, report_to="none", per_device_train_bs=3)
     for _ in range(2):
-        arguments = training_arguments(settings, tmp_path, checkpointing=False, validated=False)
+        arguments = training_arguments(settings, tmp_path, checkpointing=False, evaluated=False, resumed=False)
     assert (arguments.n_gpu, arguments.parallel_mode) == (1, ParallelMode.NOT_PARALLEL)
     assert (arguments.train_batch_size, arguments.device.type) == (3, "cuda")
     said = capsys.readouterr().out
