@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sft.evaluation.answers import generate_answers
 from sft.models.attention import NAME
 from sft.models.isolation import expected_isolation, keep_rows_apart
 from sft.training.batches import join_rows
@@ -72,6 +73,20 @@ def test_the_probe_leaves_the_model_as_it_was(make_settings: Any):
     assert [layer.self_attn.sliding_window for layer in model.model.layers] == windows == [4, None]
     assert model.config.sliding_window == 4
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_prompts_of_unequal_length_are_answered_as_one_by_one(kind: str):
+    """What pads a short prompt on the left reaches neither states nor convolutions."""
+    words = tokenizer()
+    model = tiny_model(kind, vocab_size=len(words), max_position_embeddings=512)
+    model.generation_config.eos_token_id = model.generation_config.bos_token_id = None
+    said = "red blue green small large name color size".split()
+    prompts = [
+        [{"role": "user", "content": " ".join((said * 3)[row : row + n])}] for row, n in enumerate((3, 18, 1, 9))
+    ]
+    alone, together = (generate_answers(model, words, prompts, max_new_tokens=6, batch_size=size) for size in (1, 4))
+    assert together == alone
 
 
 class Shifting(torch.nn.Module):
