@@ -25,7 +25,7 @@ STAND_INS: dict[str, tuple[str, dict[str, object], str | None]] = {
     "instruct_llama2_7b": ("llama", {"intermediate_size": 64}, None),
     "instruct_llama2_70b_4bit": ("llama", {"intermediate_size": 64}, None),
     "smollm2_135m": ("llama", {"intermediate_size": 64, "tie_word_embeddings": True}, "qwen2_5.jinja"),
-    "debug_gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}, None),
+    "debug_gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 1024}, None),
 }
 
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from sft.models.experts import route_experts
 from sft.models.fitness import blank
 from sft.models.isolation import expected_isolation
-from sft.models.model import casts_left_to_autocast, compute_dtype, lora_layers, weight_dtype
+from sft.models.model import casts_left_to_autocast, lora_layers, weight_dtype
 from sft.models.stand_in import shortened
 from sft.models.targets import adapter_config
 from sft.training.loss import token_cross_entropy
