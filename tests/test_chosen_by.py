@@ -107,7 +107,7 @@ def test_a_validation_loss_that_is_no_number_is_a_failure(folder: Path, monkeypa
     """Exit 1 and status failed instead of "complete"."""
     from sft.training.trainer import StagedTrainer
 
-    monkeypatch.setattr(StagedTrainer, "validation_loss", lambda self, rows: float("nan"))
+    monkeypatch.setattr(StagedTrainer, "validation_loss", lambda self, rows: {"eval_loss": float("nan")})
     stage(folder, SFT_GEN_EVAL="none")
     assert run_train("--stage", 1, "--env-dir", folder) == 1
     assert "The loss on the validation rows is nan at step 0" in capsys.readouterr().err
