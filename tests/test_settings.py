@@ -649,3 +649,22 @@ def test_any_json_as_a_mix_is_settings_or_problems(mix):
         assert all("DATASET_MIX" in problem for problem in caught.problems)
     else:
         assert len(settings.sources) == len(mix)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", 'is no JSON object; write {"enable_thinking": false}'),
+        ("{enable_thinking: false}", "JSON"),
+        ('{"no name": 1}', '"no name" cannot be the name of an option'),
+        ('{"tools": []}', '"tools" is not yours to choose: it is filled in for every row; leave it out'),
+        ('{"self": 1}', '"self" is not yours to choose'),
+    ],
+)
+def test_template_options_are_an_object_of_options(text, words):
+    """What the program itself hands to templates cannot be overridden; anything else a template may read."""
+    (problem,) = problems(f"SFT_TEMPLATE_OPTIONS='{text}'\n")
+    assert "TEMPLATE_OPTIONS" in problem
+    assert words in problem
+    options = load('SFT_TEMPLATE_OPTIONS=\'{"enable_thinking": false, "effort": "low"}\'\n').template_options
+    assert options == {"enable_thinking": False, "effort": "low"}
