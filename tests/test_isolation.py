@@ -27,7 +27,7 @@ def items(lengths: tuple[int, ...] = (6, 1, 11, 4)) -> list[list[dict[str, Any]]
         ids = torch.randint(3, 64, (length,), generator=random).numpy()
         labels = ids.copy()
         labels[0] = -100
-        rows.append([{"position": position, "input_ids": ids, "labels": labels}])
+        rows.append([{"position": position, "epoch": 0, "input_ids": ids, "labels": labels}])
     return rows
 
 
@@ -117,7 +117,9 @@ def test_rows_one_by_one_are_as_many_passes_as_the_rank_with_most_has():
     """Where weights are split, a rank with fewer rows goes through the model without any."""
     from sft.models.isolation import Isolation
 
-    batch = {name: value for name, value in join_rows(items((2, 3))).items() if name not in ("rows", "num_items")}
+    batch = {
+        name: value for name, value in join_rows(items((2, 3))).items() if name not in ("rows", "epochs", "num_items")
+    }
     passes = Isolation(1.0, kept_apart=False).passes(batch, at_least=4)
     assert [each["input_ids"].shape[1] for each in passes] == [2, 3, 2, 2]
     assert [int((each["labels"] != -100).sum()) for each in passes] == [1, 2, 0, 0]
