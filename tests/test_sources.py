@@ -1,5 +1,6 @@
 """Sources: every file type, every row shape, every way a file can be broken."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -585,3 +586,36 @@ def test_real_data_sets_are_read_whole():
     keys = loaded["structured_cot_512_v2.jsonl"].dataset["task_key"][:]
     assert sum(not key.startswith("text_to_") for key in keys) == 1485
     assert (keys.count("text_to_toml"), keys.count("toml_to_yaml"), keys.count("csv_to_json")) == (500, 39, 23)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.jsonl", gzip.compress(b"{}"), "packed by gzip; name it rows.jsonl.gz"),
+        ("rows.jsonl", b"\x28\xb5\x2f\xfd...", "packed by zstd; name it rows.jsonl.zst"),
+        ("rows.csv", b"PK\x03\x04...", "a zip archive or a spreadsheet; unpack it, or save it as CSV"),
+        ("rows.json", b"PAR1...", "a Parquet file; name it .parquet"),
+        ("rows.jsonl", b"<!DOCTYPE html>", "a web page and not the data; download the file itself"),
+        ("rows.jsonl.gz", gzip.compress(b"\x91" * 9 + bytes(range(256)) * 4000)[:400], "Truncated compressed stream"),
+        (
+            "rows.csv",
+            b"prompt,prompt,completion\na,b,c\n",
+            "the column prompt stands there twice; rename or remove one",
+        ),
+        ("rows.csv", b"prompt;completion;a, b\nq;a;c\n", "its columns stand between semicolons; put commas there"),
+    ],
+)
+def test_a_file_that_is_something_else_than_its_name_says(tmp_path, name, content, said):
+    """By its first bytes, or its line of names: no column is lost, and the message has a remedy."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SourceError) as error:
+        load_source(Source(id=str(path)), None)
+    assert str(error.value) == f"{path}: {said}"
+
+
+def test_spaces_around_the_names_of_columns_are_none_of_them(tmp_path):
+    """`prompt, completion` as people type it."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt, completion\nq,a\n", encoding="utf-8")
+    assert load_source(Source(id=str(path)), None).dataset["messages"][0][1]["content"] == "a"

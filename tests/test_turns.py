@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sft.data.sources.load import load_source
@@ -131,3 +133,52 @@ def test_a_conversation_whose_every_answer_is_marked_as_context_is_dropped(tmp_p
     path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
     rows = load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
     assert rows.dropped == {"no answer that is to be trained": 1}
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"role": "assistant", "tool_calls": [LOOK_UP]}, assistant(tool_calls=[LOOK_UP])),
+        ({"role": "assistant", "function_call": LOOK_UP["function"]}, assistant(tool_calls=[LOOK_UP])),
+        ({"from": "Function_Call ", "value": json.dumps(LOOK_UP["function"])}, assistant(tool_calls=[LOOK_UP])),
+        ({"from": "function_call", "value": LOOK_UP["function"]}, assistant(tool_calls=[LOOK_UP])),
+        ({"from": "function_call", "value": [LOOK_UP]}, assistant(tool_calls=[LOOK_UP])),
+        ({"role": None, "content": None, "from": "gpt", "value": "a"}, assistant(content="a")),
+        (assistant(content="a", weight="0"), assistant(content="a", trained=False)),
+        (assistant(content="a", training=False), assistant(content="a", trained=False)),
+    ],
+)
+def test_a_call_or_a_flag_counts_however_it_is_written(turn: dict[str, Any], expected: dict[str, Any]):
+    """A turn of a call alone, other cases, objects for text, the nulls of a table that holds two spellings."""
+    assert read_turns([turn]) == [expected]
+
+
+def test_keys_that_may_be_flags_and_are_not_read_are_named(tmp_path: Path):
+    """Their turns are trained: nobody should believe they are not."""
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "q"}, assistant(content="a", train_on=False, loss_weight=0, number=3)]
+    path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    rows = load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
+    assert rows.unread == ("messages.loss_weight", "messages.train_on")
+
+
+def test_keys_of_other_rows_are_no_nulls_of_a_call(tmp_path: Path):
+    """Arrow gives every object of a column the keys of all: neither tools nor calls get them."""
+    path = tmp_path / "rows.parquet"
+    calls = [{"item": 3}, {"city": "Rome"}]
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "q"}, assistant(tool_calls=[_calling(call)])],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": call}}}],
+        }
+        for call in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    dataset = load_source(Source(id=str(path)), None).dataset  # type: ignore[arg-type]
+    found = [unpacked(*pair) for pair in zip(dataset["messages"], dataset["extras"], strict=True)]
+    assert [messages[1]["tool_calls"] for messages, _ in found] == [[_calling(call)] for call in calls]
+    assert [tools for _, tools in found] == [row["tools"] for row in rows]
+
+
+def _calling(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "look_up", "arguments": arguments}}

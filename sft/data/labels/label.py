@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["MASKED", "chat_template_for", "label", "preview"]
 
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
-VERSION = 3
+VERSION = 4
 _ROWS_AT_ONCE = 512
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000

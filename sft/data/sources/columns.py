@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ _ANSWERS = frozenset(
 # What is lost by length or for want of an answer needs no row to be understood, and is counted under one name.
 _PLAIN = frozenset({"empty answer", "no answer", "over-long", "fully masked", "duplicate"})
 _PREFERENCES = frozenset({"chosen", "rejected"})
+_FLAG_NAME = re.compile("train|loss|mask|weight", re.IGNORECASE)
 _WITH_TURNS = ("messages", "conversations", "prompt", "completion")
 
 
@@ -174,7 +176,12 @@ class Columns:
 
 def _unread_keys(turn: Any) -> Iterator[str]:
     if isinstance(turn, Mapping) and len(turn) > 2:
-        yield from (key for key in turn if key not in TURN_KEYS and _has_text(turn[key]))
+        yield from (key for key in turn if key not in TURN_KEYS and (_has_text(turn[key]) or _is_flag(key, turn[key])))
+
+
+def _is_flag(key: Any, value: Any) -> bool:
+    """Whether a key may say that a turn is not to be trained."""
+    return isinstance(value, bool) or (value is not None and bool(_FLAG_NAME.search(str(key))))
 
 
 def _has_text(value: Any) -> bool:

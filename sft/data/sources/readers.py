@@ -5,7 +5,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -30,7 +30,7 @@ def read_file(path: Path, encoding: str | None, wanted: frozenset[str]) -> Itera
     """
     kind, packed = kind_of_file(path)
     try:
-        _refuse_pointer(path)
+        _refuse_others(path, kind, packed)
         if kind == ".parquet":
             yield from _read_parquet(path, wanted)
         else:
@@ -41,11 +41,26 @@ def read_file(path: Path, encoding: str | None, wanted: frozenset[str]) -> Itera
         raise SourceError(f"{path}: {error.strerror or error}") from error
 
 
-def _refuse_pointer(path: Path) -> None:
+# What files of other kinds begin with, and what to do about it; spreadsheets are zip archives as well.
+_OTHERS = {
+    b"\x1f\x8b": "packed by gzip; name it {name}.gz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; name it {name}.zst",
+    b"PAR1": "a Parquet file; name it .parquet",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
+    b"<!DOCTYPE": "a web page and not the data; download the file itself",
+    b"<html": "a web page and not the data; download the file itself",
+}
+
+
+def _refuse_others(path: Path, kind: str, packed: str | None) -> None:
+    """Raises SourceError where the first bytes say that the file is something else than its name does."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version ") and b"git-lfs" in start:
         raise SourceError(f"{path}: a Git LFS pointer and not the data; run git lfs pull in that folder")
+    found = next((text for mark, text in _OTHERS.items() if start.startswith(mark)), None)
+    if found and not packed and kind != ".parquet":
+        raise SourceError(f"{path}: {found.format(name=path.name)}")
 
 
 class TextFile(NamedTuple):
@@ -70,12 +85,17 @@ class TextFile(NamedTuple):
 def tables_to_rows(tables: Iterator[Any], wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
     """Rows of Arrow tables or batches with the columns that are wanted; of pictures and sounds, whether there is one.
 
-    Of every other column the first value is shown in one row, so that what nobody reads can be named.
+    Nulls that Arrow filled into tools and calls are left out. Of every other column the first value is shown in one
+    row, so that what nobody reads can be named.
     """
     shown: set[str] = set()
     for table in tables:
         names = [name for name in table.schema.names if name in wanted and name not in MEDIA]
         rows = table.select(names).to_pylist() if names else [{} for _ in range(table.num_rows)]
+        for name in names:
+            if _may_be_filled(table.schema.field(name).type):
+                for row in rows:
+                    row[name] = _unfilled(row[name])
         for name in MEDIA.intersection(table.schema.names):
             for row, value in zip(rows, table.column(name), strict=True):
                 row[name] = value.is_valid and (len(value) > 0 if isinstance(value, pa.ListScalar) else True)
@@ -84,6 +104,19 @@ def tables_to_rows(tables: Iterator[Any], wanted: frozenset[str]) -> Iterator[di
                 rows[0][name] = _first_value(table.column(name))
                 shown.update([name] if rows[0][name] is not None else [])
         yield from rows
+
+
+def _may_be_filled(kind: Any) -> bool:
+    """Whether a type has objects inside objects, such as tools and the arguments of calls."""
+    text = str(kind)
+    return text.count("struct<") > 1 or "map<" in text
+
+
+def _unfilled(value: Any) -> Any:
+    """Without the nulls of keys that other rows have: a column of Arrow gives every object the keys of all."""
+    if isinstance(value, dict):
+        return {key: _unfilled(inner) for key, inner in value.items() if inner is not None}
+    return [_unfilled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _first_value(column: Any) -> Any:
@@ -203,6 +236,7 @@ def _read_csv(path: TextFile, delimiter: str = ",") -> Iterator[dict[str, Any]]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
+            reader.fieldnames = _column_names(path, reader.fieldnames or [])
             for row in reader:
                 if None in row:
                     columns = len(reader.fieldnames or [])
@@ -212,13 +246,21 @@ def _read_csv(path: TextFile, delimiter: str = ",") -> Iterator[dict[str, Any]]:
             raise SourceError(f"{path}, line {reader.reader.line_num}: broken CSV ({error})") from error
 
 
+def _column_names(path: TextFile, found: Sequence[str]) -> list[str]:
+    """The names in the first line. Raises SourceError where one stands there twice: only the last would be read."""
+    names = [name.strip() for name in found]
+    if twice := sorted({name for name in names if names.count(name) > 1 and name}):
+        raise SourceError(f"{path}: the column {', '.join(twice)} stands there twice; rename or remove one")
+    return names
+
+
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def _refuse_other_delimiter(path: TextFile, first: str, delimiter: str) -> None:
-    """Raises SourceError where the line of names has another mark between them, and none of the expected."""
-    other = next((mark for mark in _DELIMITERS if mark in first), None)
-    if other and delimiter not in first:
+    """Raises SourceError where the line of names has another mark between them, more often than the expected."""
+    other = max(_DELIMITERS, key=first.count)
+    if first.count(other) > first.count(delimiter):
         remedy = "; or name it .tsv" if other == "\t" else "; or name it .csv" if other == "," else ""
         raise SourceError(
             f"{path}: its columns stand between {_DELIMITERS[other]}; put {_DELIMITERS[delimiter]} there{remedy}"
@@ -238,8 +280,11 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Iterator[dict[str, Any]
 
 
 def _wrong_encoding(file: TextFile) -> str:
-    with file.binary() as stream:
-        content = stream.read()
+    try:
+        with file.binary() as stream:
+            content = stream.read()
+    except OSError as error:
+        return f"{file}: {error}"  # it is damaged besides: that is the cause
     try:
         content.decode(file.encoding)
         place = "some of its text"

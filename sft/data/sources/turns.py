@@ -22,7 +22,8 @@ _ROLES = {
 # Roles of a turn that is nothing but a call: its text is the call, or a list of calls, as JSON.
 _CALL_ROLES = ("function_call", "tool_call")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_FLAGS = ("train", "weight", "loss")
+_FLAGS = ("train", "training", "trained", "weight", "loss")
+_SAID = {"true": True, "false": False, "1": True, "0": False}
 # Every key of a turn that is read here.
 TURN_KEYS = frozenset(
     {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *_REASONING, *_FLAGS}
@@ -52,7 +53,7 @@ def read_turns(value: Any, what: str = "messages") -> list[Message]:
     calling = False
     for turn in turns:
         message, called = _read(turn), calling
-        calling = _role(turn) in _CALL_ROLES
+        calling = _is_call(turn)
         if calling and called:  # calls made at once stand in a turn each
             messages[-1]["tool_calls"] += message["tool_calls"]
         else:
@@ -159,21 +160,34 @@ def _part_text(part: Mapping[str, Any], what: str) -> str:
     return part["text"]
 
 
+def _either(turn: Mapping[str, Any], key: str, other: str) -> Any:
+    """What a turn has under OpenAI's or ShareGPT's name; a table that holds both kinds has null under the other."""
+    return turn.get(other) if turn.get(key) is None else turn[key]
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text"
+
+
 def _role(turn: Mapping[str, Any]) -> Any:
-    return turn.get("role", turn.get("from"))
+    return _either(turn, "role", "from")
+
+
+def _is_call(turn: Mapping[str, Any]) -> bool:
+    return str(_role(turn)).strip().lower() in _CALL_ROLES
 
 
 def _read(turn: Mapping[str, Any]) -> Message:
-    role, content = _role(turn), turn.get("content", turn.get("value"))
-    if role in _CALL_ROLES:
+    role, content = _role(turn), _either(turn, "content", "value")
+    if _is_call(turn):
         return _call_alone(content) | _flagged(turn)
     calls = _calls(turn.get("tool_calls") or turn.get("function_call"))
     if content is None and calls:
         content = ""
-    elif isinstance(content, Mapping) and _ROLES.get(str(role).lower()) == "tool":
+    elif isinstance(content, Mapping) and _ROLES.get(str(role).strip().lower()) == "tool":
         content = json.dumps(content, ensure_ascii=False)  # a tool's answer that was not written down as text
     message = turn_of(role, content)
-    if len(turn) == 2:
+    if len(turn) == 2 and not calls:
         return message
     if message["role"] == "assistant":
         message |= ({"tool_calls": calls} if calls else {}) | _reasoning(turn) | _flagged(turn)
@@ -181,9 +195,11 @@ def _read(turn: Mapping[str, Any]) -> Message:
 
 
 def _call_alone(content: Any) -> Message:
-    """A turn whose text is a call, after the thoughts some sets write before it."""
-    text = answer_of(content, "the content of a turn")
+    """A turn that is a call, or text that is one after the thoughts some sets write before it."""
     thoughts = ""
+    if isinstance(content, Mapping) or (isinstance(content, list) and not all(map(_is_text_part, content))):
+        return {"role": "assistant", "content": thoughts, "tool_calls": _calls(content)}
+    text = answer_of(content, "the content of a turn")
     if text.lstrip().startswith("<think>") and "</think>" in text:
         thoughts, end, text = text.partition("</think>")
         thoughts += end
@@ -237,10 +253,11 @@ def _flagged(turn: Mapping[str, Any]) -> Message:
     """{"trained": False} for a turn that its own flag makes context."""
     for key in _FLAGS:
         value = turn.get(key)
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            value = value.lower() == "true"
+        value = _SAID.get(value.strip().lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool | int | float | None):
             raise Dropped(f'"{key}" of a turn is neither true nor false')
+        if key == "weight" and value not in (None, 0, 1):
+            raise Dropped('"weight" of a turn is neither 0 nor 1: a turn is trained or it is context')
         if value is not None and not value:
             return {"trained": False}
     return {}
