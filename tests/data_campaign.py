@@ -33,7 +33,7 @@ def write_inputs(folder: Path) -> None:
     """A stage of 8 steps over a mix of two files, validated on a third."""
     folder.mkdir(parents=True)
     write_model(folder / "base")
-    for name, count, target in (("a", 24, "json"), ("b", 16, "yaml"), ("val", 6, "json"), ("spare", 12, "yaml")):
+    for name, count, target in (("a", 24, "json"), ("b", 16, "yaml"), ("val", 6, "toml"), ("spare", 12, "xml")):
         write_rows(folder / f"{name}.jsonl", count, target=target)
     write_env(folder)
 
