@@ -74,6 +74,8 @@ def test_attention_alone_in_a_mixture_is_a_warning(make_settings: Any):
         (("q_proj", "lm_head"), "lm_head can't carry an adapter in Qwen3ForCausalLM"),
         (("q_proj", "input_layernorm"), "input_layernorm can't carry an adapter in Qwen3ForCausalLM"),
         (("zzz",), "Qwen3ForCausalLM has no zzz; it has"),
+        (("Q_proj",), "Qwen3ForCausalLM has no Q_proj (did you mean q_proj?); it has"),
+        (("all-linear", "q_proj"), "SFT_LORA_TARGET_MODULES=all-linear,q_proj: all-linear stands alone"),
     ],
 )
 def test_a_name_that_a_person_wrote_and_that_fits_nothing_is_refused(targets: Any, said: str, make_settings: Any):
@@ -82,6 +84,7 @@ def test_a_name_that_a_person_wrote_and_that_fits_nothing_is_refused(targets: An
     with pytest.raises(Problems) as found:
         adapter_config(blank("qwen3"), settings)
     assert said in found.value.problems[0]
+    assert target_notes(blank("qwen3"), settings) == []  # it is a problem: no warning says it again
 
 
 @pytest.mark.parametrize(

@@ -143,13 +143,16 @@ def target_problems(offered: Targets, settings: Settings, kind: str) -> Iterator
     if settings.origins.get(NAME, "default") == "default" and len(wrong) < len(targets):
         wrong = []
     for target in wrong:
+        if target == "all-linear":
+            yield f"{NAME}={','.join(targets)}: all-linear stands alone; leave the other names out"
+            continue
         if _any(target, offered.others):
             yield (
                 f"{NAME}={','.join(targets)}: {target} can't carry an adapter in {kind}; "
                 f"choose among {', '.join(offered.names())}, or use all-linear"
             )
             continue
-        close = get_close_matches(target, offered.names(), n=1)
+        close = get_close_matches(target.lower(), offered.names(), n=1)
         yield (
             f"{NAME}={','.join(targets)}: {kind} has no {target}{f' (did you mean {close[0]}?)' if close else ''}; "
             f"it has {', '.join(offered.names())}, or use all-linear"
@@ -177,7 +180,7 @@ def target_notes(model: PreTrainedModel, settings: Settings) -> list[str]:
     offered, targets = targets_of(model), tuple(settings.lora_target_modules)
     found = []
     missing = [target for target in targets if target != "all-linear" and not offered.fits(target)]
-    if missing:
+    if missing and not list(target_problems(offered, settings, "")):  # else they are a problem already
         found.append(f"this model has no {', '.join(missing)}; it has {', '.join(offered.names())} ({NAME})")
     reached = targets == ("all-linear",) or set(targets) & set(_FUSED)
     if offered.experts and not reached:
