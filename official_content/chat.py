@@ -3,6 +3,7 @@
 
   chat.py --stage 3
   chat.py --stage 1 --env-dir configs/recipes/debug_gpt2 --max-new-tokens 200
+  chat.py --stage 3 --base-model models/moved
   echo 'Write this as JSON: name is Sora' | chat.py --stage 3
 
 A line is a message; one that ends in a backslash goes on in the next. /reset forgets the conversation, /quit ends it.
@@ -36,6 +37,7 @@ def arguments() -> argparse.Namespace:
     add("--stage", type=whole_number, required=True, metavar="N", help="stage to talk to; it must be complete")
     add("--env-dir", type=Path, default=Path(), metavar="DIR", help="where stageN.env are (default: current directory)")
     add("--set", action="append", default=[], dest="overrides", metavar="NAME=VALUE", help="override one setting")
+    add("--base-model", metavar="MODEL", help="where the base model lies now, instead of SFT_BASE_MODEL")
     add("--system", default="", metavar="TEXT", help="system message at the start of the conversation (none)")
     add("--max-new-tokens", type=whole_number, default=512, metavar="K", help="longest answer in tokens (512)")
     return parser.parse_args()
@@ -60,15 +62,44 @@ def find_stage(folder: Path) -> "Origin":
         return find_origin(folder)
 
 
-def load(settings: "Settings", origin: "Origin") -> tuple[Any, "PreTrainedTokenizerBase"]:
-    """The stage's model, ready to answer, and its tokenizer."""
+def settings_of(options: argparse.Namespace) -> "Settings":
+    """The stage's settings, with the base model that was named by the option."""
+    from sft.settings import load_settings
+
+    overrides = list(options.overrides)
+    if options.base_model:
+        with reworded("SFT_BASE_MODEL=", "--base-model "):
+            overrides.append(f"SFT_BASE_MODEL={options.base_model}")
+            return load_settings(options.stage, env_dir=options.env_dir, overrides=overrides)
+    try:
+        return load_settings(options.stage, env_dir=options.env_dir, overrides=overrides)
+    except Problems as found:
+        remedy = "; if the base model was moved, say where to with --base-model FOLDER"
+        raise Problems(
+            text + remedy if text.startswith("SFT_BASE_MODEL=") else text for text in found.problems
+        ) from found
+
+
+def load(
+    settings: "Settings", origin: "Origin", base_model: str | None = None
+) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """The stage's model, ready to answer, and its tokenizer. `base_model`: where its base model lies now; without it
+    SFT_BASE_MODEL may say that too.
+
+    Raises:
+        Problems: that is another model, or the recorded one is gone.
+    """
     import torch
     from transformers import AutoTokenizer
 
     from sft.merging.merge import is_current
     from sft.merging.parents import with_adapters
     from sft.models.model import load_model
+    from sft.programs.base_model import has_moved, is_base_of, require_base, with_base_model
     from sft.stages.paths import merged_base, stage_folder
+
+    if base_model or (has_moved(origin) and is_base_of(origin, settings.base_model)):
+        origin = with_base_model(origin, base_model or settings.base_model)
 
     merged = merged_base(stage_folder(settings.out_lora_dir, settings.stage))
     base, adapters = origin.base, origin.adapters
@@ -78,6 +109,8 @@ def load(settings: "Settings", origin: "Origin") -> tuple[Any, "PreTrainedTokeni
     elif len(adapters) > 1 and quantised:
         remedy = "add --set SFT_LOAD_IN_4BIT=0 --set SFT_LOAD_IN_8BIT=0"
         raise Problems([f"{merged}: is missing or outdated, and nothing is merged into quantised weights; {remedy}"])
+    if base == origin.base:
+        require_base(origin, origin.name)
     model = with_adapters(load_model(base, settings), adapters)
     if torch.cuda.is_available() and not quantised:
         model = model.to("cuda")
@@ -189,9 +222,7 @@ def talk(model: Any, tokenizer: "PreTrainedTokenizerBase", options: argparse.Nam
 def main() -> None:
     options = arguments()
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr] - a stray byte is no reason to end
-    from sft.settings import load_settings
-
-    settings = load_settings(options.stage, env_dir=options.env_dir, overrides=options.overrides)
+    settings = settings_of(options)
     folder = trained_folder(settings)
     settings.export_passthrough()
     from sft.environment import offline_unless_reachable, silence_libraries, silence_torch
@@ -204,7 +235,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     origin = find_stage(folder)
     with reworded("SFT_BASE_MODEL=", f"{folder}: its base model "):
-        model, tokenizer = load(settings, origin)
+        model, tokenizer = load(settings, origin, options.base_model)
     talk(model, tokenizer, options, settings.template_options)
 
 

@@ -5,6 +5,7 @@
   export_model.py --checkpoint_dir OUT_stage3/checkpoint-400 --output served
   export_model.py --checkpoint_dir OUT_stage3 --push me/my-model --private
   export_model.py --checkpoint_dir OUT_stage3 --as-adapter [--rank 32]   -> OUT_stage3/adapter, for the untouched base
+  export_model.py --checkpoint_dir OUT_stage3 --base-model models/moved
 
 All stages before it are folded in as well. A plain PEFT adapter goes into the base its adapter_config.json names. The
 result is compared with base + adapters on probe prompts before it appears.
@@ -39,6 +40,7 @@ def arguments() -> argparse.Namespace:
     add("--output", type=Path, metavar="O", help="folder to write (D/merged)")
     add("--as-adapter", action="store_true", help="all stages as one LoRA adapter instead (D/adapter)")
     add("--rank", type=int, metavar="R", help="with --as-adapter: the nearest adapter of this rank, its error is said")
+    add("--base-model", "--base_model", metavar="MODEL", help="where the base model lies now (where it lay)")
     add("--push", metavar="REPO", help="also upload it to this hub repository")
     add("--private", action="store_true", help="with --push: create the repository as a private one")
     return parser.parse_args()
@@ -57,9 +59,9 @@ def main() -> None:
         from sft.programs.export import check_repository
 
         check_repository(options.push, offline=offline)
-    from sft.programs.export import check_target, find_origin
+    from sft.programs.export import check_target
 
-    origin = find_origin(options.checkpoint_dir)
+    origin = origin_of(options)
     target = options.output or options.checkpoint_dir / ("adapter" if options.as_adapter else "merged")
     check_target(target)
     write = write_adapter if options.as_adapter else write_merged
@@ -68,6 +70,20 @@ def main() -> None:
         from sft.programs.export import upload
 
         print(f"Uploaded: {upload(target, options.push, private=options.private)}")
+
+
+def origin_of(options: argparse.Namespace) -> "Origin":
+    """What the result was made from, on the base model where it lies now."""
+    from sft.programs.base_model import require_base, with_base_model
+    from sft.programs.export import find_origin
+
+    origin = find_origin(options.checkpoint_dir)
+    if options.base_model:
+        origin = with_base_model(origin, options.base_model)
+    require_base(origin, f"--checkpoint_dir {options.checkpoint_dir}")
+    if not origin.is_base_known:
+        print(f"[WARNING] Nothing says whether {origin.base} is the model that {origin.name} was trained on")
+    return origin
 
 
 def write_merged(origin: "Origin", target: Path, options: argparse.Namespace) -> None:
@@ -90,7 +106,8 @@ def write_adapter(origin: "Origin", target: Path, options: argparse.Namespace) -
     from sft.programs.export_adapter import export_adapter
 
     print(f"Joining {len(origin.adapters)} adapters for {origin.base} ...", flush=True)
-    found = export_adapter(origin, target, rank=options.rank)
+    with reworded("SFT_BASE_MODEL=", f"--checkpoint_dir {options.checkpoint_dir}: its base model "):
+        found = export_adapter(origin, target, rank=options.rank)
     ranks = sorted(set(found.combined.ranks.values()))
     print(f"Adapter: {target} (rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'})")
     if errors := found.combined.errors:

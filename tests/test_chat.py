@@ -179,3 +179,65 @@ def test_a_stage_that_is_not_complete_is_a_problem(ladder: Path, tmp_path: Path)
     manifest.write_text(json.dumps(with_digest(json.loads(manifest.read_text()) | {"status": "running"})))
     with pytest.raises(Problems, match="stage 1 is running"):
         chat.find_stage(copy / "out_stage1")
+
+
+def moved_ladder(ladder: Path, target: Path) -> Path:
+    """The ladder with its base model renamed, its env files still naming the old place."""
+    shutil.copytree(ladder, target)
+    for number in (1, 2):
+        path = target / f"stage{number}.env"
+        path.write_text(path.read_text().replace(f"{ladder}/out", f"{target}/out"))
+    for number in (1, 2):
+        manifest = target / f"out_stage{number}" / "stage.json"
+        record = json.loads(manifest.read_text()) | {"base_model": str(target / "base")}
+        manifest.write_text(json.dumps(with_digest(record)))
+    (target / "base").rename(target / "moved")
+    return target
+
+
+@pytest.mark.slow
+def test_a_base_model_that_was_moved_is_named_by_an_option(ladder: Path, tmp_path: Path):
+    """Stage 1 has no merged folder to fall back on; stage 2 has, and needs no option."""
+    copy = moved_ladder(ladder, tmp_path / "ladder")
+    one, two = (load_settings(number, env_dir=copy, environ={}) for number in (1, 2))
+    origin = chat.find_stage(copy / "out_stage1")
+    elsewhere = f"SFT_BASE_MODEL={copy / 'out_stage2_merged_base'}"
+    with pytest.raises(Problems, match="was moved, say where to with --base-model FOLDER"):
+        chat.load(load_settings(1, env_dir=copy, overrides=[elsewhere], environ={}), origin)
+    model, _ = chat.load(one, origin, str(copy / "moved"))
+    expected, _ = chat.load(one, chat.find_stage(ladder / "out_stage1"))
+    there, here = model.state_dict(), expected.state_dict()
+    assert all(there[name].equal(here[name]) for name in here)
+    chat.load(two, chat.find_stage(copy / "out_stage2"))
+    with pytest.raises(Problems, match="is not the model that out_stage2 was trained on"):
+        chat.load(two, chat.find_stage(copy / "out_stage2"), str(copy / "out_stage2_merged_base"))
+
+
+@pytest.mark.slow
+def test_settings_that_name_the_new_place_are_enough(ladder: Path, tmp_path: Path):
+    """SFT_BASE_MODEL leads to the same content as the manifest's: no option is needed."""
+    copy = moved_ladder(ladder, tmp_path / "ladder")
+    settings = load_settings(1, env_dir=copy, environ={}, overrides=[f"SFT_BASE_MODEL={copy / 'moved'}"])
+    model, _ = chat.load(settings, chat.find_stage(copy / "out_stage1"))
+    assert model.get_base_model().config.name_or_path == str(copy / "moved")
+
+
+@pytest.mark.slow
+def test_the_program_takes_the_option_in_place_of_a_folder_that_is_gone(ladder: Path, tmp_path: Path):
+    """The env file and the manifest name the old place: exit 2 that names the option, then the same answer by it; a
+    place where nothing is and another model are exit 2."""
+    copy = moved_ladder(ladder, tmp_path / "ladder")
+    path = copy / "stage1.env"
+    path.write_text(path.read_text().replace(f"{ladder}/base", f"{copy}/base"))
+    arguments, said = ("--stage", "1", "--max-new-tokens", "8"), "Write this as JSON: the name is red\n"
+    refused = start(copy, *arguments, said=said)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"SFT_BASE_MODEL={copy / 'base'}: there is no such folder" in refused.stderr
+    assert "; if the base model was moved, say where to with --base-model FOLDER" in refused.stderr
+    done = start(copy, *arguments, "--base-model", "moved", said=said)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == start(ladder, *arguments, said=said).stdout != ""
+    for wrong, words in ((copy / "nowhere", "there is no such folder"), ("out_stage2_merged_base", "is not the model")):
+        refused = start(copy, *arguments, "--base-model", str(wrong), said=said)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith(f"[ERROR] --base-model {wrong}: {words}")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from sft.merging.probe import store_probe
 from sft.programs.command_line import run_program
+from sft.stages.fingerprints import model_fingerprint
 from sft.stages.lineage import result_sha256
 from sft.stages.manifest import blank_manifest
 from sft.stages.paths import PROBE
@@ -304,3 +305,108 @@ def test_a_ladder_with_a_fully_trained_stage_has_no_adapter(export, ladder):
     code, _, err = export("--checkpoint_dir", ladder[1][1], "--as-adapter")
     assert code == 2
     assert "--as-adapter: stage 1 trained all weights, which no adapter on the base model holds" in err
+
+
+def fingerprinted(stages: list[Path], base: Path) -> None:
+    """Manifests as train.py writes them: they know the base model's content."""
+    for folder in stages:
+        manifest = json.loads((folder / "stage.json").read_text())
+        manifest["inputs"] = {"SFT_BASE_MODEL": model_fingerprint(str(base))}
+        (folder / "stage.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("form", [(), ("--as-adapter",)])
+def test_a_base_model_that_was_moved_is_named_by_an_option(export, ladder, form, tmp_path):
+    """Without it the message says so and nothing is written; with it the result is that of the old place."""
+    base, stages = ladder
+    fingerprinted(stages, base)
+    expected = expected_weights(base, stages)
+    moved = base.rename(tmp_path / "elsewhere")
+    code, _, err = export("--checkpoint_dir", stages[1], *form)
+    assert code == 2
+    assert err == (
+        f"[ERROR] --checkpoint_dir {stages[1]}: its base model {base} is not there any more; if it was moved, "
+        "say where to with --base-model FOLDER\n"
+    )
+    code, out, err = export(
+        "--checkpoint_dir", stages[1], "--base-model", moved, *form, "--output", tmp_path / "served"
+    )
+    assert (code, err) == (0, "")
+    assert str(moved) in out
+    if form:
+        config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(moved)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moved), tmp_path / "served")
+        merged = model.merge_and_unload().state_dict()
+        assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in expected.items())
+    else:
+        assert_weights(tmp_path / "served", expected)
+
+
+@pytest.mark.parametrize("form", [(), ("--as-adapter",)])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_base_model_of_another_content_is_refused(export, ladder, form, there, tmp_path):
+    """One weight is different; both models are named, whether the recorded one is still there or not."""
+    base, stages = ladder
+    fingerprinted(stages, base)
+    other = AutoModelForCausalLM.from_pretrained(base)
+    other.lm_head.weight.data[3, 4] += 1
+    other.save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other")
+    if not there:
+        base.rename(tmp_path / "elsewhere")
+    code, _, err = export("--checkpoint_dir", stages[1], "--base-model", tmp_path / "other", *form)
+    assert code == 2
+    assert err == (
+        f"[ERROR] --base-model {tmp_path / 'other'}: is not the model that {stages[1].name} was trained on, {base}: "
+        "its content is another; name that model's folder\n"
+    )
+    assert not (stages[1] / "merged").exists()
+    assert not (stages[1] / "adapter").exists()
+
+
+@pytest.mark.parametrize("place", ["nowhere/at/all", "nowhere", "out_stage1", "base/config.json"])
+def test_a_base_model_option_that_names_no_model_is_refused(export, ladder, place, tmp_path):
+    """No folder, an adapter, a file: one line that names the option, no traceback."""
+    base, stages = ladder
+    fingerprinted(stages, base)
+    code, _, err = export("--checkpoint_dir", stages[1], "--base-model", tmp_path / place)
+    assert code == 2
+    assert err.startswith(f"[ERROR] --base-model {tmp_path / place}: ")
+    assert err.count("\n") == 1
+    assert "SFT_" not in err
+
+
+def test_a_plain_adapter_takes_a_base_model_by_the_option(export, ladder, tmp_path):
+    """Nothing but a name is known of its base: taken as given, and said; still compared where that base is there."""
+    base, stages = ladder
+    for name in ("stage.json", PROBE):
+        (stages[0] / name).unlink()
+    expected = expected_weights(base, stages[:1])
+    code, _, err = export("--checkpoint_dir", stages[0], "--base-model", stages[1])
+    assert code == 2
+    assert str(stages[1]) in err
+    moved = base.rename(tmp_path / "elsewhere")
+    code, _, err = export("--checkpoint_dir", stages[0])
+    assert code == 2
+    assert "--base-model" in err
+    code, out, err = export("--checkpoint_dir", stages[0], "--base-model", moved)
+    assert (code, err) == (0, "")
+    assert f"[WARNING] Nothing says whether {moved} is the model" in out
+    assert_weights(stages[0] / "merged", expected)
+
+
+def test_a_stage_trained_in_full_takes_no_base_model(export, ladder):
+    """Its weights are all its own: the option would have no effect, so it is refused."""
+    base, stages = ladder
+    manifest = json.loads((stages[0] / "stage.json").read_text())
+    for path in stages[0].iterdir():
+        path.unlink()
+    for path in base.iterdir():
+        (stages[0] / path.name).write_bytes(path.read_bytes())
+    manifest["adapter_sha256"] = result_sha256(stages[0])[1]
+    (stages[0] / "stage.json").write_text(json.dumps(manifest))
+    code, _, err = export("--checkpoint_dir", stages[0], "--base-model", base)
+    assert code == 2
+    assert f"--base-model {base}: " in err
+    assert "all weights were trained" in err

@@ -38,7 +38,9 @@ TOKENIZER_FILES = (
 class Origin:
     """Where the weights come from: base model, adapters in order, and the manifests of their stages, oldest first.
 
-    `earlier`: what the stage's own merged base was made from, where it has one.
+    `earlier`: what the stage's own merged base was made from, where it has one. `base_fingerprint`: the base's content
+    as the manifest records it, "" where it doesn't. `is_base_trained`: the base is a stage's whole model.
+    `is_base_known`: it was not taken at a person's word.
     """
 
     base: str
@@ -48,6 +50,15 @@ class Origin:
     probe: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     earlier: Ingredients | None = None
+    name: str = ""
+    base_fingerprint: str = ""
+    is_base_trained: bool = False
+    is_base_known: bool = True
+
+    @property
+    def base_name(self) -> str:
+        """What others call the base model: the hub id that was trained on, even where a copy of it is used."""
+        return self.manifests[-1]["base_model"] if self.base_fingerprint.startswith("hub:") else self.base
 
     @property
     def trust_remote_code(self) -> bool:
@@ -76,7 +87,7 @@ def _plain_origin(folder: Path) -> Origin:
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise Problems([f"--checkpoint_dir {folder}: its adapter_config.json names no base model; add it there"])
-    return Origin(base, (folder,), folder)
+    return Origin(base, (folder,), folder, name=folder.name)
 
 
 def _stage_origin(folder: Path, stage: Path) -> Origin:
@@ -88,7 +99,7 @@ def _stage_origin(folder: Path, stage: Path) -> Origin:
         raise Problems([f"--checkpoint_dir {folder}: its weights are not those that stage.json lists; train it again"])
     adapters: list[Path] = []
     base, manifests = manifest["base_model"], []
-    fingerprint = manifest["inputs"].get("SFT_BASE_MODEL", "")
+    recorded = fingerprint = manifest["inputs"].get("SFT_BASE_MODEL", "")
     digests: tuple[str, ...] = ()
     for parent in sorted(manifest["parents"], key=lambda entry: entry["stage"]):
         place = _sibling(stage, manifest["stage"], parent["stage"])
@@ -107,7 +118,18 @@ def _stage_origin(folder: Path, stage: Path) -> Origin:
     probe = stage / PROBE if folder == stage and (stage / PROBE).is_file() else None
     tokenizer = next((place for place in (folder, stage) if (place / "tokenizer_config.json").is_file()), None)
     earlier = Ingredients(fingerprint, digests, settings.get("SFT_MERGE_DTYPE")) if digests else None
-    return Origin(base, tuple(adapters), tokenizer, (*manifests, manifest), probe, settings, earlier)
+    return Origin(
+        base,
+        tuple(adapters),
+        tokenizer,
+        (*manifests, manifest),
+        probe,
+        settings,
+        earlier,
+        name=folder.name,
+        base_fingerprint=recorded,
+        is_base_trained=base != manifest["base_model"],
+    )
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -159,7 +181,7 @@ def export(origin: Origin, target: Path) -> MergeRecord:
             record.max_abs_diff, record.kl = figures["max_abs_diff"], figures["kl"]
             if not shows_adapter(figures):
                 record.warnings.append(f"verified as far as answers can tell: {verdict(figures)}")
-        (folder / "README.md").write_text(model_card(origin.base, origin.manifests, record), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(origin.base_name, origin.manifests, record), encoding="utf-8")
 
     return merge(
         origin.base,
