@@ -258,11 +258,11 @@ def test_the_space_asked_for_is_what_a_stage_takes(inputs, tmp_path):
     """Weights and optimizer states by count, the rest by an allowance: at least what was written, and without the
     allowance less than twice that."""
     from sft.models.model import load_config
-    from sft.planning.disk import SMALL_FILES, bytes_in, needed_bytes
+    from sft.planning.disk import SMALL_FILES, bytes_of, needed_bytes
 
     settings = load_settings(1, env_dir=inputs, environ={}, overrides=[f"SFT_OUT_LORA_DIR={tmp_path / 'out'}"])
     needed = needed_bytes(Stage.inspect(settings), load_config(settings))
-    written = bytes_in([inputs / "whole" / "out_stage1"])
+    written = bytes_of((inputs / "whole" / "out_stage1").rglob("*"))
     # One checkpoint more than stays, the best model twice, the result.
     folders = settings.save_total_limit + 1 + 2 + 1
     assert written < sum(needed.values()) < folders * SMALL_FILES + 2 * written

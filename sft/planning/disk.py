@@ -6,11 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from sft.distributed.launch import launched
 from sft.errors import Problems
-from sft.merging.weights import read_header, shard_paths
 from sft.models.model import load_config
 from sft.planning.memory import optimizer_bytes, parameter_bytes
 from sft.stages import paths
@@ -19,36 +16,28 @@ from sft.storage import atomic
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from sft.settings import Settings
     from sft.stages.stage import Stage
 
-# Counters, random states, metrics, samples and report, in each folder that is written.
+# Counters, random states, metrics, samples, tokenizer and report, in each folder that is written.
 SMALL_FILES = 256 * 1024
 
 
 def needed_bytes(stage: Stage, config: PretrainedConfig) -> dict[str, int]:
     """What the stage will add to the disk at its fullest moment, by kind, less what it replaces of its own.
 
-    Checkpoints: one more than are kept, since the oldest goes when the newest is whole. The best model twice for the
-    same reason. The merged base only where base and adapters are local; the merge itself looks again, exactly.
+    One checkpoint more than are kept, since the oldest goes when the newest is whole; the best model twice for the same
+    reason. The merged base only where the base is local; the merge itself looks again, exactly.
     """
     settings = stage.settings
     parameters = parameter_bytes(config, settings)
-    side = SMALL_FILES + bytes_of(tokenizer_files(stage.start_model))
-    checkpoint = parameters.trained + optimizer_bytes(parameters, settings, launched()) + side
-    needed = {
-        "checkpoints": (settings.save_total_limit + 1) * checkpoint,
-        "best model": 2 * (parameters.trained + side),
-        "result": parameters.trained + side,
-    }
-    there = {
-        "checkpoints": bytes_in(stage.folder.glob("checkpoint-*")),
-        "best model": bytes_in([stage.folder / paths.BEST_MODEL]),
-        "result": 0,
-    }
+    weights = parameters.trained + SMALL_FILES
+    state = weights + optimizer_bytes(parameters, settings, launched())
+    checkpoints = (settings.save_total_limit + 1) * state - bytes_of(stage.folder.glob("checkpoint-*/**/*"))
+    best = 2 * weights - bytes_of((stage.folder / paths.BEST_MODEL).glob("*"))
+    needed = {"checkpoints": max(checkpoints, 0), "best model": max(best, 0), "result": weights}
     if stage.adapters and not (stage.merged_base / paths.MERGE_RECORD).exists():
-        needed["merged base"] = merged_bytes(Path(stage.start_model), settings)
-    return {kind: max(size - there.get(kind, 0), 0) for kind, size in needed.items()}
+        needed["merged base"] = bytes_of(Path(stage.start_model).glob("*.safetensors"))
+    return needed
 
 
 def require_space(stage: Stage) -> None:
@@ -73,27 +62,8 @@ def require_space(stage: Stage) -> None:
     )
 
 
-def merged_bytes(base: Path, settings: Settings) -> int:
-    """Of the merged weights, where the base is a local folder; else 0."""
-    weights = bytes_of(base.glob("*.safetensors")) if base.is_dir() else 0
-    if weights and settings.merge_dtype:
-        width = getattr(torch, settings.merge_dtype).itemsize
-        return sum(width * tensor.elements for path in shard_paths(base) for tensor in read_header(path))
-    return weights
-
-
-def tokenizer_files(model: str) -> list[Path]:
-    """Of a local model; they go into every checkpoint."""
-    names = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja")
-    return [path for name in names for path in Path(model).glob(name)] if Path(model).is_dir() else []
-
-
-def bytes_of(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def bytes_in(folders: Iterable[Path]) -> int:
-    return sum(bytes_of(folder.rglob("*")) for folder in folders)
+def bytes_of(files: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def readable(size: int) -> str:
