@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,27 @@ class DamagedFile(ValueError):
     """A file that exists and can't be what was written; the message names it."""
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: NaN and infinity become null, paths text, numpy and torch scalars numbers."""
+def plain(value: Any, text: Callable[[str], str] | None = None) -> Any:
+    """The value as JSON has it: NaN and infinity become null, paths text, numpy and torch scalars numbers, sets sorted
+    lists. With `text`, strings and whatever else has one (enumerations, types) become what it makes of theirs."""
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(each) for each in (sorted(value) if isinstance(value, set | frozenset) else value)]
-    if isinstance(value, Path):
-        return str(value)
+        return {str(key): plain(each, text) for key, each in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(plain(each, text) for each in value)
+    if isinstance(value, list | tuple):
+        return [plain(each, text) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return _plain(value.item()) if hasattr(value, "item") else value
+    if hasattr(value, "item"):
+        return plain(value.item(), text)
+    if text and not isinstance(value, int | None):
+        return text(str(value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def json_text(payload: Any, *, indent: int | None = 2) -> str:
     """JSON without escapes for letters and without the NaN that other readers refuse."""
-    return json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def as_read(payload: Any) -> Any:

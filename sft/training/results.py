@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,37 +56,26 @@ def _publish(staging: Path, target: Path, *, sealed: bool) -> None:
             seals.seal(folder)
 
 
-def serializable(value: Any) -> Any:
-    """The value as JSON has it: sets become sorted lists, enumerations, types and paths text; credentials stay out."""
-    if isinstance(value, dict):
-        return {str(key): serializable(inner) for key, inner in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(serializable(inner) for inner in value)
-    if isinstance(value, list | tuple):
-        return [serializable(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, int | float | bool | None) else hide_secrets(str(value))
-
-
 def training_config(settings: Settings, args: TrainingArguments, model: torch.nn.Module) -> dict[str, Any]:
-    """training_config.json: model_name, training_args, lora_config, bnb_config; tokens left out. `model`: unwrapped."""
+    """training_config.json: model_name, training_args, lora_config, bnb_config; tokens and credentials left out.
+
+    `model`: unwrapped.
+    """
     adapter = getattr(model, "peft_config", {}).get("default")
     arguments = {name: value for name, value in args.to_dict().items() if "token" not in name or "num" in name}
-    return serializable(
-        {
-            "model_name": settings.base_model,
-            "training_args": arguments,
-            "lora_config": adapter.to_dict() if adapter else None,
-            "bnb_config": {
-                "load_in_4bit": settings.load_in_4bit,
-                "load_in_8bit": settings.load_in_8bit,
-                "bnb_4bit_use_double_quant": settings.bnb_4bit_use_double_quant,
-                "bnb_4bit_quant_type": settings.bnb_4bit_quant_type,
-                "bnb_4bit_compute_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            },
-        }
-    )
+    config = {
+        "model_name": settings.base_model,
+        "training_args": arguments,
+        "lora_config": adapter.to_dict() if adapter else None,
+        "bnb_config": {
+            "load_in_4bit": settings.load_in_4bit,
+            "load_in_8bit": settings.load_in_8bit,
+            "bnb_4bit_use_double_quant": settings.bnb_4bit_use_double_quant,
+            "bnb_4bit_quant_type": settings.bnb_4bit_quant_type,
+            "bnb_4bit_compute_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        },
+    }
+    return json_files.plain(config, hide_secrets)
 
 
 def best_model_record(metrics: dict[str, float], name: str, value: float, step: int) -> dict[str, Any]:
