@@ -1,5 +1,6 @@
 """Models that don't fit a stage are refused with the settings, in the same words by --check and by a run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,42 @@ def test_targets_that_fit_nothing(targets: str, tmp_path: Path, capsys: Any):
     """The same words from both."""
     write_model(tmp_path / "base")
     assert f"SFT_LORA_TARGET_MODULES={targets}: " in refused(tmp_path, capsys, SFT_LORA_TARGET_MODULES=targets)
+
+
+def test_a_model_that_reads_in_both_directions(tmp_path: Path, capsys: Any):
+    """BERT as a causal model: transformers only warns, and the loss falls to nothing."""
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "base")
+    AutoConfig.for_model("bert", vocab_size=len(words)).save_pretrained(tmp_path / "base")
+    assert "bert reads text in both directions" in refused(tmp_path, capsys, SFT_LORA_TARGET_MODULES="query")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "its files lack model.layers.2."),
+        ({"intermediate_size": 48}, "its weights have other sizes than its config.json says"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "could not be loaded (Loading a GPTQ"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_configuration(edit: Any, said: str, tmp_path: Path, capsys: Any):
+    """transformers makes up what is missing: a layer of random numbers must not be trained on."""
+    path = write_model(tmp_path / "base") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    assert said in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "T5Tokenizer"])
+def test_a_tokenizer_class_that_does_not_fit(kind: str, tmp_path: Path, capsys: Any):
+    """What the tokenizers library raises has no type: it is a problem of the folder all the same."""
+    path = write_model(tmp_path / "base") / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
+    assert "the tokenizer could not be loaded" in refused(tmp_path, capsys)
+
+
+def test_flex_attention_without_a_gpu(tmp_path: Path, capsys: Any):
+    """It has no backward pass on a CPU."""
+    write_model(tmp_path / "base")
+    assert "SFT_ATTN=flex_attention: can't be trained without a GPU" in refused(
+        tmp_path, capsys, SFT_ATTN="flex_attention"
+    )

@@ -34,6 +34,7 @@ READS_ENVIRONMENT = {
 CATCHES_EVERYTHING = {
     "sft/cli.py": "one plain message and error.log, for whatever a library raised",
     "sft/reporting/tracker.py": "a warning; what was missed is sent later",
+    "sft/models/model.py": "a problem of the tokenizer's folder: its library raises nothing but Exception",
     "sft/planning/plan.py": "a problem: --check --json gives its document whatever is wrong",
 }
 SILENCED_CHECKERS = 16

@@ -136,3 +136,19 @@ def test_a_vision_tower_gets_no_adapter(targets: Any, make_settings: Any):
     places = {name.split(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
     assert places
     assert all("language_model" in name for name in places), places
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "falcon_h1"])
+def test_layers_whose_weights_pass_any_adapter_get_none(kind: str, make_settings: Any):
+    """PEFT refuses out_proj of Mamba layers, with all-linear as well: there it is left out, by name a problem."""
+    model = blank(kind, **CONFIGS[kind])
+    every = adapter_config(model, make_settings(lora_target_modules=("all-linear",)))
+    adapted = get_peft_model(model, every, low_cpu_mem_usage=True)
+    places = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert "in_proj" in places
+    assert not places & {"out_proj", "conv1d"}
+    settings = make_settings(
+        lora_target_modules=("in_proj", "out_proj"), origins={"SFT_LORA_TARGET_MODULES": "stage1.env"}
+    )
+    with pytest.raises(Problems, match="out_proj can't carry an adapter"):
+        adapter_config(blank(kind, **CONFIGS[kind]), settings)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 from transformers.modeling_utils import set_zero3_state
 
 from sft.errors import Problems
@@ -51,6 +51,11 @@ def model_problems(settings: Settings) -> list[str]:
         model = blank(config, settings)
     except Problems as error:
         return error.problems
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", True):
+        return [
+            f"SFT_BASE_MODEL={settings.base_model}: {config.model_type} reads text in both directions, so that every "
+            "answer would be seen before it is given; name a model that continues text"
+        ]
     found = [*attention_problems(config, settings), *position_problems(model, settings)]
     return [*found, *target_problems(targets_of(model), settings, type(model).__name__)]
 
@@ -67,6 +72,8 @@ def attention_problems(config: PretrainedConfig, settings: Settings) -> Iterator
     """SFT_ATTN that the architecture does not have."""
     if settings.attn == "auto":
         return
+    if settings.attn == "flex_attention" and not torch.cuda.is_available():
+        yield "SFT_ATTN=flex_attention: can't be trained without a GPU; SFT_ATTN=auto takes what the machine has"
     try:
         blank(config, settings, attn_implementation=settings.attn)
     except (ValueError, ImportError) as error:

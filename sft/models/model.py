@@ -93,7 +93,8 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             settings.base_model, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
         )
-    except LOAD_ERRORS as error:
+        tokenizer("Ping?")  # a class that does not fit tokenizer.json may show only here
+    except Exception as error:  # the tokenizers library raises nothing more exact
         raise load_problem("the tokenizer", settings.base_model, error) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
         raise Problems([
@@ -157,15 +158,29 @@ def load_model(source: str | Path, settings: Settings, *, device: torch.device |
     if quantized is not None or (torch.cuda.is_available() and not launched().splits_weights):
         keywords["device_map"] = {"": device or PartialState().device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **keywords)
-    except LOAD_ERRORS as error:
+        found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **keywords)
+    except (*LOAD_ERRORS, ImportError) as error:
         raise load_problem("the model", str(source), error) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _unfit(source, "its weights have other sizes than its config.json says") from error
+    model, loaded = found
+    if loaded["missing_keys"] and not launched().splits_weights:  # else each process sees a part of them
+        first, *others = sorted(loaded["missing_keys"])
+        raise _unfit(
+            source, f"its files lack {first}{f' and {len(others)} more' if others else ''}, which would be random"
+        )
     for module in model.modules():
         # bitsandbytes packs 4-bit weights in evaluation where the CPU has AVX-512 for bfloat16; training goes on with
         # them afterwards, and layers whose width is no multiple of 32 end in an assertion.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # no tensor, a switch
     return model
+
+
+def _unfit(source: str | Path, fault: str) -> Problems:
+    return Problems([f"SFT_BASE_MODEL={source}: {fault}; copy or download the model again, with its own config.json"])
 
 
 @contextmanager

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # transformers 5 keeps the experts of a mixture fused: by the usual names, the parameter that holds them.
 _FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 _CARRIERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d)
+# PEFT refuses these: the fused kernels of Mamba layers take their weights past any adapter.
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_PAST_ADAPTERS = re.compile(r"(.*\.)?(out_proj|conv1d)")
 NAME = "SFT_LORA_TARGET_MODULES"
 
 
@@ -62,7 +65,7 @@ def targets_of(model: PreTrainedModel) -> Targets:
     for name, module in model.named_modules():
         if name and not name.startswith(towers or ("\n",)):
             carries = isinstance(module, _CARRIERS) or type(module).__name__ == "Conv1D"
-            (carriers if carries and module is not head else others).append(name)
+            (carriers if carries and module is not head and not _past_adapters(model, name) else others).append(name)
     experts = tuple(
         name
         for name, parameter in model.named_parameters()
@@ -71,6 +74,10 @@ def targets_of(model: PreTrainedModel) -> Targets:
     probe = LoraConfig(target_modules=list(_FUSED))
     convert_peft_config_for_transformers(probe, model, None)
     return Targets(tuple(carriers), tuple(others), experts, bool(probe.target_parameters), towers)
+
+
+def _past_adapters(model: PreTrainedModel, name: str) -> bool:
+    return model.config.model_type in _MAMBA and _PAST_ADAPTERS.fullmatch(name) is not None
 
 
 def _towers(model: PreTrainedModel) -> Iterator[str]:
@@ -108,6 +115,8 @@ def adapter_config(model: PreTrainedModel, settings: Settings) -> LoraConfig | N
         keywords |= _expert_targets(offered, targets, settings)
     if offered.towers:
         keywords["exclude_modules"] = rf"({'|'.join(map(re.escape, offered.towers))})(\..*)?"
+    elif targets == ["all-linear"] and model.config.model_type in _MAMBA:
+        keywords["exclude_modules"] = _PAST_ADAPTERS.pattern
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
