@@ -53,7 +53,7 @@ def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     """The rows of the stage; the main process makes the labels, the others find them cached."""
     with ranks.main_first("the main process to read the data"):
         mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings))
-    require_known_tokens(load_config(settings), settings, mix.train, mix.val)
+    require_known_tokens(load_config(settings), settings, tokenizer, mix.train, mix.val)
     for warning in mix.warnings:
         say(warning)
     say(f"Rows: {mix.rows_in_words()}")

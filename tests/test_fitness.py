@@ -44,6 +44,18 @@ def test_a_token_beyond_the_embedding(tmp_path: Path, capsys: Any):
     assert f"ids beyond the model's embedding of {len(tokenizer()):,} rows, and row 1" in refused(tmp_path, capsys)
 
 
+def test_a_question_with_a_token_beyond_the_embedding(tmp_path: Path, capsys: Any):
+    """It would end the first evaluation in an IndexError."""
+    write_model(tmp_path / "base")
+    words = tokenizer()
+    words.add_tokens(["<new>"])
+    words.save_pretrained(tmp_path / "base")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"prompt": "red <new>", "completion": "blue"}))
+    said = refused(tmp_path, capsys, SFT_GEN_EVAL="samples", SFT_GEN_EVAL_DATASET=questions)
+    assert f"and row 1 of {questions} holds one ({len(words) - 1})" in said
+
+
 def test_rows_longer_than_learned_positions(tmp_path: Path, capsys: Any):
     """GPT-2 has learned 128 of them."""
     words = tokenizer()

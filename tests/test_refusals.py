@@ -46,6 +46,7 @@ def test_a_file_of_another_length_than_its_header_says(weights, cut, said):
         (b"", "is cut off at 0 bytes"),
         (b"\0" * 5, "is cut off at 5 bytes"),
         (b"<html>not found</html>", "is cut off at 22"),
+        (b"version https:// git-lfs", "is a Git LFS pointer and no weights: run git lfs pull there"),
         ((2).to_bytes(8, "little") + b"[]", "its header can't be read"),
         ((4).to_bytes(8, "little") + b"{\xff\xff}", "its header can't be read"),
     ],

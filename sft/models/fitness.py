@@ -10,13 +10,14 @@ import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 from transformers.modeling_utils import set_zero3_state
 
+from sft.data.sources.load import load_source
 from sft.errors import Problems
 from sft.models.model import load_config
 from sft.models.targets import target_notes, target_problems, targets_of
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.settings import Settings
 
@@ -96,18 +97,32 @@ def position_problems(model: PreTrainedModel, settings: Settings) -> Iterator[st
         )
 
 
-def require_known_tokens(config: PretrainedConfig, settings: Settings, *parts: datasets.Dataset) -> None:
-    """No row has a token for which the model has no embedding: an added token without a trained row.
+def require_known_tokens(
+    config: PretrainedConfig, settings: Settings, tokenizer: PreTrainedTokenizerBase, *parts: datasets.Dataset
+) -> None:
+    """No row and no question has a token for which the model has no embedding: an added token without a trained row.
 
     Raises:
         Problems: names the first such row and its token.
     """
-    rows = blank(config, settings).get_input_embeddings().num_embeddings
+    rows: Any = blank(config, settings).get_input_embeddings().num_embeddings
     for part in parts:
         for position, ids in enumerate(part.with_format("numpy")["input_ids"] if len(part) else ()):
             if ids.max(initial=0) >= rows:
-                raise Problems([
-                    f"SFT_BASE_MODEL={settings.base_model}: the tokenizer has ids beyond the model's embedding of "
-                    f"{rows:,} rows, and row {position + 1} holds one ({int(ids.max()):,}): it can't be trained; use "
-                    "the tokenizer the model was trained with, or a model whose embedding was resized for it"
-                ])  # fmt: skip
+                raise _unknown_token(settings, rows, f"row {position + 1}", int(ids.max()))
+    if len(tokenizer) <= rows or settings.gen_eval == "none":
+        return
+    for source in settings.gen_eval_sources:
+        for position, messages in enumerate(load_source(source, settings).dataset["messages"]):
+            text = "\n".join(message["content"] for message in messages)
+            highest = max(tokenizer(text, add_special_tokens=False)["input_ids"], default=0)
+            if highest >= rows:
+                raise _unknown_token(settings, rows, f"row {position + 1} of {source.id}", highest)
+
+
+def _unknown_token(settings: Settings, rows: int, place: str, token: int) -> Problems:
+    return Problems([
+        f"SFT_BASE_MODEL={settings.base_model}: the tokenizer has ids beyond the model's embedding of {rows:,} rows, "
+        f"and {place} holds one ({token:,}): it can't be trained; use the tokenizer the model was trained with, or a "
+        "model whose embedding was resized for it"
+    ])  # fmt: skip

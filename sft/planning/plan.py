@@ -139,7 +139,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     plan.notes += model_notes(settings)
     if mix is None:
         return config
-    plan.attempt(require_known_tokens, config, settings, mix.train, mix.val)
+    plan.attempt(require_known_tokens, config, settings, tokenizer, mix.train, mix.val)
     plan.notes += [*mix.warnings, *answer_faults(settings)]
     plan.attempt(require_metric, settings, mix, plan.notes.append)
     document.sources = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]

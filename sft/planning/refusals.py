@@ -93,6 +93,8 @@ def _cut_off(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length.to_bytes(8, "little") == b"version ":
+            return "is a Git LFS pointer and no weights: run git lfs pull there"
         if size < 8 or length > size - 8:
             return f"is cut off at {size:,} bytes"
         try:
