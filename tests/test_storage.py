@@ -45,6 +45,16 @@ def test_numpy_numbers_are_numbers_and_their_nan_is_null(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == [0.5, 3, None]
 
 
+def test_what_json_has_no_word_for_becomes_its_text():
+    """Where a text is asked for: enumerations and types as well, and each string passes through it; sets are sorted."""
+    value = {"kind": signal.SIGTERM.__class__, "set": {"b", "a"}, "path": Path("x"), "n": (1, None, True, float("nan"))}
+    assert json_files.plain(value, str.upper) == {
+        "kind": "<ENUM 'SIGNALS'>", "set": ["A", "B"], "path": "X", "n": [1, None, True, None],
+    }  # fmt: skip
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        json_files.json_text(value)
+
+
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_next(tmp_path, monkeypatch, call):
     """Wherever it fills up: in writing, in syncing, in naming."""
