@@ -118,6 +118,7 @@ def test_the_configuration_has_four_keys_and_no_token(tmp_path: Path, make_setti
 
 
 def test_a_stage_without_adapter_has_no_lora_config(tmp_path: Path, make_settings: Callable[..., Any]):
+    """The key stays, its value is null."""
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     assert training_config(make_settings(), args, torch.nn.Linear(3, 2))["lora_config"] is None
 
