@@ -17,6 +17,7 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.distributed.signals import follow_parent
+from sft.errors import RunFailed
 from sft.models.experts import route_experts
 from sft.models.isolation import keep_rows_apart
 from sft.models.model import (
@@ -44,6 +45,7 @@ from sft.training.loss import (
     source_losses,
     token_cross_entropy,
 )
+from sft.training.movement import GradientRows, require_moved
 from sft.training.noise import RowNoise
 from sft.training.progress import AtStart
 from sft.training.results import STAGING, best_model_record, published_together
@@ -124,7 +126,9 @@ class StagedTrainer(SFTTrainer):
         alpha = settings.neftune_noise_alpha
         self.noise = RowNoise(model.get_input_embeddings(), alpha, settings.seed) if alpha else None
         self.rhythm = StageRhythm(settings.metric_for_best, settings.early_stopping_patience)
+        self.gradient_rows = GradientRows()
         self.add_callback(self.rhythm)
+        self.add_callback(self.gradient_rows)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -288,7 +292,7 @@ class StagedTrainer(SFTTrainer):
     # Saving and stopping
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer does; weights that are not finite are never written."""
+        """As the Trainer does; weights that are not finite, or parts that did not move, are never kept."""
         require_finite(self.model, self.state.global_step)
         # Generating leaves its padding in the tokenizer, from where it would go into tokenizer.json.
         backend = getattr(self.processing_class, "backend_tokenizer", None)
@@ -296,6 +300,19 @@ class StagedTrainer(SFTTrainer):
             backend.no_padding()
             backend.no_truncation()
         super().save_model(output_dir, _internal_call=_internal_call)
+        self.require_moved(Path(str(output_dir or self.args.output_dir)))
+
+    def require_moved(self, folder: Path) -> None:
+        """The main process looks at what was written; all ranks hear of a failure."""
+        failure = ""
+        if self.args.should_save:
+            try:
+                rows, step = self.gradient_rows.rows, self.state.global_step
+                require_moved(folder, rows, step=step, ranks=self.args.world_size)
+            except RunFailed as error:
+                failure = str(error)
+        if failure := ranks.from_main(failure):
+            raise RunFailed(failure)
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:  # type: ignore[override]
         """As the Trainer does; a resumed run takes up what the checkpoint knows and the Trainer does not."""

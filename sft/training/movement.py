@@ -1,0 +1,99 @@
+"""Whether an adapter that was written holds what was trained: no part of it is still the 0.0 that it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import TrainerCallback
+
+from sft.errors import RunFailed
+from sft.stages.paths import ADAPTER
+
+LOOKS = 8  # steps whose gradients are looked at: a parameter that learns anything has one by then
+FEWEST_STEPS = 4  # with fewer nothing is judged
+_PART = ".lora_B."  # begins as 0.0; lora_A and the factors of embeddings don't
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.", "module.", ".default")
+
+Rows = Mapping[str, torch.Tensor]
+
+
+class GradientRows(TrainerCallback):
+    """Which rows of each lora_B had a gradient (finite, not 0, at a rate above 0) in the first steps of this process.
+
+    Under FSDP each rank sees its own rows, the main process the first ones; under DeepSpeed, whose gradients are gone
+    by then, none.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, torch.Tensor] = {}
+        self.looks = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.looks >= LOOKS or not any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups):
+            return
+        self.looks += 1
+        for name, parameter in kwargs["model"].named_parameters():
+            if _PART in name and parameter.grad is not None and parameter.grad.ndim > 1:
+                gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
+                found = (gradient.isfinite() & (gradient != 0)).flatten(1).any(dim=1)
+                self.rows[name] = found | self.rows[name] if name in self.rows else found
+
+
+def require_moved(folder: Path, gradients: Rows, *, step: int, ranks: int) -> None:
+    """The adapter in a folder, if there is one, after `step` steps of `ranks` processes.
+
+    A row of lora_B that had a gradient at a rate above 0 has moved, whatever the optimizer, and exactly 0.0 again
+    happens to a number, not to a matrix. So a lora_B, or one rank's contiguous share of its rows, that is 0.0
+    throughout is refused where a row of it had a gradient: another tensor was saved than was trained. Where each rank
+    kept only its own gradients nothing shows that, but the pattern does: of several processes' adapters, a share of
+    0.0 in most of the matrices that moved. An unrouted expert, a layer nothing passes through or a rate of 0 has no
+    gradient, and a router with rows for unrouted experts is not most matrices: these may stay 0.0.
+
+    Raises:
+        RunFailed: names the matrix, and the rows where it is not the whole.
+    """
+    if step < FEWEST_STEPS or not (folder / ADAPTER).is_file():
+        return
+    seen = {_plain(name): rows.cpu() for name, rows in gradients.items()}
+    partial, moved = [], 0
+    for name, weight in _factors(folder / ADAPTER):
+        shares = torch.arange(len(weight)).chunk(ranks)
+        still = [share for share in shares if not weight[share].any()]
+        for share in still:
+            if _had_gradient(seen.get(_plain(name)), share):
+                raise _unmoved(name, share, len(weight), step=step, why="although they had a gradient")
+        moved += len(still) < len(shares)
+        partial += [(name, still[0], len(weight))] if 0 < len(still) < len(shares) else []
+    if ranks > 1 and 2 * len(partial) > moved:
+        why = f"as is a rank's share in {len(partial)} of {moved} matrices"
+        raise _unmoved(*partial[0], step=step, why=why)
+
+
+def _factors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping, it can't be iterated
+            if _PART in name:
+                yield name, file.get_tensor(name)
+
+
+def _plain(name: str) -> str:
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name
+
+
+def _had_gradient(rows: torch.Tensor | None, share: torch.Tensor) -> bool:
+    return rows is not None and bool(rows[share[share < len(rows)]].any())
+
+
+def _unmoved(name: str, share: torch.Tensor, rows: int, *, step: int, why: str) -> RunFailed:
+    where = "all rows" if len(share) == rows else f"rows {int(share[0])} to {int(share[-1])} of {rows}"
+    return RunFailed(
+        f"{name}: {where} are exactly 0.0 after step {step}, {why}: what was saved is not what was trained, and the "
+        "stage is not complete. Train it on one process, or with another accelerate configuration, with --fresh; "
+        "please report this with the versions of peft and accelerate."
+    )
