@@ -16,7 +16,7 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.distributed.signals import STOP, Stopped
-from sft.evaluation.chosen_by import asked_rows, require_metric
+from sft.evaluation.chosen_by import asked_rows, require_metric, require_prompts
 from sft.evaluation.general import METRIC
 from sft.evaluation.generation_evaluation import GenerationEvaluation, write_questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
@@ -60,6 +60,7 @@ def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     for remark in mix.remarks():
         say(remark)
     require_metric(settings, mix, say)
+    require_prompts(settings, mix, tokenizer)
     return mix
 
 

@@ -12,13 +12,16 @@ import datasets
 
 from sft.data.mixture import load_questions
 from sft.errors import Problems
-from sft.evaluation.generation_evaluation import questions
+from sft.evaluation.generation_evaluation import prompts_of, questions
 from sft.scoring.metrics import logged_name
 from sft.scoring.score import score
+from sft.settings.rules import BY_EVALUATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from transformers import PreTrainedTokenizerBase
 
     from sft.data.mixture import Mix
     from sft.settings import Settings
@@ -52,8 +55,11 @@ def require_metric(settings: Settings, mix: Mix, say: Callable[[str], None]) -> 
     """Says where no best model will be kept though nobody asked for one.
 
     Raises:
-        Problems: early stopping or SFT_METRIC_FOR_BEST go by what no evaluation will measure.
+        Problems: early stopping, SFT_METRIC_FOR_BEST or the learning rate go by what no evaluation will measure.
     """
+    if settings.lr_scheduler in BY_EVALUATION and not len(mix.val):
+        reason = f"goes by the loss on validation rows, and there are none of {len(mix.train):,}; {_VALIDATION}"
+        raise Problems([f"SFT_LR_SCHEDULER={settings.lr_scheduler}: {reason}"])
     wanted = logged_name(settings.metric_for_best)
     names = measured(settings, len(mix.val), asked_rows(settings, mix))
     if wanted in names:
@@ -70,6 +76,16 @@ def require_metric(settings: Settings, mix: Mix, say: Callable[[str], None]) -> 
     if settings.origins.get("SFT_METRIC_FOR_BEST", "default") != "default":
         raise Problems([f"SFT_METRIC_FOR_BEST={settings.metric_for_best}: {reason}"])
     say(f"[WARNING] No best model will be kept: {reason}")
+
+
+def require_prompts(settings: Settings, mix: Mix, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The chat template takes every question that will be asked: a run asks when it has begun to train.
+
+    Raises:
+        Problems: it refuses one.
+    """
+    if rows := asked_rows(settings, mix):
+        prompts_of(rows, tokenizer, settings.template_options)
 
 
 def _listed(names: set[str]) -> str:

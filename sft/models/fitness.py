@@ -12,7 +12,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from sft.data.sources.load import load_source
 from sft.errors import Problems
-from sft.models.model import load_config
+from sft.models.model import LOAD_ERRORS, load_config, load_problem
 from sft.models.targets import target_notes, target_problems, targets_of
 
 if TYPE_CHECKING:
@@ -33,9 +33,11 @@ def blank(config: PretrainedConfig, settings: Settings, **keywords: Any) -> PreT
             return AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), trust_remote_code=settings.trust_remote_code, **keywords
             )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
+    except (*LOAD_ERRORS, RuntimeError) as error:
+        if "attn_implementation" in keywords:
             raise
+        if "Unrecognized configuration class" not in str(error):
+            raise load_problem("the model's architecture", settings.base_model, error) from error
         what = f"SFT_BASE_MODEL={settings.base_model}: {config.model_type} is"
         if config.get_text_config() is not config:
             raise Problems([

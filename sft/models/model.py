@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from sft.settings import Settings
 
 # What the hub and the loaders raise for a folder that is no model, a wrong name, a missing token or no network.
-LOAD_ERRORS = (OSError, ValueError, KeyError)
+# A config.json may hold anything: whatever the architecture's own code then raises says that it does not fit.
+LOAD_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, StrictDataclassError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:

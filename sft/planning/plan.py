@@ -83,7 +83,8 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
     settings, document = plan.settings, plan.document
     plan.machine = [finding for finding in examine(settings) if finding.state != "ok"]
     document.add_problems([finding.text for finding in plan.machine if finding.state == "broken"])
-    document.add_problems(refusals(settings))
+    refused = refusals(settings)
+    document.add_problems(refused)
     start_model = add_lineage(plan, fresh=fresh, ladder=ladder)
     if any(cache_problems(settings)):
         return
@@ -94,7 +95,7 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
     document.steps = steps_of(plan.rows.mix, settings)
     if remark := warmup_remark(settings, document.steps.total or 0):
         plan.notes.append(remark)
-    if config is not None:
+    if config is not None and not refused:  # no model of its kind can be built, or none that is worth it
         plan.attempt(add_isolation, plan, config)
         plan.attempt(add_memory, plan, plan.rows.mix, config)
     if plan.need is not None and not document.problems:
@@ -124,7 +125,7 @@ def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> str:
 def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model."""
     from sft.data.mixture import prepare_mix
-    from sft.evaluation.chosen_by import require_metric
+    from sft.evaluation.chosen_by import require_metric, require_prompts
     from sft.evaluation.held_out import earlier_questions
     from sft.models.fitness import model_notes, require_known_tokens
     from sft.models.model import load_config, load_tokenizer
@@ -142,6 +143,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     plan.attempt(require_known_tokens, config, settings, tokenizer, mix.train, mix.val)
     plan.notes += [*mix.warnings, *answer_faults(settings)]
     plan.attempt(require_metric, settings, mix, plan.notes.append)
+    plan.attempt(require_prompts, settings, mix, tokenizer)
     document.sources = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
     document.train_rows, document.val_rows = len(mix.train), len(mix.val)
     document.dropped, document.upsampling = dict(mix.dropped), mix.upsampling

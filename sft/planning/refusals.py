@@ -6,20 +6,29 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
+import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import logging
 
 from sft.data.sources.load import load_source
 from sft.data.sources.readers import SourceError
 from sft.distributed.launch import launched
 from sft.errors import Problems
-from sft.models.fitness import model_problems
+from sft.merging.weights import read_header, shard_paths
+from sft.models.fitness import blank, model_problems
+from sft.models.model import load_config
 from sft.planning.machine import device_problems
+from sft.stages.launch_checks import launch_problems
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from sft.settings import Settings
 
 
@@ -36,11 +45,17 @@ def require_ready(settings: Settings) -> None:
 
 def refusals(settings: Settings) -> list[str]:
     """Everything that is wrong with the machine, its caches, the base model's files and the evaluation's data."""
+    folder = Path(settings.base_model)
+    damaged = list(file_problems(folder)) if folder.is_dir() else []
+    unfit = [] if any(cache_problems(settings)) else model_problems(settings)
+    fit = [] if unfit or damaged or not folder.is_dir() else weight_problems(folder, settings)
     return [
         *device_problems(),
+        *launch_problems(settings),
         *cache_problems(settings),
-        *(file_problems(Path(settings.base_model)) if Path(settings.base_model).is_dir() else ()),
-        *([] if any(cache_problems(settings)) else [*model_problems(settings), *question_problems(settings)]),
+        *damaged,
+        *(unfit or fit),
+        *([] if any(cache_problems(settings)) else question_problems(settings)),
     ]
 
 
@@ -113,6 +128,58 @@ def _broken_archive(path: Path) -> str:
     with path.open("rb") as file:
         archive = file.read(2) == b"PK"
     return "is cut off" if archive and not zipfile.is_zipfile(path) else ""
+
+
+def weight_problems(folder: Path, settings: Settings) -> Iterator[str]:
+    """Weights of a local model that are not those of its architecture: transformers would fill what is missing with
+    random numbers, and train on. Only names and shapes are read, through the library's own renaming."""
+    what = f"SFT_BASE_MODEL={folder}:"
+    config = load_config(settings)
+    if getattr(config, "quantization_config", None) is not None:
+        yield from _quantised_problems(config, what)
+        return
+    paths = shard_paths(folder)
+    if not paths:
+        if not any(folder.glob("pytorch_model*.bin")):
+            yield f"{what} holds no weights (model.safetensors); copy or download the model again"
+        return
+    stored = {tensor.name: torch.empty(tensor.shape, device="meta") for path in paths for tensor in read_header(path)}
+    with _silent_loading():
+        loaded: Any = type(blank(config, settings)).from_pretrained(
+            None, config=config, state_dict=stored, device_map={"": "meta"}, output_loading_info=True,
+            ignore_mismatched_sizes=True, dtype=torch.float32,
+        )  # fmt: skip
+    found = loaded[1]
+    for kind, names in (
+        ("lacks", found["missing_keys"]),
+        ("has in another shape than config.json says", {name for name, *_ in found["mismatched_keys"]}),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            yield f"{what} {kind} {len(names)} of the model's weights ({first}); copy or download the model again"
+
+
+@contextmanager
+def _silent_loading() -> Iterator[None]:
+    """Without the library's report, which a person would read as the run's."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _quantised_problems(config: PretrainedConfig, what: str) -> Iterator[str]:
+    """Weights that were quantised by a method whose package or device is not here."""
+    stored = config.quantization_config
+    if not AutoHfQuantizer.supports_quant_method(stored):
+        return
+    try:
+        AutoHfQuantizer.from_config(stored, pre_quantized=True).validate_environment(device_map={"": "cpu"})
+    except (ImportError, RuntimeError) as error:
+        yield f"{what} its weights are quantised, which can't be trained here ({error}); take the model unquantised"
 
 
 def question_problems(settings: Settings) -> Iterator[str]:

@@ -16,7 +16,7 @@ FLOORS = {
     "cosine_warmup_with_min_lr": "min_lr_rate",
     "warmup_stable_decay": "min_lr_ratio",
 }
-_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 RESULT_NEUTRAL = frozenset({
     "SFT_OUT_LORA_DIR", "SFT_STRICT", "SFT_NUM_PROC", "SFT_DATALOADER_WORKERS", "SFT_GRADIENT_CHECKPOINTING",
@@ -43,7 +43,7 @@ def resume_neutral(*starts: Mapping[str, Any]) -> frozenset[str]:
 
     for start in starts:
         patience, scheduler = value(start, "SFT_EARLY_STOPPING_PATIENCE"), value(start, "SFT_LR_SCHEDULER")
-        if (isinstance(patience, int) and patience > 0) or scheduler in _BY_EVALUATION:
+        if (isinstance(patience, int) and patience > 0) or scheduler in BY_EVALUATION:
             return frozenset()
     return _EVALUATING
 
@@ -109,7 +109,7 @@ def _evaluation_rules(settings: Any) -> Iterator[Conflict]:
     if settings.gen_eval != "none" and not settings.gen_eval_dataset:
         text = f"there are no rows to generate answers for; {remedy}, or SFT_GEN_EVAL_DATASET"
         yield Conflict(("SFT_GEN_EVAL", "SFT_VAL_RATIO", "SFT_EVAL_DATASET", "SFT_GEN_EVAL_DATASET"), text)
-    if settings.lr_scheduler in _BY_EVALUATION:
+    if settings.lr_scheduler in BY_EVALUATION:
         text = f"{settings.lr_scheduler} goes by the loss on validation rows; {remedy}"
         yield Conflict(("SFT_LR_SCHEDULER", "SFT_VAL_RATIO", "SFT_EVAL_DATASET"), text)
     if settings.early_stopping_patience > 0 and not settings.gen_eval_dataset:

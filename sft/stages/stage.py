@@ -46,6 +46,7 @@ class Stage:
     _seen: set[tuple[str, int]] = field(default_factory=set, repr=False)
     _start: dict[str, Any] = field(default_factory=dict, repr=False)
     _lock: Lock | None = field(default=None, repr=False)
+    _begun: bool = field(default=False, repr=False)
 
     @property
     def number(self) -> int:
@@ -213,6 +214,7 @@ class Stage:
         kept = ("started", "mlflow_run_id", "merge") if self.decision == "resume" else ()
         earlier = {name: self.manifest[name] for name in kept if self.manifest.get(name)}
         self.manifest = self._start | {"versions": versions(), "started": _now()} | rows | earlier
+        self._begun = True
         if self.main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save()
@@ -274,9 +276,9 @@ class Stage:
         return self._lock is not None or (not self.main_process and self.folder.is_dir())
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Give the lock back; a stage that was refused leaves nothing behind."""
         if self._lock:
-            self._lock.release()
+            self._lock.release(unused=not self._begun)
             self._lock = None
 
     def __enter__(self) -> Self:

@@ -94,22 +94,37 @@ class Lock:
         self.warning = ""
         self._descriptor = -1
         self._owner = 0
+        self._made: list[Path] = []
 
     def acquire(self) -> None:
         """Take the lock. Raises Problems naming the holder, or the folder that can't be written."""
-        self._descriptor = self._open()
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(os.close, self._descriptor)
-            self._wait()
-            on_error.pop_all()
+        while True:
+            self._descriptor = self._open()
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(os.close, self._descriptor)
+                self._wait()
+                if not self._is_removed():
+                    on_error.pop_all()
+                    break
         self._owner = os.getpid()
 
-    def release(self) -> None:
-        """Give the lock back; a forked child, which shares it, changes nothing."""
+    def _is_removed(self) -> bool:
+        """Whether the file that was waited for was taken away by its holder: the next one locks another."""
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except FileNotFoundError:
+            return True
+
+    def release(self, *, unused: bool = False) -> None:
+        """Give the lock back; a forked child, which shares it, changes nothing. `unused`: nothing was written under it,
+        so the file and the folders made for it go, while the lock is still held."""
         if self._owner != os.getpid():
             return
         self._owner = 0
         os.ftruncate(self._descriptor, 0)
+        with contextlib.suppress(OSError):  # a folder that another run has begun to use
+            for path in self._made if unused else ():
+                path.unlink(missing_ok=True) if path == self.path else path.rmdir()
         if self.warning:
             _substitute(self.path).unlink(missing_ok=True)
         else:
@@ -118,6 +133,7 @@ class Lock:
 
     def _open(self) -> int:
         try:
+            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:

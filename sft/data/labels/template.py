@@ -160,6 +160,8 @@ class ChatTemplate:
         """transformers declares a text and returns two lists."""
         given: dict[str, Any] = {**self.variables, **options, "tools": tools or None}
         rendered: Any = render_jinja_template(conversations=conversations, chat_template=self.text, **given)
+        for text in rendered[0]:
+            text.encode()  # half a character is refused here, as the template's, and not by the tokenizer
         return rendered
 
     def _attempt(self, messages: list[Message], *, tools: Tools) -> str:
@@ -224,6 +226,8 @@ def _unread(option: str, text: str) -> str:
 
 def said(error: BaseException) -> str:
     """A template's own words in one line."""
+    if isinstance(error, RecursionError):  # Python's words depend on how deep the program was already
+        return "it calls itself, or is nested, without end"
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:159] + "…"
 

@@ -1,0 +1,349 @@
+"""`--check` is the run: every setting through wrong, missing and impossible values, asked of both.
+
+The same exit code, the same words, one JSON document on stdout, and after a refusal nothing on the disk.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sft.errors import hide_secrets
+from sft.settings import Settings
+from sft.settings.mistakes import literals
+from sft.settings.schema import NAMES
+from tests.tiny import CHATML, run_train, write_model, write_rows, write_stage
+
+# Settings of which any text is right as far as a stage can know: names that people give.
+FREE = {"SFT_MODEL_REVISION", "SFT_RUN_NAME", "MLFLOW_EXPERIMENT_NAME"}
+BEGINS = ("[ERROR]", "[WARNING] Failed to parse")
+
+
+def parts_of(annotation: Any) -> Iterator[Any]:
+    """A type, and what stands beside it in Annotated and unions, all the way down."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from parts_of(part)
+
+
+def wrong_texts(name: str) -> list[str]:
+    """Texts of another type than the setting's, beyond its bounds, or not among its choices."""
+    field = Settings.model_fields[NAMES[name]]
+    parts = [part for given in (field.annotation, *field.metadata) for part in parts_of(given)]
+    texts = [f"{choice}x" for choice in literals(field.annotation)[:1]]
+    if bool in parts:
+        texts += ["perhaps", "2", "on"]
+    if int in parts or float in parts:
+        texts += ["many", "nan", "1e999", "1,5", "0x10", "--1", "-7"]
+    if int in parts:
+        texts += ["1.5"]
+    for kind, beyond in (("ge", -1), ("gt", 0), ("lt", 0), ("le", 1)):
+        texts += [str(getattr(part, kind) + beyond) for part in parts if getattr(part, kind, None) is not None]
+    parsers = {getattr(getattr(part, "func", None), "__name__", "") for part in parts}
+    texts += ["{", "[]", "3", '{"a": NaN}', '[{"id": ""}]'] if parsers & {"parse_mix", "parse_rules"} else []
+    texts += ["{", '{"a b": 1}', '{"messages": 1}', "[1]"] if "parse_template_options" in parsers else []
+    texts += ["[", "[1]", '[{"id": "a", "wieght": 2}]'] if "parse_id_or_mix" in parsers else []
+    texts += [","] if "parse_names" in parsers else []
+    texts += ["$SFT_NOT_SET/x"] if "expand" in parsers else []
+    return texts
+
+
+def listed(stderr: str) -> str:
+    """The problems as they stand on the screen, without what was said before them."""
+    lines = stderr.splitlines()
+    first = next((k for k, line in enumerate(lines) if line.startswith(BEGINS)), len(lines))
+    return "\n".join(lines[first:])
+
+
+class Place:
+    """A folder with a model, rows and a stage; what --check and a run make of its settings."""
+
+    def __init__(self, folder: Path, capsys: Any) -> None:
+        self.folder, self.capsys = folder, capsys
+        self.outputs = folder / "outputs"
+        self.common: dict[str, Any] = {
+            "SFT_BASE_MODEL": folder / "base", "SFT_DATASET_ID": folder / "rows.jsonl", "SFT_LOGGING_STEPS": 10,
+            "SFT_OUT_LORA_DIR": self.outputs / "out", "SFT_MAX_STEPS": 1, "SFT_GRAD_ACCUM": 1, "SFT_EVAL_STEPS": 10,
+        }  # fmt: skip
+
+    def both(self, **settings: Any) -> tuple[int, str]:
+        """The exit code and the words, the same of both."""
+        write_stage(self.folder, 1, self.common | settings)
+        self.capsys.readouterr()
+        code = run_train("--stage", 1, "--env-dir", self.folder, "--check", "--json")
+        checked = self.capsys.readouterr()
+        problems = json.loads(checked.out)["problems"]
+        there = self.outputs.exists()
+        ran = run_train("--stage", 1, "--env-dir", self.folder)
+        said = listed(self.capsys.readouterr().err)
+        assert (code, listed(checked.err)) == (ran, said)
+        marked = [text if text.startswith("[") else f"[ERROR] {text}" for text in problems]
+        count = f"{len(marked)} problem{'s' if len(marked) > 1 else ''} to solve; nothing was written"
+        assert code in (0, 2)
+        assert said == ("\n".join([*map(hide_secrets, marked), count]) if code else "")
+        if code and not there:
+            assert not self.outputs.exists(), sorted(self.outputs.rglob("*"))
+        return code, said
+
+    def refused(self, **settings: Any) -> str:
+        code, said = self.both(**settings)
+        assert code == 2, settings
+        return said
+
+
+@pytest.fixture
+def place(tmp_path: Path, capsys: Any, model: Path) -> Place:
+    shutil.copytree(model, tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", 12)
+    return Place(tmp_path, capsys)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_that_no_setting_may_have(name: str, tmp_path: Path, capsys: Any):
+    """Found by the settings alone, so that no model is needed; each line names the setting."""
+    place = Place(tmp_path, capsys)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    texts = wrong_texts(name)
+    for text in texts:
+        assert name.removeprefix("SFT_") in place.refused(**{name: text}), text
+
+
+Change = Callable[[Path], dict[str, Any]]
+
+
+def template(text: str, **settings: Any) -> Change:
+    """A chat template of one's own that fails."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        (folder / "own.jinja").write_text(text)
+        return {"SFT_CHAT_TEMPLATE": folder / "own.jinja"} | settings
+
+    return change
+
+
+def base(name: str, content: bytes | None, **settings: Any) -> Change:
+    """A file of the base model that is not there or holds something else."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        (folder / "base" / name).unlink(missing_ok=True)
+        if content is not None:
+            (folder / "base" / name).write_bytes(content)
+        return settings
+
+    return change
+
+
+def config(**values: Any) -> Change:
+    """Entries of config.json that say something else; None takes them out."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        path = folder / "base" / "config.json"
+        record = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
+        return {}
+
+    return change
+
+
+def cut(name: str) -> Change:
+    def change(folder: Path) -> dict[str, Any]:
+        path = folder / "base" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return {}
+
+    return change
+
+
+def tensors(change_them: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
+    def change(folder: Path) -> dict[str, Any]:
+        path = folder / "base" / "model.safetensors"
+        save_file(change_them(load_file(path)), path, metadata={"format": "pt"})
+        return {}
+
+    return change
+
+
+def rows(setting: str, content: bytes, name: str = "wrong.jsonl", **settings: Any) -> Change:
+    """A data file that holds this."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        (folder / name).write_bytes(content)
+        return {setting: folder / name} | settings
+
+    return change
+
+
+def mixed(*sources: dict[str, Any], **settings: Any) -> Change:
+    """A mix of the rows with these keys beside their id."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        mix = [{"id": str(folder / "rows.jsonl")} | source for source in sources]
+        return {"SFT_DATASET_MIX": json.dumps(mix)} | settings
+
+    return change
+
+
+def plain(**settings: Any) -> Change:
+    return lambda folder: settings
+
+
+def below(folder_setting: str, tail: str, **settings: Any) -> Change:
+    return lambda folder: {folder_setting: f"{folder}/{tail}"} | settings
+
+
+LOOP = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+NO_PROMPT = "{% if add_generation_prompt and 'JSON' in messages[0]['content'] %}{{ 1 / 0 }}{% endif %}"
+WRONG_ROWS = {
+    "empty": b"", "no-json": b"{{{\n", "no-columns": b'{"a": 1}\n', "binary": b"\x80\x81\x00", "list": b"[1, 2]\n",
+    "no-roles": b'{"messages": [{"content": "a"}]}\n', "no-turns": b'{"messages": []}\n', "null": b"null\n",
+    "numbers": b'{"messages": 3}\n',
+}  # fmt: skip
+UNREADABLE = ("no-json", "no-columns", "binary", "list", "null")
+GEN = {"SFT_GEN_EVAL": "structured", "SFT_GEN_EVAL_SAMPLES": 1, "SFT_GEN_MAX_NEW_TOKENS": 2}
+REFUSED: dict[str, Change] = {
+    "model-missing": plain(SFT_BASE_MODEL="./nowhere/model"),
+    "model-on-no-hub": plain(SFT_BASE_MODEL="org/never-there"),
+    "revision-on-no-hub": plain(SFT_BASE_MODEL="org/never-there", SFT_MODEL_REVISION="v2"),
+    "model-is-a-file": below("SFT_BASE_MODEL", "rows.jsonl"),
+    "config-missing": base("config.json", None),
+    "config-empty": base("config.json", b""),
+    "config-damaged": base("config.json", b"{"),
+    "config-list": base("config.json", b"[]"),
+    "config-null": base("config.json", b"null"),
+    "config-binary": base("config.json", b"\x80\x81"),
+    "config-of-nothing": base("config.json", b"{}"),
+    "architecture-unknown": config(model_type="flurb"),
+    "architecture-of-images": config(model_type="vit"),
+    "architecture-with-code": config(
+        auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}, model_type="own"
+    ),
+    "layers-in-words": config(num_hidden_layers="two"),
+    "heads-none": config(num_attention_heads=0),
+    "heads-that-do-not-divide": config(num_attention_heads=3, num_key_value_heads=2),
+    "width-negative": config(hidden_size=-4),
+    "activation-unknown": config(hidden_act="flurb"),
+    "quantised-gptq": config(quantization_config={"quant_method": "gptq", "bits": 4}),
+    "rope-unknown": config(rope_parameters={"rope_type": "flurb", "rope_theta": 1.0}),
+    "weights-missing": base("model.safetensors", None),
+    "weights-empty": base("model.safetensors", b""),
+    "weights-cut": cut("model.safetensors"),
+    "weights-html": base("model.safetensors", b"<html>not found</html>"),
+    "weights-narrow": tensors(lambda those: {name: t[:8].clone() for name, t in those.items()}),
+    "weights-of-another": tensors(lambda those: {f"other.{name}": t for name, t in those.items()}),
+    "weights-without-a-layer": tensors(lambda those: {n: t for n, t in those.items() if "layers.1." not in n}),
+    "shard-missing": base("model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}'),
+    "tokenizer-missing": base("tokenizer.json", None),
+    "tokenizer-damaged": base("tokenizer.json", b"{"),
+    "tokenizer-empty": base("tokenizer.json", b""),
+    "tokenizer-config-damaged": base("tokenizer_config.json", b"{"),
+    "template-none": base("chat_template.jinja", None),
+    "template-binary": base("chat_template.jinja", b"\x80\x81"),
+    "positions": plain(SFT_MAX_SEQ_LEN=2),
+    "overlong": plain(SFT_MAX_SEQ_LEN=8, SFT_OVERLONG="error"),
+    "template-missing": plain(SFT_CHAT_TEMPLATE="./nowhere.jinja"),
+    "template-folder": below("SFT_CHAT_TEMPLATE", "base"),
+    "template-of-bytes": rows("SFT_CHAT_TEMPLATE", b"\x80", name="own.jinja"),
+    "template-empty": template(""),
+    "template-constant": template("hello"),
+    "template-syntax": template("{% for %}"),
+    "template-open": template("{{"),
+    "template-tag": template("{% flurb %}"),
+    "template-filter": template("{{ messages | flurb }}"),
+    "template-include": template("{% include 'x' %}"),
+    "template-undefined": template("{{ nothing.at.all }}"),
+    "template-call": template("{{ nothing() }}"),
+    "template-attribute": template("{{ messages.a.b }}"),
+    "template-overflow": template("{% for x in range(10**9) %}{{ x }}{% endfor %}"),
+    "template-big-power": template("{{ 2.0 ** 100000 }}"),
+    "template-type": template("{{ messages + 1 }}"),
+    "template-value": template("{{ 'a'.index('b') }}"),
+    "template-key": template("{{ {}['a']['b'] }}"),
+    "template-zero": template("{{ 1 / 0 }}"),
+    "template-recursion": template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+    "template-deep": template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"),
+    "template-raises": template("{{ raise_exception('no: ' + messages[0]['role']) }}"),
+    "template-security": template("{{ messages.append(1) }}" + LOOP),
+    "template-unsafe": template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    "template-format": template("{{ '%d' | format('a') }}"),
+    "template-encode": template("{{ 'é'.encode('ascii') }}"),
+    "template-surrogate": template("{{ '\\ud800' }}" + LOOP),
+    "template-stop": template("{{ {}.values().__iter__().__next__() }}"),
+    "template-date": template("{{ strftime_now(3) }}"),
+    "template-of-prompts": template(NO_PROMPT + CHATML, **GEN),
+    "template-without-end": template(LOOP),
+    "options-unknown": plain(SFT_TEMPLATE_OPTIONS='{"flurb": 1}'),
+    "options-of-another-type": template("{{ 1 + deep }}" + CHATML, SFT_TEMPLATE_OPTIONS='{"deep": "a"}'),
+    "targets-nothing": plain(SFT_LORA_TARGET_MODULES="flurb"),
+    "targets-head": plain(SFT_LORA_TARGET_MODULES="lm_head"),
+    "targets-norm": plain(SFT_LORA_TARGET_MODULES="q_proj,input_layernorm"),
+    "targets-linear-and-more": plain(SFT_LORA_TARGET_MODULES="all-linear,q_proj"),
+    "targets-of-experts": plain(SFT_LORA_TARGET_MODULES="experts"),
+    "float16-whole": plain(SFT_DTYPE="float16", SFT_USE_LORA=0),
+    "4bit-whole": plain(SFT_LOAD_IN_4BIT=1, SFT_USE_LORA=0),
+    "8bit-whole": plain(SFT_LOAD_IN_8BIT=1, SFT_USE_LORA=0),
+    "4bit-and-8bit": plain(SFT_LOAD_IN_4BIT=1, SFT_LOAD_IN_8BIT=1),
+    "attention-flash2": plain(SFT_ATTN="flash_attention_2"),
+    "attention-flash3": plain(SFT_ATTN="flash_attention_3"),
+    "attention-flash4": plain(SFT_ATTN="flash_attention_4"),
+    "attention-kernel": plain(SFT_ATTN="org/kernel"),
+    "attention-unknown": plain(SFT_ATTN="flurb"),
+    "tensorboard": plain(SFT_REPORT_TO="tensorboard"),
+    "wandb": plain(SFT_REPORT_TO="wandb"),
+    "report-to-nobody": plain(SFT_REPORT_TO="flurb"),
+    "none-and-mlflow": plain(SFT_REPORT_TO="none,mlflow"),
+    "out-is-a-file": below("SFT_OUT_LORA_DIR", "rows.jsonl"),
+    "out-below-a-file": below("SFT_OUT_LORA_DIR", "rows.jsonl/out"),
+    "out-root": plain(SFT_OUT_LORA_DIR="/"),
+    "data-missing": below("SFT_DATASET_ID", "nowhere.jsonl"),
+    "data-on-no-hub": plain(SFT_DATASET_ID="org/never-there"),
+    "data-folder": below("SFT_DATASET_ID", "none"),
+    "data-folder-of-a-model": below("SFT_DATASET_ID", "base"),
+    "data-pattern": below("SFT_DATASET_ID", "*.parquet"),
+    "data-kind-unknown": rows("SFT_DATASET_ID", b"a", name="rows.flurb"),
+    "data-parquet": rows("SFT_DATASET_ID", b"PAR1", name="rows.parquet"),
+    "data-csv": rows("SFT_DATASET_ID", b"a,b\n1\n", name="rows.csv"),
+    "split-missing": plain(SFT_DATASET_SPLIT="flurb"),
+    "split-slice": plain(SFT_DATASET_SPLIT="train[:x]"),
+    "nothing-set": plain(SFT_DATASET_ID=""),
+    "mix-missing-strict": mixed({}, {"id": "./no.jsonl"}, SFT_STRICT=1),
+    "mix-missing-all": mixed({"id": "./no.jsonl"}, {"id": "./nor.jsonl"}),
+    "mix-columns": mixed({"columns": {"flurb": "messages"}}),
+    "mix-encoding": mixed({"encoding": "utf-16"}),
+    "mix-encoding-unknown": mixed({"encoding": "flurb"}),
+    "validation-missing": below("SFT_EVAL_DATASET", "nowhere.jsonl"),
+    "metric-of-nothing": plain(SFT_METRIC_FOR_BEST="accuracy"),
+    "metric-not-generated": plain(SFT_METRIC_FOR_BEST="gen_parse_rate"),
+    "metric-not-measured": plain(SFT_METRIC_FOR_BEST="gen_score/text_to_flurb", **GEN),
+    "plateau-of-one-row": rows("SFT_DATASET_ID", b'{"prompt": "a", "completion": "b"}\n', SFT_LR_SCHEDULER="greedy"),
+    "loss-without-rows": plain(SFT_METRIC_FOR_BEST="eval_loss", SFT_VAL_RATIO=0),
+    "patience-without-rows": plain(SFT_EARLY_STOPPING_PATIENCE=2, SFT_VAL_RATIO=0),
+    "plateau-without-rows": plain(SFT_LR_SCHEDULER="reduce_lr_on_plateau", SFT_VAL_RATIO=0),
+    "floor-without-cosine": plain(SFT_LR_SCHEDULER="linear", SFT_MIN_LR_RATIO=0.1),
+    "questions-missing": below("SFT_GEN_EVAL_DATASET", "nowhere.jsonl", **GEN),
+    "questions-on-no-hub": plain(SFT_GEN_EVAL_DATASET="org/never-there", **GEN),
+    "questions-none": plain(SFT_VAL_RATIO=0, **GEN),
+    "upsampling-without-rules": plain(SFT_USE_UPSAMPLING=1),
+    "upsampling-to-nothing": plain(SFT_USE_UPSAMPLING=1, SFT_UPSAMPLE_RULES='{"text_to_json": 0}'),
+    "order-and-groups": plain(SFT_SHUFFLE="none", SFT_GROUP_BY_LENGTH=1),
+    "groups-by-source": plain(SFT_SHUFFLE="sources", SFT_GROUP_BY_LENGTH=1),
+    "no-epochs": plain(SFT_EPOCHS=0, SFT_MAX_STEPS=-1),
+    **{f"data-{kind}": rows("SFT_DATASET_ID", content) for kind, content in WRONG_ROWS.items()},
+    **{f"validation-{kind}": rows("SFT_EVAL_DATASET", WRONG_ROWS[kind]) for kind in UNREADABLE},
+    **{f"questions-{kind}": rows("SFT_GEN_EVAL_DATASET", WRONG_ROWS[kind], **GEN) for kind in UNREADABLE},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_values_that_can_come_to_nothing(case: str, place: Place):
+    """Refused before anything is written."""
+    place.refused(**REFUSED[case](place.folder))
