@@ -241,6 +241,7 @@ REFUSED: dict[str, Change] = {
     "weights-narrow": tensors(lambda those: {name: t[:8].clone() for name, t in those.items()}),
     "weights-of-another": tensors(lambda those: {f"other.{name}": t for name, t in those.items()}),
     "weights-without-a-layer": tensors(lambda those: {n: t for n, t in those.items() if "layers.1." not in n}),
+    "index-damaged": base("model.safetensors.index.json", b"{"),
     "shard-missing": base("model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}'),
     "tokenizer-missing": base("tokenizer.json", None),
     "tokenizer-damaged": base("tokenizer.json", b"{"),

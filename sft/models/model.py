@@ -38,6 +38,8 @@ LOAD_ERRORS = (
     ValueError,
 )  # fmt: skip
 
+OTHER_SIZES = "its weights have other sizes than its config.json says"
+
 
 def compute_dtype(settings: Settings) -> torch.dtype:
     """SFT_DTYPE; `auto` is bfloat16 on a GPU that has it, float16 on one that would emulate it, float32 on a CPU.
@@ -164,18 +166,15 @@ def load_model(source: str | Path, settings: Settings, *, device: torch.device |
         keywords["device_map"] = {"": device or PartialState().device}
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **keywords)
-    except (*LOAD_ERRORS, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise load_problem("the model", str(source), error) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise _unfit(source, "its weights have other sizes than its config.json says") from error
+        raise unfit(source, OTHER_SIZES) from error
     model, loaded = found
     if loaded["missing_keys"] and not launched().splits_weights:  # else each process sees a part of them
-        first, *others = sorted(loaded["missing_keys"])
-        raise _unfit(
-            source, f"its files lack {first}{f' and {len(others)} more' if others else ''}, which would be random"
-        )
+        raise unfit(source, lacking(loaded["missing_keys"]))
     for module in model.modules():
         # bitsandbytes packs 4-bit weights in evaluation where the CPU has AVX-512 for bfloat16; training goes on with
         # them afterwards, and layers whose width is no multiple of 32 end in an assertion.
@@ -184,7 +183,14 @@ def load_model(source: str | Path, settings: Settings, *, device: torch.device |
     return model
 
 
-def _unfit(source: str | Path, fault: str) -> Problems:
+def lacking(missing: Iterable[str]) -> str:
+    """What is wrong with files without these weights, which transformers makes up."""
+    first, *others = sorted(missing)
+    return f"its files lack {first}{f' and {len(others)} more' if others else ''}, which would be random"
+
+
+def unfit(source: str | Path, fault: str) -> Problems:
+    """The weights and the configuration of a model don't belong together."""
     return Problems([f"SFT_BASE_MODEL={source}: {fault}; copy or download the model again, with its own config.json"])
 
 

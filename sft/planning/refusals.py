@@ -22,7 +22,7 @@ from sft.distributed.launch import launched
 from sft.errors import Problems
 from sft.merging.weights import read_header, shard_paths
 from sft.models.fitness import blank, model_problems
-from sft.models.model import load_config
+from sft.models.model import LOAD_ERRORS, OTHER_SIZES, lacking, load_config, load_problem, unfit
 from sft.planning.machine import device_problems
 from sft.stages.launch_checks import launch_problems
 
@@ -86,9 +86,10 @@ def unwritable(folder: Path) -> Path | None:
 
 def file_problems(folder: Path) -> Iterator[str]:
     """Weight files of a local model that are cut off or missing: an interrupted copy or download."""
-    indexes = (path for path in folder.glob("*.index.json") if path.name.startswith(("model.", "pytorch_model.")))
+    indexes = [path for path in folder.glob("*.index.json") if path.name.startswith(("model.", "pytorch_model."))]
+    faults = {path.name: "is damaged: it names no weights" for path in indexes if not _shards(path)}
     named = {name for path in indexes for name in _shards(path)}
-    faults = {name: "is missing" for name in sorted(named) if not (folder / name).is_file()}
+    faults |= {name: "is missing" for name in sorted(named) if not (folder / name).is_file()}
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
         if fault := (_cut_off(path) if path.suffix == ".safetensors" else _broken_archive(path)):
             faults[path.name] = fault
@@ -100,7 +101,7 @@ def _shards(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()  # what is wrong with it the loader says
+        return set()
 
 
 def _cut_off(path: Path) -> str:
@@ -133,30 +134,34 @@ def _broken_archive(path: Path) -> str:
 def weight_problems(folder: Path, settings: Settings) -> Iterator[str]:
     """Weights of a local model that are not those of its architecture: transformers would fill what is missing with
     random numbers, and train on. Only names and shapes are read, through the library's own renaming."""
-    what = f"SFT_BASE_MODEL={folder}:"
     config = load_config(settings)
     if getattr(config, "quantization_config", None) is not None:
-        yield from _quantised_problems(config, what)
+        yield from _quantised_problems(config, folder)
         return
     paths = shard_paths(folder)
     if not paths:
         if not any(folder.glob("pytorch_model*.bin")):
-            yield f"{what} holds no weights (model.safetensors); copy or download the model again"
+            yield from unfit(folder, "holds no weights (model.safetensors)").problems
         return
+    found = {} if launched().splits_weights else _compared(paths, config, settings)
+    if found.get("mismatched_keys"):
+        yield from unfit(folder, OTHER_SIZES).problems
+    elif found.get("missing_keys"):
+        yield from unfit(folder, lacking(found["missing_keys"])).problems
+
+
+def _compared(paths: list[Path], config: PretrainedConfig, settings: Settings) -> dict[str, Any]:
+    """What transformers says of names and shapes when it loads them, without a number being read."""
     stored = {tensor.name: torch.empty(tensor.shape, device="meta") for path in paths for tensor in read_header(path)}
-    with _silent_loading():
-        loaded: Any = type(blank(config, settings)).from_pretrained(
-            None, config=config, state_dict=stored, device_map={"": "meta"}, output_loading_info=True,
-            ignore_mismatched_sizes=True, dtype=torch.float32,
-        )  # fmt: skip
-    found = loaded[1]
-    for kind, names in (
-        ("lacks", found["missing_keys"]),
-        ("has in another shape than config.json says", {name for name, *_ in found["mismatched_keys"]}),
-    ):
-        if names:
-            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            yield f"{what} {kind} {len(names)} of the model's weights ({first}); copy or download the model again"
+    try:
+        with _silent_loading():
+            loaded: Any = type(blank(config, settings)).from_pretrained(
+                None, config=config, state_dict=stored, device_map={"": "meta"}, output_loading_info=True,
+                ignore_mismatched_sizes=True, dtype=torch.float32,
+            )  # fmt: skip
+    except (*LOAD_ERRORS, RuntimeError):
+        return {}  # a renaming that needs numbers: the run's own loading decides
+    return loaded[1]
 
 
 @contextmanager
@@ -171,7 +176,7 @@ def _silent_loading() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _quantised_problems(config: PretrainedConfig, what: str) -> Iterator[str]:
+def _quantised_problems(config: PretrainedConfig, folder: Path) -> Iterator[str]:
     """Weights that were quantised by a method whose package or device is not here."""
     stored = config.quantization_config
     if not AutoHfQuantizer.supports_quant_method(stored):
@@ -179,7 +184,7 @@ def _quantised_problems(config: PretrainedConfig, what: str) -> Iterator[str]:
     try:
         AutoHfQuantizer.from_config(stored, pre_quantized=True).validate_environment(device_map={"": "cpu"})
     except (ImportError, RuntimeError) as error:
-        yield f"{what} its weights are quantised, which can't be trained here ({error}); take the model unquantised"
+        yield from load_problem("the model", str(folder), error).problems
 
 
 def question_problems(settings: Settings) -> Iterator[str]:
