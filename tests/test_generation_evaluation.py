@@ -14,8 +14,7 @@ from sft.evaluation.generation_evaluation import GenerationEvaluation, questions
 def settings(**values):
     plain = {
         "gen_eval": "structured", "gen_eval_samples": 3, "seed": 7, "gen_max_new_tokens": 8, "gen_batch_size": 2,
-        "extraction_fields": ("name",), "output_markers": ("Output:",),
-    }  # fmt: skip
+        "extraction_fields": ("name",), "output_markers": ("Output:",), "template_options": {}}  # fmt: skip
     return SimpleNamespace(**plain | values)
 
 
