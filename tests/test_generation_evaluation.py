@@ -9,6 +9,7 @@ import pytest
 from sft.evaluation import generation_evaluation
 from sft.evaluation.answers import Answer
 from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
+from tests.tiny import tokenizer
 
 
 def settings(**values):
@@ -49,7 +50,7 @@ def test_an_evaluation_leaves_metrics_and_answers(tmp_path, monkeypatch):
         Answer('{"n": ', cut=True),
     ]
     monkeypatch.setattr(generation_evaluation, "generate_answers", lambda *a, **k: given)
-    evaluation, handed = GenerationEvaluation(settings(), tmp_path, None, asked), []
+    evaluation, handed = GenerationEvaluation(settings(), tmp_path, tokenizer(), asked), []
     main = SimpleNamespace(is_main_process=True)
     metrics = evaluation.run(None, main, step=4, interrupted=lambda: None, record=handed.extend)
     assert (metrics["gen_score"], metrics["gen_only_rate"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
@@ -57,7 +58,7 @@ def test_an_evaluation_leaves_metrics_and_answers(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "gen_samples_step4.jsonl").read_text().splitlines()]
     assert [line["faults"] for line in lines] == [[], ["fence"], ["cut off", "syntax"]]
     assert [line["score"] for line in handed] == [line["score"] for line in lines] == [1.0, 1.0, 0.0]
-    other = GenerationEvaluation(settings(), tmp_path / "none", None, asked)
+    other = GenerationEvaluation(settings(), tmp_path / "none", tokenizer(), asked)
     assert other.run(None, SimpleNamespace(is_main_process=False), step=4, interrupted=lambda: None) == metrics
 
 
