@@ -247,14 +247,19 @@ def test_a_folder_that_is_not_ours_is_not_overwritten(tmp_path, name):
 
 
 def test_fresh_moves_the_old_output_aside_and_keeps_the_merged_base(tmp_path):
-    """The first adapter is in the moved folder; what the stage starts from has not changed."""
+    """The first adapter is in the moved folder; what the stage starts from has not changed. Before the stage begins it
+    stands where it was: data or model may still be refused."""
     settings = make_settings(tmp_path)
     train(settings, b"first")
     (tmp_path / "out_stage1_merged_base").mkdir()
     assert Stage.inspect(settings, fresh=True).decision == "fresh"
+    with pytest.raises(Problems), Stage.open(settings, fresh=True):
+        raise Problems(["the data can't be read"])
+    assert (tmp_path / "out_stage1" / "adapter_model.safetensors").read_bytes() == b"first"
     with Stage.open(settings, fresh=True) as stage:
         assert stage.decision == "fresh"
-        assert not stage.folder.exists()
+        stage.begin()
+        assert [path.name for path in stage.folder.iterdir()] == ["stage.json"]
         assert (stage.moved / "adapter_model.safetensors").read_bytes() == b"first"
     assert (tmp_path / "out_stage1_merged_base").is_dir()
 

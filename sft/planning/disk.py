@@ -32,8 +32,11 @@ def needed_bytes(stage: Stage, config: PretrainedConfig) -> dict[str, int]:
     parameters = parameter_bytes(config, settings)
     weights = parameters.trained + SMALL_FILES
     state = weights + optimizer_bytes(parameters, settings, launched())
-    checkpoints = (settings.save_total_limit + 1) * state - bytes_of(stage.folder.glob("checkpoint-*/**/*"))
-    best = 2 * weights - bytes_of((stage.folder / paths.BEST_MODEL).glob("*"))
+    # Only a run that goes on replaces what is there: --fresh keeps the old output aside.
+    own = [stage.folder] if stage.decision == "resume" else []
+    checkpoints = (settings.save_total_limit + 1) * state
+    checkpoints -= sum(bytes_of(folder.glob("checkpoint-*/**/*")) for folder in own)
+    best = 2 * weights - sum(bytes_of((folder / paths.BEST_MODEL).glob("*")) for folder in own)
     needed = {"checkpoints": max(checkpoints, 0), "best model": max(best, 0), "result": weights}
     if stage.adapters and not (stage.merged_base / paths.MERGE_RECORD).exists():
         needed["merged base"] = bytes_of(Path(stage.start_model).glob("*.safetensors"))

@@ -47,6 +47,7 @@ class Stage:
     _start: dict[str, Any] = field(default_factory=dict, repr=False)
     _lock: Lock | None = field(default=None, repr=False)
     _begun: bool = field(default=False, repr=False)
+    _supersedes: bool = field(default=False, repr=False)
 
     @property
     def number(self) -> int:
@@ -195,7 +196,8 @@ class Stage:
         clear_leftovers(self.folder, alone=True)
         self.verdict.broken = [(set_aside(folder, "broken"), faults) for folder, faults in self.verdict.broken]
         if (fresh and not holds_nothing(self.folder)) or (self.changed and self._has_results()):
-            self.moved, self.verdict.existed = set_aside(self.folder, "old"), False
+            # Moved by `begin`: data and model have not been looked at, and a refusal leaves everything where it was.
+            self._supersedes, self.verdict.existed = True, False
 
     def _has_results(self) -> bool:
         rewritten = {paths.MANIFEST, paths.error_log(0), paths.METRICS}
@@ -216,6 +218,8 @@ class Stage:
         self.manifest = self._start | {"versions": versions(), "started": _now()} | rows | earlier
         self._begun = True
         if self.main_process:
+            if self._supersedes:
+                self.moved = set_aside(self.folder, "old")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save()
             checkpoints.rewind_metrics(self.folder / paths.METRICS, self.checkpoint)
@@ -273,7 +277,8 @@ class Stage:
 
     def _writes(self) -> bool:
         """Whether a log may be left: by who holds the stage, and by other ranks where the folder is there."""
-        return self._lock is not None or (not self.main_process and self.folder.is_dir())
+        earlier_output = self._supersedes and not self._begun
+        return (self._lock is not None and not earlier_output) or (not self.main_process and self.folder.is_dir())
 
     def close(self) -> None:
         """Give the lock back; a stage that was refused leaves nothing behind."""

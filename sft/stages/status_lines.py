@@ -18,8 +18,6 @@ def announce(stage: "Stage", show: Callable[[str], object] = print) -> None:
 def status_lines(stage: "Stage") -> list[str]:
     """The lines of `announce`."""
     lines = [*stage.warnings, "Checking checkpoint status..."]
-    if stage.moved:
-        lines.append(f"The earlier output was moved to {stage.moved}")
     if stage.verdict.broken:
         lines += ["Invalid checkpoint state found. Please check manually.", f"Checkpoint directory: {stage.folder}"]
         lines += [f"{place.name} is set aside: {'; '.join(faults[:3])}" for place, faults in stage.verdict.broken]
