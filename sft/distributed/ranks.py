@@ -139,15 +139,20 @@ def _missing(store: Store, meeting: str, state: PartialState, *, what: str, hour
     )
 
 
+def any_rank(says_so: bool) -> bool:
+    """Whether it is so on any rank; all ranks ask at the same point. Needs no launcher: its store may be gone."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return says_so
+    return reduce(torch.tensor([float(says_so)], device=state.device), "sum").item() > 0
+
+
 def stop_agreed() -> bool:
     """Whether any rank was told to stop; all ranks ask at the same point and learn it together."""
-    told, state = STOP.number is not None, PartialState()
-    if state.num_processes == 1:
-        return told
-    votes = reduce(torch.tensor([float(told)], device=state.device), "sum")
-    if votes.item() > 0:
+    agreed = any_rank(STOP.number is not None)
+    if agreed and PartialState().num_processes > 1:
         STOP.agree()
-    return votes.item() > 0
+    return agreed
 
 
 def leave() -> None:

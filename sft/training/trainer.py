@@ -311,8 +311,8 @@ class StagedTrainer(SFTTrainer):
                 require_moved(folder, rows, step=step, ranks=self.args.world_size)
             except RunFailed as error:
                 failure = str(error)
-        if failure := ranks.from_main(failure):
-            raise RunFailed(failure)
+        if ranks.any_rank(bool(failure)):
+            raise RunFailed(failure or "The main process found weights that did not move; its message names them.")
 
     def train(self, resume_from_checkpoint: str | None = None, **keywords: Any) -> Any:  # type: ignore[override]
         """As the Trainer does; a resumed run takes up what the checkpoint knows and the Trainer does not."""
