@@ -1,6 +1,7 @@
 """What a run leaves behind while it trains: a line per metric, answers on the screen, and an MLflow run that ends."""
 
 import json
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,11 @@ from sft.reporting import recording
 
 
 class Tracker:
-    """Notes what it is told."""
+    """Notes what it is told; its thread has ended."""
 
     def __init__(self, run_id=""):
-        self.run_id, self.told = run_id, []
+        self.run_id, self.told, self.lost = run_id, [], 0
+        self.thread = Thread()
 
     def log_metrics(self, record):
         self.told.append(("metrics", record))

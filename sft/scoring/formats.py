@@ -181,6 +181,8 @@ class _XmlContent(ContentHandler):
         self._open: list[tuple[dict[str, Any], list[str]]] = [(self.document, [])]
 
     def startElement(self, name: str, attrs: AttributesImpl) -> None:
+        if len(self._open) > MAX_DEPTH:  # before 30,000 open elements have been built, which takes a second
+            raise TooLarge(f"nested deeper than {MAX_DEPTH} levels")
         self._open.append(({f"@{key}": value for key, value in attrs.items()}, []))
 
     def characters(self, content: str) -> None:
