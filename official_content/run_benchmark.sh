@@ -58,7 +58,8 @@ elif [ "${LOCAL_NODES:-0}" = 1 ] || [ -n "${HOSTFILE:-}" ]; then
   for pid in "${pids[@]}"; do wait "$pid" || failed=$?; done
   exit "$failed"
 elif [ -n "${SLURM_JOB_ID:-}" ] && command -v srun >/dev/null; then
-  head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+  head="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+  head="${head%%$'\n'*}" # no pipe into head: what it cuts off ends with SIGPIPE, and so would this script
   # one task per machine; each adds its own number to the launch command, whose length stands first
   # shellcheck disable=SC2016
   start='length=$1 head=$2; shift 2; exec "${@:1:length}" --machine_rank "$SLURM_NODEID" --main_process_ip "$head" "${@:length+1}"'

@@ -9,6 +9,7 @@ import io
 import json
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 from xml.sax import SAXException
 from xml.sax.handler import ContentHandler
@@ -56,6 +57,7 @@ class TooLarge(ValueError):
     """The payload is over one of the limits above."""
 
 
+@lru_cache(maxsize=32)  # score, faults and other formats ask about one text several times; nobody changes a reading
 def read(payload: str, output_format: str) -> Reading:
     """Parse a payload as one of FORMATS; never raises for any text.
 
