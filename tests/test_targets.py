@@ -112,6 +112,11 @@ def test_defaults_that_a_model_does_not_have_are_named(make_settings: Any):
         ({"lora_target_modules": ("gate_proj",)}, "gate_proj and up_proj are one matrix in this model's experts"),
         ({"lora_dropout": 0.1}, "SFT_LORA_DROPOUT=0.1: adapters on experts know no dropout"),
         ({"lora_dora": True}, "SFT_LORA_DORA=1: adapters on experts know no DoRA"),
+        (
+            {"lora_dropout": 0.1, "lora_target_modules": ("all-linear",)},
+            "SFT_LORA_DROPOUT=0.1: adapters on experts know no dropout",
+        ),
+        ({"lora_dora": True, "lora_target_modules": ("all-linear",)}, "SFT_LORA_DORA=1: adapters on experts know no"),
     ],
 )
 def test_what_adapters_on_experts_do_not_know_is_refused(values: Any, said: str, make_settings: Any):

@@ -146,7 +146,10 @@ def _expert_targets(offered: Targets, targets: list[str], settings: Settings) ->
 def target_problems(offered: Targets, settings: Settings, kind: str) -> Iterator[str]:
     """Names that a person wrote and that fit nothing; defaults only where none of them fits."""
     targets = tuple(settings.lora_target_modules)
-    if not settings.use_lora or targets == ("all-linear",):
+    if not settings.use_lora:
+        return
+    if targets == ("all-linear",):
+        yield from _expert_problems(offered, settings)
         return
     wrong = [target for target in targets if not offered.fits(target)]
     if settings.origins.get(NAME, "default") == "default" and len(wrong) < len(targets):
@@ -170,7 +173,8 @@ def target_problems(offered: Targets, settings: Settings, kind: str) -> Iterator
 
 
 def _expert_problems(offered: Targets, settings: Settings) -> Iterator[str]:
-    wanted = {target for target in settings.lora_target_modules if target in _FUSED} if offered.experts else set()
+    named = set(_FUSED if settings.lora_target_modules == ("all-linear",) else settings.lora_target_modules)
+    wanted = named & set(_FUSED) if offered.experts else set()
     if len(wanted & {"gate_proj", "up_proj"}) == 1:
         yield (
             f"{NAME}={','.join(settings.lora_target_modules)}: gate_proj and up_proj are one matrix in this model's "
