@@ -139,7 +139,7 @@ def settings_of(draw: Draw, folder: Path) -> dict[str, object]:
     """The settings of the drawn stage, without output folder and division."""
     settings: dict[str, object] = {
         "SFT_BASE_MODEL": folder / "base", "SFT_DATASET_ID": folder / "rows.jsonl", "SFT_MAX_STEPS": STEPS,
-        "SFT_NUM_PROC": 1, "SFT_LR": "2e-3", "SFT_DTYPE": draw["numbers"], "SFT_GEN_EVAL_SAMPLES": 3,
+        "SFT_NUM_PROC": 1, "SFT_MAX_SEQ_LEN": 512, "SFT_LR": "2e-3", "SFT_DTYPE": draw["numbers"], "SFT_GEN_EVAL_SAMPLES": 3,
         "SFT_GEN_MAX_NEW_TOKENS": 4, "SFT_NUM_GENERATE_SAMPLES": 0, "SFT_REPORT_TO": "mlflow",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder.parent}/mlflow.db", "SFT_GRADIENT_CHECKPOINTING": "0",
     }  # fmt: skip
