@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,8 @@ def settings_of(draw: Draw, folder: Path) -> dict[str, object]:
     """The settings of the drawn stage, without output folder and division."""
     settings: dict[str, object] = {
         "SFT_BASE_MODEL": folder / "base", "SFT_DATASET_ID": folder / "rows.jsonl", "SFT_MAX_STEPS": STEPS,
-        "SFT_NUM_PROC": 1, "SFT_MAX_SEQ_LEN": 512, "SFT_LR": "2e-3", "SFT_DTYPE": draw["numbers"], "SFT_GEN_EVAL_SAMPLES": 3,
+        "SFT_NUM_PROC": 1, "SFT_MAX_SEQ_LEN": 512, "SFT_LR": "2e-3", "SFT_DTYPE": draw["numbers"],
+        "SFT_GEN_EVAL_SAMPLES": 3,
         "SFT_GEN_MAX_NEW_TOKENS": 4, "SFT_NUM_GENERATE_SAMPLES": 0, "SFT_REPORT_TO": "mlflow",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder.parent}/mlflow.db", "SFT_GRADIENT_CHECKPOINTING": "0",
     }  # fmt: skip
@@ -345,6 +347,11 @@ def vacuous_verification(folder: Path, stage: int) -> list[str]:
 def campaign(numbers: Sequence[int], root: Path, seed: int) -> Campaign:
     """The draws with these numbers; one that held is removed from the disk."""
     array, found = draws(seed), Campaign("pairs of features")
+    # Made beforehand: on a busy machine its tables take longer than a short run waits for its tracker. In a process of
+    # its own, so that no connection is inherited by the runs, which are forked.
+    root.mkdir(parents=True, exist_ok=True)
+    make = "import mlflow, sys; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+    subprocess.run([sys.executable, "-c", make, f"sqlite:///{root}/mlflow.db"], check=True, capture_output=True)
     for number in numbers:
         folder = root / f"draw{number}"
         started = time.monotonic()
