@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from sft.errors import RunFailed
 from sft.models.isolation import Isolation
 from sft.models.model import casts_left_to_autocast, lora_layers, trained_modules
-from sft.models.targets import adapter_config, linear_names
+from sft.models.targets import adapter_config, targets_of
 from sft.planning.activations import Tally
 from sft.settings.values import Scheduler
 from sft.training import trainer as trainer_module
@@ -70,7 +70,7 @@ def test_the_default_targets_reach_every_projection(tmp_path: Path):
         use_lora=True, lora_target_modules=names, lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_rslora=False,
         lora_dora=False, origins={},
     )  # fmt: skip
-    assert set(linear_names(model)) == set(names)
+    assert set(targets_of(model).names()) == set(names)
     adapted = get_peft_model(model, adapter_config(model, settings))
     wide, narrow, inner = 2 * 4 * (32 + 32), 2 * 4 * (32 + 16), 2 * 4 * (32 + 64)
     assert trained_modules(adapted) == {

@@ -124,7 +124,6 @@ def general_after(stage: Stage, model: Any, tokenizer: Any, accelerator: Any) ->
         return {}
     if is_chance(before[""], len(general_questions())):
         say(f"General questions left out: {_before(stage)} has {before['']:.0%} right, which guessing gets as well")
-
         return {}
     after = ask_general(model, tokenizer, accelerator)
     say(f"General questions: {before['']:.3f} right before this stage, {after['']:.3f} after it")

@@ -93,11 +93,6 @@ def _towers(model: PreTrainedModel) -> Iterator[str]:
             yield name
 
 
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Last name parts of the modules an adapter can go on, the output head left out."""
-    return targets_of(model).names()
-
-
 def adapter_config(model: PreTrainedModel, settings: Settings) -> LoraConfig | None:
     """The LoRA configuration of the stage; None for full fine-tuning.
 
