@@ -1,6 +1,7 @@
 """Tracking can't hurt: whatever the MLflow server does, training goes on, and what it missed is sent later."""
 
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft.reporting.tracker import Tracker, end_run, metric_names
+from sft.reporting.tracker import Tracker, end_run, metric_names, quiet_client
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +39,19 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tracker.wait_for_run(120.0)
     tracker.close("FINISHED")
     return path
+
+
+@pytest.mark.parametrize("given", [None, "sqlite:///another.db"])
+def test_the_store_s_address_does_not_stay_in_the_environment(
+    empty_store: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+):
+    """MLflow writes it there, and the settings of a later stage are read from there."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if given:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    quiet_client(f"sqlite:///{empty_store}").search_experiments()
+    assert os.environ.get("MLFLOW_TRACKING_URI") == given
 
 
 @pytest.fixture
