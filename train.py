@@ -34,8 +34,8 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         mix = run.prepare_rows(settings, tokenizer)  # labelled, audited, split, mixed, upsampled
         require_space(stage)
         stage.begin(**run.rows_facts(mix))
-        if stage.moved:
-            cli.say(f"The earlier output was moved to {stage.moved}")
+        for place, aside in stage.moved.items():
+            cli.say(f"{place.name} was moved to {aside}")
         evaluation = run.evaluation(stage, tokenizer, mix)
         base = merge_parents(stage)  # published and verified, or the base model itself
         earlier = run.score_earlier_models(stage, evaluation)

@@ -9,7 +9,8 @@ import socket
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -23,6 +24,19 @@ from sft.distributed.launch import launched
 # A name server that knows a name says so within this time.
 _NAME_SECONDS = 5.0
 _M_MMAP_THRESHOLD, _RETURNED_BYTES = -3, 4 * 2**20
+
+
+@contextmanager
+def restored_variable(name: str) -> Iterator[None]:
+    """The environment variable is afterwards what it was, whatever a library writes there meanwhile."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def silence_libraries() -> None:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from sft.errors import Problems
 from sft.stages import checkpoints, status_lines
 from sft.stages.stage import Stage
 from tests.ladders import add_checkpoint, make_settings, train
@@ -125,21 +126,26 @@ def test_a_stage_to_resume(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path):
-    """It is renamed to .broken-..., the reason is said, and step 10 is resumed."""
+    """The reason is said and step 10 is resumed; it is renamed to .broken-... once nothing was refused any more."""
     settings = make_settings(tmp_path)
     folder = start(settings).folder
     add_checkpoint(folder, 10)
     add_checkpoint(folder, 20, sealed=False)
+    with pytest.raises(Problems), Stage.open(settings):
+        raise Problems(["the data can't be read"])
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
     with Stage.open(settings) as stage:
         lines = said(stage)
+        stage.begin()
     assert stage.checkpoint == folder / "checkpoint-10"
     (aside,) = folder.glob("checkpoint-20*")
     assert aside.name.startswith("checkpoint-20.broken-")
+    assert stage.moved == {folder / "checkpoint-20": aside}
     assert lines == [
         "Checking checkpoint status...",
         "Invalid checkpoint state found. Please check manually.",
         f"Checkpoint directory: {folder}",
-        f"{aside.name} is set aside: COMPLETE.json: missing",
+        "checkpoint-20 is damaged: COMPLETE.json: missing",
         "Found latest checkpoint: checkpoint-10",
         "Current training status:",
         "Current epoch: 0.5",

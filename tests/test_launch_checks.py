@@ -10,7 +10,9 @@ import pytest
 from sft import cli
 from sft.environment import offline_unless_reachable
 from sft.stages.checkpoints import saved_under
+from sft.stages.decision import Verdict
 from sft.stages.launch_checks import launch_problems, resume_problems
+from sft.stages.stage import Stage
 from tests.ladders import make_settings
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "WORLD_SIZE": "2"}
@@ -109,15 +111,24 @@ def test_checkpoints_tell_who_can_go_on_from_them(tmp_path: Path, monkeypatch: p
     assert saved_under(split) == "DeepSpeed ZeRO-2 with 2 processes"
     assert saved_under(checkpoint(tmp_path / "checkpoint-6", "pytorch_model_fsdp.bin")) == "FSDP"
     assert saved_under(plain) == ""
-    assert resume_problems(None) == resume_problems(plain) == []
-    (problem,) = resume_problems(split)
+    stage = Stage(make_settings(tmp_path), verdict=Verdict("resume"))
+
+    def problems_from(checkpoint: Path) -> list[str]:
+        stage.verdict.checkpoint = checkpoint
+        return resume_problems(stage)
+
+    assert resume_problems(stage) == problems_from(plain) == []
+    (problem,) = problems_from(split)
+    assert problem.endswith(
+        f"or python train.py --stage 1 --env-dir {tmp_path} --fresh moves it aside and trains again"
+    )
     assert "saved under DeepSpeed ZeRO-2 with 2 processes, this run is one process or plain data parallel" in problem
     for name, value in deepspeed_file(tmp_path).items():
         monkeypatch.setenv(name, value)
-    assert resume_problems(split) == []
-    assert len(resume_problems(plain)) == 1
+    assert problems_from(split) == []
+    assert len(problems_from(plain)) == 1
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "this run is DeepSpeed ZeRO-2 with 4 processes" in resume_problems(split)[0]
+    assert "this run is DeepSpeed ZeRO-2 with 4 processes" in problems_from(split)[0]
 
 
 def test_a_launch_file_that_needs_deepspeed_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

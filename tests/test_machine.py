@@ -61,9 +61,9 @@ def test_old_python_is_broken():
     assert machine.python((3, 11, 0)) == Finding("Python", "ok", "3.11.0")
 
 
-@pytest.mark.parametrize(("free", "state"), [(0.5, "broken"), (5, "warning"), (500, "ok")])
+@pytest.mark.parametrize(("free", "state"), [(0.5, "warning"), (5, "warning"), (500, "ok")])
 def test_disk_space(monkeypatch, tmp_path, free, state):
-    """Under 1 GiB nothing can be trained, under 10 a merged model may not fit."""
+    """Under 10 GiB a merged model may not fit; whether a stage does is counted for each."""
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
     assert machine.disk(tmp_path / "not" / "there").state == state
 
@@ -168,7 +168,7 @@ def test_a_driver_too_old_for_the_wheel_is_broken_and_training_does_not_fall_to_
         "update the driver to 580 or newer, or pip install torch==2.13.0+cu126 --index-url "
         "https://download.pytorch.org/whl/cu126; CUDA_VISIBLE_DEVICES= trains on the CPU all the same"
     )
-    assert machine.device_problems() == [found.text]
+    assert machine.machine_problems() == [found.text]
 
 
 def test_a_driver_too_old_for_every_wheel_is_to_be_updated(blind):

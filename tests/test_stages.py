@@ -221,14 +221,15 @@ def test_a_start_without_checkpoint_takes_corrected_settings(tmp_path):
     """Nothing was trained that could be mixed or lost; what it evaluated is kept beside the new output."""
     killed(make_settings(tmp_path))
     with Stage.open(make_settings(tmp_path, lr="2e-4")) as stage:
-        assert (stage.decision, stage.moved) == ("fresh", None)
+        assert (stage.decision, stage.moved) == ("fresh", {})
         stage.begin()
         (stage.folder / "gen_metrics_step0.json").write_text("{}")
     with Stage.open(make_settings(tmp_path, lr="3e-4")) as stage:
         assert stage.changed == ["SFT_LR: 0.0002 → 0.0003"]
         stage.begin()
-    assert stage.moved.name.startswith("out_stage1.old-")
-    assert (stage.moved / "gen_metrics_step0.json").exists()
+    (aside,) = stage.moved.values()
+    assert aside.name.startswith("out_stage1.old-")
+    assert (aside / "gen_metrics_step0.json").exists()
     assert [path.name for path in stage.folder.iterdir()] == ["stage.json"]
 
 
@@ -260,7 +261,7 @@ def test_fresh_moves_the_old_output_aside_and_keeps_the_merged_base(tmp_path):
         assert stage.decision == "fresh"
         stage.begin()
         assert [path.name for path in stage.folder.iterdir()] == ["stage.json"]
-        assert (stage.moved / "adapter_model.safetensors").read_bytes() == b"first"
+        assert (stage.moved[stage.folder] / "adapter_model.safetensors").read_bytes() == b"first"
     assert (tmp_path / "out_stage1_merged_base").is_dir()
 
 

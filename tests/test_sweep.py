@@ -7,15 +7,20 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from sft.errors import hide_secrets
-from sft.settings import Settings
+from sft.settings import Settings, load_settings
 from sft.settings.mistakes import literals
 from sft.settings.schema import NAMES
+from sft.settings.values import Optimizer
+from sft.stages.stage import Stage
+from sft.storage import seals
+from tests.ladders import add_checkpoint
 from tests.tiny import CHATML, run_train, write_model, write_rows, write_stage
 
 # Settings whose type takes any text: names that people give, and those whose wrong values stand further below.
@@ -352,3 +357,54 @@ REFUSED: dict[str, Change] = {
 def test_values_that_can_come_to_nothing(case: str, place: Place):
     """Refused before anything is written."""
     place.refused(**REFUSED[case](place.folder))
+
+
+def test_a_disk_too_small_for_the_stage(place: Place, monkeypatch: Any):
+    """What it will write is counted for each stage, in the same words; a small disk alone is no problem."""
+    monkeypatch.setattr("sft.storage.atomic.free_bytes", lambda path: 10_000)
+    said = place.refused()
+    assert f"SFT_OUT_LORA_DIR={place.outputs}/out: stage 1 will write up to " in said
+    monkeypatch.undo()
+    monkeypatch.setattr("sft.planning.machine.shutil.disk_usage", lambda path: SimpleNamespace(free=2**29))
+    place.both(SFT_MAX_STEPS=1)
+
+
+def test_a_checkpoint_of_another_engine(place: Place, capsys: Any):
+    """State that DeepSpeed has split is for DeepSpeed, known before data and model are loaded."""
+    write_stage(place.folder, 1, place.common)
+    with Stage.open(load_settings(1, env_dir=place.folder)) as stage:
+        stage.begin()
+        checkpoint = add_checkpoint(stage.folder, 1, sealed=False)
+        (checkpoint / "global_step1").mkdir()
+        for name in ("latest", "global_step1/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+            (checkpoint / name).write_bytes(b"")
+        seals.seal(checkpoint)
+    assert "was saved under DeepSpeed ZeRO-2 with 1 processes, this run is one process" in place.refused()
+
+
+def test_a_damaged_checkpoint_stays_where_it_is_when_the_stage_is_refused(place: Place, monkeypatch: Any):
+    """That nothing was written is true of its folder as well."""
+    write_stage(place.folder, 1, place.common)
+    with Stage.open(load_settings(1, env_dir=place.folder)) as stage:
+        stage.begin()
+        add_checkpoint(stage.folder, 1, sealed=False)
+    before = sorted(stage.folder.rglob("*"))
+    monkeypatch.setattr("sft.storage.atomic.free_bytes", lambda path: 10_000)
+    assert "will write up to" in place.refused()
+    assert sorted(stage.folder.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", get_args(Optimizer))
+def test_every_optimizer_takes_a_step_or_is_refused(name: str, place: Place):
+    """Each name, with the packages there are: one step, or one line that names the package."""
+    code, said = place.both(SFT_OPTIM=name)
+    assert code == 0 or f"SFT_OPTIM={name}: " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_every_way_to_compute_attention_takes_a_step_or_is_refused(name: str, place: Place):
+    """Each name that transformers takes everywhere: one step, or one line that names the setting."""
+    code, said = place.both(SFT_ATTN=name)
+    assert code == 0 or f"SFT_ATTN={name}: " in said

@@ -32,7 +32,7 @@ PINS = Path(__file__).resolve().parents[2] / "constraints.txt"
 INSTALL = "run make install"
 SECONDS = 3.0  # for a hub or a tracking server that keeps silent
 KAGGLE = Path("/kaggle/working")
-_ROOMY, _CRAMPED = 10 * 2**30, 2**30
+_ROOMY = 10 * 2**30
 # Where Linux shows NVIDIA's driver and the first card.
 DRIVER, DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
 # The oldest driver for each generation of CUDA; wheels of torch 2.13 with the oldest driver they run with.
@@ -163,9 +163,9 @@ def devices() -> Iterator[Finding]:
     yield Finding("attention", "ok", ", ".join(paths))
 
 
-def device_problems() -> list[str]:
-    """What is wrong with this machine's GPUs, so that nothing can be trained on them."""
-    return [finding.text for finding in devices() if finding.state == "broken"]
+def machine_problems() -> list[str]:
+    """What is wrong with this machine's libraries and GPUs, so that nothing can be trained with them."""
+    return [finding.text for finding in (*libraries(), *devices()) if finding.state == "broken"]
 
 
 def gpu(torch: Any, number: int) -> Finding:
@@ -275,8 +275,6 @@ def disk(folder: Path) -> Finding:
         return Finding(name, "broken", "not writable", "choose another SFT_OUT_LORA_DIR, or change its permissions")
     free = shutil.disk_usage(there).free
     found = f"{free / 2**30:.1f} GiB free"
-    if free < _CRAMPED:
-        return Finding(name, "broken", found, "free some space: checkpoints and merged models need it")
     if free < _ROOMY:
         return Finding(name, "warning", found, "a merged model takes as much as the base model: free some space for it")
     return Finding(name, "ok", found)

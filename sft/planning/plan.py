@@ -12,6 +12,7 @@ from sft.errors import Problems, hide_secrets
 from sft.planning.document import Document, Lineage, Steps, Tokens
 from sft.settings import Settings
 from sft.settings.rules import warmup_remark
+from sft.stages.launch_checks import resume_problems
 from sft.stages.paths import stage_folder
 from sft.stages.stage import Stage
 
@@ -77,15 +78,15 @@ def plan_stage(
 
 def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Collection[int]) -> None:
     """Machine, lineage, rows, steps, memory, time: as far as each can be known without the others."""
+    from sft.planning.disk import require_space
     from sft.planning.machine import examine
     from sft.planning.refusals import cache_problems, refusals
 
     settings, document = plan.settings, plan.document
     plan.machine = [finding for finding in examine(settings) if finding.state != "ok"]
-    document.add_problems([finding.text for finding in plan.machine if finding.state == "broken"])
     refused = refusals(settings)
     document.add_problems(refused)
-    start_model = add_lineage(plan, fresh=fresh, ladder=ladder)
+    stage = add_lineage(plan, fresh=fresh, ladder=ladder)
     if any(cache_problems(settings)):
         return
     config = add_rows(plan, held)
@@ -98,12 +99,13 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
     if config is not None and not refused:  # no model of its kind can be built, or none that is worth it
         plan.attempt(add_isolation, plan, config)
         plan.attempt(add_memory, plan, plan.rows.mix, config)
+        plan.attempt(require_space, stage)
     if plan.need is not None and not document.problems:
-        add_time(plan, plan.rows.mix, plan.need, start_model)
+        add_time(plan, plan.rows.mix, plan.need, stage.start_model)
 
 
-def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> str:
-    """What would be done about the stage's folder; the model the stage would start from."""
+def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> Stage:
+    """What would be done about the stage's folder; the stage as it lies there."""
     settings = plan.settings
     stage = Stage.inspect(settings, fresh=fresh, processes=launched().processes)
     trained = [parent.stage for parent in stage.parents]
@@ -111,15 +113,15 @@ def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> str:
     plan.coming = [other.stage for other in earlier]
     folders = [stage_folder(other.out_lora_dir, other.stage) for other in earlier]
     texts = tuple(f"Previous stage adapter not found at {folder}," for folder in folders)
-    problems = [text for text in stage.problems if not any(later in text for later in texts)]
+    problems = [text for text in stage.problems if not any(later in text for later in texts)] + resume_problems(stage)
     plan.document.add_problems(problems)
     plan.notes += [text for text in stage.warnings if not any(later in text for later in texts)]
     plan.document.lineage = Lineage(
-        decision="fresh" if stage.problems and not problems else stage.decision,
+        decision="refuse" if problems else "fresh" if stage.problems else stage.decision,
         parents=[{"stage": parent.stage, "adapter_sha256": parent.adapter_sha256} for parent in stage.parents],
         changed=list(stage.changed),
     )
-    return stage.start_model
+    return stage
 
 
 def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:

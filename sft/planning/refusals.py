@@ -23,7 +23,7 @@ from sft.errors import Problems
 from sft.merging.weights import read_header, shard_paths
 from sft.models.fitness import blank, model_problems
 from sft.models.model import LOAD_ERRORS, OTHER_SIZES, lacking, load_config, load_problem, unfit
-from sft.planning.machine import device_problems
+from sft.planning.machine import machine_problems
 from sft.stages.launch_checks import launch_problems
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def refusals(settings: Settings) -> list[str]:
     unfit = [] if any(cache_problems(settings)) else model_problems(settings)
     fit = [] if unfit or damaged or not folder.is_dir() else weight_problems(folder, settings)
     return [
-        *device_problems(),
+        *machine_problems(),
         *launch_problems(settings),
         *cache_problems(settings),
         *damaged,

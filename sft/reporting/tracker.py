@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.environment import restored_variable
 from sft.errors import hide_secrets
 from sft.stages import paths
 from sft.storage import json_files
@@ -78,13 +79,9 @@ def quiet_client(uri: str) -> MlflowClient:
     for name in ("mlflow", "alembic", "sqlalchemy", "urllib3", system_metrics_monitor.__name__):
         logging.getLogger(name).setLevel(logging.ERROR)
     artifact_location(uri)  # a sqlite database wants its folder
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    set_tracking_uri(uri)
     # MLflow writes it into the environment as well, where the next stage of this process would find it as a setting.
-    if given is None:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-    else:
-        os.environ["MLFLOW_TRACKING_URI"] = given
+    with restored_variable("MLFLOW_TRACKING_URI"):
+        set_tracking_uri(uri)
     return MlflowClient(uri)
 
 

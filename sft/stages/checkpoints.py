@@ -52,9 +52,10 @@ def scan(folder: Path) -> Scan:
     return result
 
 
-def newest_sealed(folder: Path) -> Path | None:
-    """The newest checkpoint with a completeness mark, its files not read."""
-    return next((checkpoint.folder for checkpoint in find(folder) if is_sealed(checkpoint.folder)), None)
+def newest_sealed(folder: Path, *, without: Collection[str] = ()) -> Path | None:
+    """The newest checkpoint with a completeness mark, its files not read; `without`: names of damaged ones."""
+    found = (checkpoint.folder for checkpoint in find(folder) if checkpoint.folder.name not in without)
+    return next((path for path in found if is_sealed(path)), None)
 
 
 def step_of(folder: Path) -> int:

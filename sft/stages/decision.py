@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,10 +55,11 @@ def unwritable(folder: Path) -> Path | None:
     return next((place for place in places if not os.access(place, os.W_OK | os.X_OK)), None)
 
 
-def decide(folder: Path, start: Mapping[str, Any], *, verify: bool, again: str) -> Verdict:
+def decide(folder: Path, start: Mapping[str, Any], *, damaged: Collection[str] | None, again: str) -> Verdict:
     """Judge the folder of a stage for a start whose manifest would be `start`.
 
-    `verify`: read checkpoints through. `again`: the command that trains the stage afresh.
+    `damaged`: checkpoints that another process found so; None reads them through. `again`: the command that trains the
+    stage afresh.
     """
     verdict = Verdict(existed=folder.is_dir())
     if holds_nothing(folder):
@@ -76,18 +77,18 @@ def decide(folder: Path, start: Mapping[str, Any], *, verify: bool, again: str) 
         return verdict.refuse(f"{place}, so it is not overwritten; choose another name, or {remedy}")
     verdict.manifest = manifest
     complete = manifest["status"] == "complete"
-    _find_checkpoint(verdict, folder, verify=verify and not complete)
+    _find_checkpoint(verdict, folder, damaged=() if complete else damaged)
     verdict.changed = changes(manifest, start, resuming=not complete)
     return (_judge_complete if complete else _judge_unfinished)(verdict, folder, start, remedy=remedy)
 
 
-def _find_checkpoint(verdict: Verdict, folder: Path, *, verify: bool) -> None:
+def _find_checkpoint(verdict: Verdict, folder: Path, *, damaged: Collection[str] | None) -> None:
     """Only who may set a damaged one aside reads them through; a completed stage does not go on from one."""
-    if verify:
+    if damaged is None:
         found = checkpoints.scan(folder)
         verdict.checkpoint, verdict.broken = found.newest, found.broken
     else:
-        verdict.checkpoint = checkpoints.newest_sealed(folder)
+        verdict.checkpoint = checkpoints.newest_sealed(folder, without=damaged)
 
 
 def _judge_complete(verdict: Verdict, folder: Path, start: Mapping[str, Any], *, remedy: str) -> Verdict:

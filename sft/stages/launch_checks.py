@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.distributed.launch import launched
 from sft.settings import Settings
 from sft.stages.checkpoints import saved_under
+
+if TYPE_CHECKING:
+    from sft.stages.stage import Stage
 
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 # What each number in DeepSpeed's file is called among the settings.
@@ -43,11 +46,11 @@ def launch_problems(settings: Settings, environ: Mapping[str, str] | None = None
     return found
 
 
-def resume_problems(checkpoint: Path | None) -> list[str]:
-    """What keeps this run from going on from the checkpoint: split optimizer state fits the same processes only."""
-    if checkpoint is None:
+def resume_problems(stage: Stage) -> list[str]:
+    """What keeps this run from going on from its checkpoint: split optimizer state fits the same processes only."""
+    if stage.decision != "resume" or stage.checkpoint is None:
         return []
-    launch, saved = launched(), saved_under(checkpoint)
+    launch, saved = launched(), saved_under(stage.checkpoint)
     here = ""
     if launch.deepspeed:
         here = f"DeepSpeed ZeRO-{3 if launch.sharding == 'zero3' else 2} with {launch.processes} processes"
@@ -56,8 +59,9 @@ def resume_problems(checkpoint: Path | None) -> list[str]:
     if saved == here:
         return []
     plain = "one process or plain data parallel"
-    what = f"{checkpoint}: was saved under {saved or plain}, this run is {here or plain}"
-    return [f"{what}; the optimizer's state does not fit: launch as before, or --fresh moves it aside and starts again"]
+    what = f"{stage.checkpoint}: was saved under {saved or plain}, this run is {here or plain}"
+    again = f"{stage.settings.command('--fresh')} moves it aside and trains again"
+    return [f"{what}; the optimizer's state does not fit: launch as before, or {again}"]
 
 
 def deepspeed_values(environ: Mapping[str, str]) -> dict[str, Any]:

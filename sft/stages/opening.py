@@ -29,7 +29,7 @@ def open_stage(settings: Settings, *, fresh: bool) -> Stage:
         raise Problems(problems)
     alone = launched().processes == 1
     stage = Stage.open(settings, fresh=fresh, processes=1) if alone else _open_together(settings, fresh=fresh)
-    if problems := resume_problems(stage.checkpoint if stage.decision == "resume" else None):
+    if problems := resume_problems(stage):
         stage.close()
         raise Problems(problems)
     return stage
@@ -48,8 +48,9 @@ def _open_together(settings: Settings, *, fresh: bool) -> Stage:
         found = ranks.from_main(None, what)
         if found["holder"] is not None and not ranks.sees(Path(found["lock"]), found["holder"]):
             raise _other_storage(settings)
-        stage = Stage.open(settings, main_process=False, processes=state.num_processes)
-        if any(found[name] != value for name, value in _findings(stage).items() if name != "holder"):
+        damaged = found["damaged"]
+        stage = Stage.open(settings, main_process=False, processes=state.num_processes, damaged=damaged)
+        if any(found[name] != value for name, value in _findings(stage).items() if name not in ("holder", "damaged")):
             raise _other_storage(settings)
     # Nobody writes there before all have looked.
     ranks.wait("all processes to open the stage")
@@ -59,11 +60,12 @@ def _open_together(settings: Settings, *, fresh: bool) -> Stage:
 
 
 def _findings(stage: Stage) -> dict[str, Any]:
-    """What every rank must find alike, and the holder that stands in the lock file."""
+    """What every rank must find alike, the holder that stands in the lock file, and the damaged checkpoints."""
     lock = lock_path(stage.folder)
     return {
         "decision": stage.decision,
         "checkpoint": stage.checkpoint.name if stage.checkpoint else None,
+        "damaged": [folder.name for folder, _ in stage.verdict.broken],
         "lock": str(lock),
         "holder": lock.read_text(encoding="utf-8") if stage.decision != "complete" and lock.exists() else None,
     }

@@ -5,7 +5,7 @@
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,8 @@ class Stage:
     main_process: bool = True
     verdict: Verdict = field(default_factory=Verdict)
     manifest: dict[str, Any] = field(default_factory=dict)
-    moved: Path | None = None
+    moved: dict[Path, Path] = field(default_factory=dict)  # what `begin` set aside, by where it was
+    damaged: Collection[str] | None = None  # names of checkpoints the main process found so; None reads them through
     _lineage: Lineage = field(default_factory=Lineage, repr=False)
     _seen: set[tuple[str, int]] = field(default_factory=set, repr=False)
     _start: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -123,14 +124,21 @@ class Stage:
 
     @classmethod
     def open(
-        cls, settings: "Settings", *, fresh: bool = False, main_process: bool = True, processes: int | None = None
+        cls,
+        settings: "Settings",
+        *,
+        fresh: bool = False,
+        main_process: bool = True,
+        processes: int | None = None,
+        damaged: Collection[str] | None = None,
     ) -> Self:
         """Decide, then hold the stage. Raises Problems when anything is wrong; nothing has been written then.
 
         A completed stage is not held. Of several processes only the main one locks, clears up and writes; the others
-        open the stage after it (accelerate's `main_process_first`) and find what it left. `processes`: how many train.
+        open the stage after it (accelerate's `main_process_first`) and find what it left. `processes`: how many train;
+        `damaged`: the checkpoints that the main process found so.
         """
-        stage = cls(settings, processes, main_process)
+        stage = cls(settings, processes, main_process, damaged=damaged)
         stage._assess(fresh=fresh)
         stage._raise_problems()
         if main_process and stage.decision != "complete":
@@ -174,7 +182,7 @@ class Stage:
         self.verdict, self.manifest = verdict, verdict.manifest
 
     def _judged(self) -> Verdict:
-        return decide(self.folder, self._start, verify=self.main_process, again=self.settings.command("--fresh"))
+        return decide(self.folder, self._start, damaged=self.damaged, again=self.settings.command("--fresh"))
 
     def _hold(self, *, fresh: bool) -> None:
         """Lock, look again where another process may have worked meanwhile, clear up what killed ones left."""
@@ -194,7 +202,6 @@ class Stage:
         names = frozenset({self.folder.name, self.merged_base.name})
         clear_leftovers(self.folder.parent, names=names, alone=True)
         clear_leftovers(self.folder, alone=True)
-        self.verdict.broken = [(set_aside(folder, "broken"), faults) for folder, faults in self.verdict.broken]
         if (fresh and not holds_nothing(self.folder)) or (self.changed and self._has_results()):
             # Moved by `begin`: data and model have not been looked at, and a refusal leaves everything where it was.
             self._supersedes, self.verdict.existed = True, False
@@ -219,7 +226,9 @@ class Stage:
         self._begun = True
         if self.main_process:
             if self._supersedes:
-                self.moved = set_aside(self.folder, "old")
+                self.moved[self.folder] = set_aside(self.folder, "old")
+            else:
+                self.moved |= {folder: set_aside(folder, "broken") for folder, _ in self.verdict.broken}
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save()
             checkpoints.rewind_metrics(self.folder / paths.METRICS, self.checkpoint)

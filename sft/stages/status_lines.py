@@ -20,7 +20,7 @@ def status_lines(stage: "Stage") -> list[str]:
     lines = [*stage.warnings, "Checking checkpoint status..."]
     if stage.verdict.broken:
         lines += ["Invalid checkpoint state found. Please check manually.", f"Checkpoint directory: {stage.folder}"]
-        lines += [f"{place.name} is set aside: {'; '.join(faults[:3])}" for place, faults in stage.verdict.broken]
+        lines += [f"{place.name} is damaged: {'; '.join(faults[:3])}" for place, faults in stage.verdict.broken]
     target = float(stage.settings.epochs)
     if stage.decision == "complete":
         return lines + _training_status(stage, target) + _completed_lines(stage, target)
