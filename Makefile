@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,gpu]'
 	touch $@
 
 # Its setup.py asks torch for GPUs and, where there is one, for nvcc; told of a CPU it needs neither, and what it finds

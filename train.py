@@ -67,7 +67,12 @@ def main(options: argparse.Namespace) -> None:
         close_ladder(ladder)
 
 
-if __name__ == "__main__":
+def program() -> int:
+    """The command; installed it is called staged-sft."""
     code = cli.command_line(main)
     gc.freeze()  # or the collector goes through all the libraries once more: 1.4 s of a stop that has 30
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(program())

@@ -239,5 +239,10 @@ def main() -> None:
     talk(model, tokenizer, options, settings.template_options)
 
 
+def program() -> int:
+    """The installed command."""
+    return run_program(main)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_program(main))
+    raise SystemExit(program())

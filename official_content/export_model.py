@@ -118,5 +118,10 @@ def write_adapter(origin: "Origin", target: Path, options: argparse.Namespace) -
         print(f"Serving: {note}")
 
 
+def program() -> int:
+    """The installed command."""
+    return run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    raise SystemExit(program())

@@ -197,5 +197,10 @@ def main() -> None:
     build(options)
 
 
+def program() -> int:
+    """The installed command."""
+    return run_program(main)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_program(main))
+    raise SystemExit(program())

@@ -220,5 +220,10 @@ def _table(scores: _Scored, metrics: dict[str, float], left_out: Counter[str]) -
     return "\n".join(lines)
 
 
+def program() -> int:
+    """The installed command."""
+    return run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    raise SystemExit(program())

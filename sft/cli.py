@@ -14,12 +14,13 @@ from pathlib import Path
 from sft.distributed.launch import launched
 from sft.distributed.signals import STOP, Stopped
 from sft.environment import required, untested_versions
-from sft.errors import Problems, RunFailed, hide_secrets, plainly
+from sft.errors import Problems, RunFailed, hide_secrets, plainly, started_as
 from sft.planning.document import Document, print_documents
 from sft.settings import Settings, load_settings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
 1 the run failed; 143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
+_NO_ENV_FILE = "write stage1.env, name --env-dir, or let staged-sft-demo write the embedded ladder here"
 MAIN_SPEAKS_SECONDS = 10.0  # more than the main process needs to print, less than anybody waits at an error
 # What gloo, NCCL and torch's store say when the process at the other end is gone.
 LOST_PEER = ("closed by peer", "reset by peer", "ncclremoteerror", "distnetworkerror", "remote process exited")
@@ -29,7 +30,9 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "unexpected pos",
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Staged LoRA fine-tuning driven by env files.", epilog=EPILOG
+        prog=started_as().removeprefix("python "),
+        description="Staged LoRA fine-tuning driven by env files.",
+        epilog=EPILOG,
     )
     add = parser.add_argument
     add("--stage", metavar="N", help="stage to train: a number, a range such as 1-3, or all")
@@ -60,7 +63,7 @@ def stage_numbers(text: str, env_dir: Path) -> list[int]:
     if text == "all":
         found = sorted(int(m[1]) for p in env_dir.glob("stage*.env") if (m := re.fullmatch(r"stage(\d+)\.env", p.name)))
         if not found:
-            raise Problems([f"--stage all: no stageN.env in {env_dir.resolve()}; write stage1.env or name --env-dir"])
+            raise Problems([f"--stage all: no stageN.env in {env_dir.resolve()}; {_NO_ENV_FILE}"])
         return found
     match = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", text)
     if not match or int(match[2] or match[1]) < int(match[1]):

@@ -21,6 +21,8 @@ from packaging.requirements import Requirement
 
 from sft.distributed.launch import launched
 
+# Where the package's bounds are wider than what was run: pip shall not replace the torch of a notebook service.
+TRIED = ("torch>=2.11,<2.15",)
 # A name server that knows a name says so within this time.
 _NAME_SECONDS = 5.0
 _M_MMAP_THRESHOLD, _RETURNED_BYTES = -3, 4 * 2**20
@@ -120,9 +122,9 @@ def offline_unless_reachable() -> bool:
 
 
 def required() -> list[str]:
-    """What this package asks for, as its metadata has it; [] where it runs without being installed."""
+    """What this package asks for, as its metadata has it, and what was tried of it; [] where it is not installed."""
     try:
-        return importlib.metadata.requires("staged-sft") or []
+        return [*(importlib.metadata.requires("staged-sft") or []), *TRIED]
     except importlib.metadata.PackageNotFoundError:
         return []
 
@@ -136,15 +138,16 @@ def installed(name: str) -> str | None:
 
 
 def untested_versions(requirements: Iterable[str], version_of: Callable[[str], str | None] = installed) -> str:
-    """One line about installed packages outside the bounds of these requirements; "" where there is none.
+    """One line about installed packages outside the bounds of these requirements, of which the last about a package
+    counts; "" where there is none.
 
     Overrides of a library's private methods are dead where it has renamed them, and nothing else would say so.
     """
-    asked = [Requirement(text) for text in requirements]
+    asked = {each.name: each for each in map(Requirement, requirements) if each.marker is None}
     found = [
         f"{each.name} {version} (tested: {each.specifier})"
-        for each in asked
-        if each.marker is None and (version := version_of(each.name)) and not each.specifier.contains(version, True)
+        for each in asked.values()
+        if (version := version_of(each.name)) and not each.specifier.contains(version, True)
     ]
     remedy = "make install, or pip install -c constraints.txt ., installs tested ones"
     return f"[WARNING] Untested versions: {', '.join(found)}; {remedy}" if found else ""

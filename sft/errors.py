@@ -1,7 +1,9 @@
-"""The two ways a run ends badly; train.py turns them into exit codes."""
+"""The two ways a run ends badly, and words that messages share; train.py turns the ends into exit codes."""
 
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class Problems(Exception):
@@ -17,6 +19,11 @@ class Problems(Exception):
 
 class RunFailed(Exception):
     """The run failed for a reason outside the settings (exit code 1). The message is plain and ends with advice."""
+
+
+def started_as() -> str:
+    """What a person types to start a stage: the installed command where that is how this process was started."""
+    return "staged-sft" if Path(sys.argv[0]).stem.startswith("staged-sft") else "python train.py"
 
 
 SECRET_NAME = re.compile(r"TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)

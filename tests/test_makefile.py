@@ -19,7 +19,7 @@ def dry(*targets: str) -> str:
 def test_the_install_needs_no_compiler_and_no_cuda_toolkit():
     """Neither DeepSpeed, whose setup.py wants nvcc where there is a GPU, nor llama.cpp is part of it."""
     for target in ("install", "demo", "check"):
-        assert "-e '.[dev]'" in dry(target)
+        assert "-e '.[dev,gpu]'" in dry(target)
         assert not re.search(r"\.\[(deepspeed|bench)\]", dry(target)), target
 
 

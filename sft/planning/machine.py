@@ -23,13 +23,16 @@ from sft.distributed.launch import launched
 from sft.environment import gpus_hidden, hub_address, hub_is_off, silence_libraries, triton_missing
 from sft.errors import Problems, hide_secrets
 from sft.settings import Settings
-from sft.settings.schema import tracking_uri
+from sft.settings.schema import REPOSITORY, tracking_uri
 
 State = Literal["ok", "warning", "broken"]
-NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "bitsandbytes", "mlflow")
-OPTIONAL = {"deepspeed": "make install-deepspeed, for the launch files zero2 and zero3"}
-PINS = Path(__file__).resolve().parents[2] / "constraints.txt"
-INSTALL = "run make install"
+NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "mlflow")
+OPTIONAL = {
+    "bitsandbytes": "pip install bitsandbytes, for SFT_LOAD_IN_4BIT, SFT_LOAD_IN_8BIT and 8-bit optimizers",
+    "deepspeed": "make install-deepspeed or pip install deepspeed, for the launch files zero2 and zero3",
+}
+PINS = (REPOSITORY or Path()) / "constraints.txt"
+INSTALL = "run make install" if REPOSITORY else "run pip install --upgrade staged-sft"
 SECONDS = 3.0  # for a hub or a tracking server that keeps silent
 KAGGLE = Path("/kaggle/working")
 _ROOMY = 10 * 2**30
@@ -122,7 +125,7 @@ def pins(text: str) -> dict[str, str]:
 
 def libraries() -> Iterator[Finding]:
     """Installed versions against the pinned ones."""
-    pinned = pins(PINS.read_text(encoding="utf-8")) if PINS.is_file() else {}
+    pinned = pins(PINS.read_text(encoding="utf-8")) if REPOSITORY else {}
     for name in (*NEEDED, *OPTIONAL):
         try:
             yield library(name, metadata.version(name), pinned.get(name))

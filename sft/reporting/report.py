@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from sft.distributed.launch import launched
 from sft.environment import person_language
+from sft.errors import hide_secrets
 from sft.reporting import plots
 from sft.reporting.facts import ladder_facts, ladder_matrix, stage_facts
 from sft.reporting.language import Say, say_in
@@ -35,6 +36,7 @@ from sft.reporting.text import (
     spaces,
 )
 from sft.scoring import forgetting
+from sft.settings.schema import REPOSITORY
 from sft.stages import paths
 from sft.storage.atomic import write_text
 from sft.storage.json_files import Facts, write_json
@@ -224,6 +226,8 @@ def close_ladder(ladder: Sequence[Settings]) -> None:
         return
     folders = [folder for folder in stage_folders(ladder) if (folder / paths.MANIFEST).is_file()]
     report = write_ladder_report(folders, Path(f"{ladder[-1].out_lora_dir}_report.html"), ladder[-1].report_language)
+    store = hide_secrets(ladder[-1].mlflow_tracking_uri)
     if table := score_table(folders):
         print(f"\nScores of base model and stages (gen_score, 0 to 1, on rows never trained on)\n{table}\n")
-    print(f"Report: {report}\nMLflow: official_content/mlflow_ui.sh   (then open http://127.0.0.1:58000)")
+    show = "official_content/mlflow_ui.sh" if REPOSITORY else f"mlflow ui --port 58000 --backend-store-uri {store}"
+    print(f"Report: {report}\nMLflow: {show}   (then open http://127.0.0.1:58000)")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ def _weight_rules(settings: Any) -> Iterator[Conflict]:
         if quantised and not settings.use_lora:
             text = "quantised weights cannot be trained themselves; set SFT_USE_LORA=1, or do not quantise"
             yield Conflict((name, "SFT_USE_LORA"), text)
+        if quantised and find_spec("bitsandbytes") is None:
+            yield Conflict((name,), "bitsandbytes is not installed; pip install bitsandbytes, or do not quantise")
     if settings.dtype == "float16" and not settings.use_lora:
         text = "weights trained themselves overflow in float16; take bfloat16 or float32, or set SFT_USE_LORA=1"
         yield Conflict(("SFT_DTYPE", "SFT_USE_LORA"), text)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from sft.errors import Problems, hide_secrets
+from sft.errors import Problems, hide_secrets, started_as
 from sft.scoring.metrics import EXTRACTION_FIELDS, FORGETTING_MARGIN
 from sft.scoring.payload import DEFAULT_MARKERS
 from sft.settings import values
@@ -33,6 +33,10 @@ from sft.settings.values import (
     Source,
     Switch,
 )
+
+_HERE = Path(__file__).resolve().parents[2]
+REPOSITORY = _HERE if (_HERE / "train.py").is_file() else None
+"""The repository this runs from; None where the package was installed and stands among others."""
 
 
 def setting(default: Any, sentence: str) -> Any:
@@ -238,7 +242,7 @@ class Settings(BaseModel):
         where = () if self.env_dir == Path() else ("--env-dir", str(self.env_dir))
         sets = [word for each in self.overrides for word in ("--set", hide_secrets(each))]
         words = ["--stage", str(stage or self.stage), *where, *sets, *options]
-        return f"python train.py {shlex.join(words)}"
+        return f"{started_as()} {shlex.join(words)}"
 
     def export_passthrough(self) -> None:
         """Puts what an env file says for other programs (HF_HOME, CUDA_VISIBLE_DEVICES, ...) into the environment."""
@@ -300,6 +304,7 @@ def load_settings(
 
 
 def tracking_uri(environ: Mapping[str, str] | None = None) -> str:
-    """The MLflow store where no stage says another: MLFLOW_TRACKING_URI, else a database inside mlruns/."""
-    database = Path(__file__).resolve().parents[2] / "mlruns" / "mlflow.db"
+    """The MLflow store where no stage says another: MLFLOW_TRACKING_URI, else a database inside mlruns/ of the
+    repository; of the current folder where the package was installed, whose own folder is no place for results."""
+    database = (REPOSITORY or Path.cwd()) / "mlruns" / "mlflow.db"
     return (os.environ if environ is None else environ).get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"

@@ -22,8 +22,11 @@ FLASH_PACKAGES = {
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
     "flash_attention_4": ("flash_attn", "flash-attn-4"),
 }
-# How optimizers begin that are no part of torch, transformers or bitsandbytes.
+# How optimizers begin that are no part of torch or transformers.
 OPTIMIZER_PACKAGES = {
+    **dict.fromkeys(
+        ("adamw_bnb_8bit", "adamw_8bit", "ademamix", "lion_", "paged_", "rmsprop_bnb"), ("bitsandbytes", "bitsandbytes")
+    ),
     "galore_": ("galore_torch", "galore-torch"),
     "apollo_": ("apollo_torch", "apollo-torch"),
     "lomo": ("lomo_optim", "lomo-optim"),

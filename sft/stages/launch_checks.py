@@ -38,7 +38,8 @@ def launch_problems(settings: Settings, environ: Mapping[str, str] | None = None
     launch = launched(environ)
     found = [*_precision_problems(settings, environ)]
     if launch.deepspeed and find_spec("deepspeed") is None:
-        found.append("DeepSpeed is not installed, which this launch file needs: make install-deepspeed, or ddp.yaml")
+        remedy = "make install-deepspeed (pip install deepspeed), or ddp.yaml"
+        found.append(f"DeepSpeed is not installed, which this launch file needs: {remedy}")
     if launch.deepspeed:
         found += _deepspeed_problems(settings, deepspeed_values(environ), launch.processes)
     if launch.sharding in ("zero3", "fsdp"):
