@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from sft.environment import untested_versions
+from sft.environment import TRIED, untested_versions
 from tests.tiny import run_train, write_model, write_rows, write_stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,3 +224,10 @@ def test_an_installation_outside_the_bounds_is_one_line():
         "make install, or pip install -c constraints.txt ., installs tested ones"
     )
     assert untested_versions(["torch<2.14,>=2.11"], {"torch": "2.13.0+cpu"}.get) == ""
+
+
+def test_a_torch_later_than_those_tried_is_used_and_named():
+    """The package's bound is wider than what was run: 2.14.1 passes unsaid, 2.19 does not."""
+    asked = ["torch<3,>=2.11", *TRIED]
+    assert untested_versions(asked, {"torch": "2.14.1+cu130"}.get) == ""
+    assert "torch 2.19.0 (tested: <2.15,>=2.11)" in untested_versions(asked, {"torch": "2.19.0"}.get)

@@ -228,6 +228,24 @@ def test_passthrough_does_not_replace_the_environment(monkeypatch):
     assert (os.environ["SETTINGS_TEST_A"], os.environ["SETTINGS_TEST_B"]) == ("shell", "file")
 
 
+def test_what_the_extra_gpu_brings_is_asked_for_by_name(monkeypatch):
+    """Without bitsandbytes: 4-bit and 8-bit weights and its optimizers, each with the command that installs it."""
+    for module in ("sft.settings.rules", "sft.settings.values"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    lines = ["SFT_LOAD_IN_4BIT=1", "SFT_LOAD_IN_8BIT=1", "SFT_OPTIM=paged_adamw_8bit", "SFT_OPTIM=lion_8bit"]
+    for line in lines:
+        (text,) = problems(line)
+        assert line in text
+        assert "pip install bitsandbytes" in text
+
+
+def test_results_of_an_installed_package_stay_in_the_current_folder(here, monkeypatch):
+    """In the repository MLflow's database is the repository's own."""
+    assert load().mlflow_tracking_uri == f"sqlite:///{ROOT / 'mlruns' / 'mlflow.db'}"
+    monkeypatch.setattr("sft.settings.schema.REPOSITORY", None)
+    assert load().mlflow_tracking_uri == f"sqlite:///{here / 'mlruns' / 'mlflow.db'}"
+
+
 def test_credentials_in_a_tracking_uri_are_not_recorded():
     """The value is used, the record hides user and password."""
     settings = load("MLFLOW_TRACKING_URI=https://me:pass@host/x")
