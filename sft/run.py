@@ -22,6 +22,7 @@ from sft.evaluation.generation_evaluation import GenerationEvaluation, write_que
 from sft.evaluation.held_out import earlier_questions, write_held_out
 from sft.evaluation.ladder_scores import general_after, general_before, ladder_scores, score_earlier
 from sft.merging.parents import keep_probe, verify_merged
+from sft.models.experts import products
 from sft.models.fitness import require_known_tokens
 from sft.models.model import load_config, trained_modules
 from sft.models.targets import target_notes
@@ -167,11 +168,13 @@ def build_trainer(
 
 
 def announce(trainer: StagedTrainer) -> None:
-    """What will be trained, and how slowly where experts are a kind we don't know."""
+    """What will be trained, how experts are multiplied, and how slowly where they are a kind we don't know."""
     if not trainer.isolation.kept_apart:
         say(trainer.isolation.sentence())
     for reason in trainer.unrouted:
         say(f"[WARNING] adapters on experts take PEFT's slower way, through all experts for every batch: {reason}")
+    if how := products(trainer.model):
+        say(how)
     trained, total = parameter_counts(trainer.model)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in trained_modules(trainer.model).items())
     say(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %): {kinds}")

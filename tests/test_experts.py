@@ -125,6 +125,7 @@ def test_answers_are_those_of_peft():
     ("attribute", "value", "reason"),
     [
         ("is_transposed", True, "Qwen3MoeExperts keeps its weights in another layout"),
+        ("has_post_expert_norm", True, "Qwen3MoeExperts keeps its weights in another layout"),
         ("has_bias", True, "Qwen3MoeExperts keeps its weights in another layout"),
         ("_is_expert_parallel", True, "Qwen3MoeExperts is shared out among processes"),
     ],
@@ -133,10 +134,19 @@ def test_what_is_not_known_stays_on_pefts_way_and_is_told(attribute, value, reas
     """Once, however many layers there are."""
     model = adapted()
     for module in model.modules():
-        if hasattr(module, attribute):
+        if hasattr(module, "has_gate") and isinstance(module, torch.nn.Module):
             setattr(module, attribute, value)
     assert route_experts(model) == [reason]
     assert all(type(module) is ParamWrapper for module in model.modules() if isinstance(module, ParamWrapper))
+
+
+def test_experts_of_an_older_transformers_are_known():
+    """5.17 has no `has_post_expert_norm`, and no such norms either."""
+    model = adapted()
+    for module in model.modules():
+        if hasattr(module, "has_post_expert_norm"):
+            del module.has_post_expert_norm
+    assert route_experts(model) == []
 
 
 def test_zero3_keeps_pefts_way(monkeypatch):

@@ -224,8 +224,13 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len([each for each in named if each.arg not in ("self", "cls")]) + bool(taken.vararg) + bool(taken.kwarg)
 
 
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Triton's: every pointer, size and stride is an argument of its own, and no object holds them."""
+    return "triton.jit" in map(ast.unparse, function.decorator_list)
+
+
 def test_files_functions_and_parameter_lists_stay_small():
-    """400 lines a file, 50 a function, 8 parameters."""
+    """400 lines a file, 50 a function, 8 parameters but for kernels."""
     found = []
     for path in (*MODULES.values(), *PROGRAMS):
         name = path.relative_to(ROOT)
@@ -234,7 +239,8 @@ def test_files_functions_and_parameter_lists_stay_small():
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                if lines > LINES_OF_A_FUNCTION or parameters(node) > PARAMETERS:
+                many = parameters(node) > PARAMETERS and not is_kernel(node)
+                if lines > LINES_OF_A_FUNCTION or many:
                     found.append(f"{name}: {node.name} has {lines} lines, {parameters(node)} parameters")
     assert found == []
 

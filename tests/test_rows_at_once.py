@@ -74,6 +74,13 @@ def test_a_gpu_takes_all_rows_in_one_kernel(window: int | None, reach: tuple[int
     assert keywords == {"scale": 0.3, "window_size": reach, "enable_gqa": True}
 
 
+def test_a_torch_that_asks_nothing_about_groups_is_told_nothing(kernel: list[Any], monkeypatch: pytest.MonkeyPatch):
+    """2.11, where the argument would be a TypeError in the first step on a GPU."""
+    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", False)
+    attend(torch.nn.Module(), *[states(h, torch.bfloat16) for h in (4, 2, 2)], None, row_lengths=LENGTHS)
+    assert kernel[0][-1].keys() == {"scale", "window_size"}
+
+
 def test_dropout_and_a_cap_do_not_go_through_the_kernel(kernel: list[Any]):
     """It knows neither: rows one after the other, or an error that the probe hears."""
     parts = [states(2, torch.bfloat16) for _ in range(3)]

@@ -8,6 +8,7 @@ in one kernel on a GPU that has it (`torch.nn.attention.varlen`), one after the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ NAME = "staged_sft_rows"
 _HALVES = (torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 256
 _VARLEN_SINCE = (8, 0)
+# torch 2.11 takes grouped heads as they come, 2.13 wants to be told of them.
+_TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class RowsUnknown(RuntimeError):
@@ -106,9 +109,8 @@ def rows_at_once(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     # A window counts the token itself, the kernel those before it; a row shorter than that is plainly causal.
     before = window - 1 if window < longest else -1
-    grouped = query.shape[1] != key.shape[1]
-    reach: dict[str, Any] = {"scale": scale, "window_size": (before, 0), "enable_gqa": grouped}
-    found = varlen_attn(q, k, v, ends, ends, longest, longest, **reach)
+    told: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _TOLD_OF_GROUPS else {}
+    found = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(before, 0), **told)
     assert isinstance(found, torch.Tensor)
     return found[None]
 

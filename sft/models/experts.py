@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from torch.nn.functional import grouped_mm
 
 from sft.distributed.launch import launched
+from sft.models.grouped import SENTENCES, Frozen, product, way_of
 
 # Rows of matrices that are multiplied in groups begin at multiples of this many bytes.
 _ALIGNMENT = 16
-# The first generation of GPUs (Ampere) for which torch has them.
+# The first generation of GPUs (Ampere) that multiplies in groups.
 _GROUPED_SINCE = (8, 0)
 _WRAPPED = {"gate_up_proj", "down_proj"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,14 +54,24 @@ def route_experts(model: nn.Module) -> list[str]:
     return list(reasons)
 
 
+def products(model: nn.Module) -> str:
+    """How routed experts with adapters are multiplied, as a sentence; "" where there are none."""
+    found: list[Any] = [each.get_base_layer() for each in model.modules() if isinstance(each, RoutedAdapter)]
+    ways = {way_of(each.down_proj) for each in found}
+    return "; ".join(f"Experts with adapters: {SENTENCES[way]}" for way in sorted(ways))
+
+
 def _unknown(wrapper: ParamWrapper) -> str:
     """What about an experts module is not known here; "" where everything is."""
     experts = wrapper.get_base_layer()
     kind = type(experts).__name__
     if launched().sharding == "zero3":
         return f"{kind} under ZeRO-3, which gathers weights module by module"
-    layout = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
-    if any(getattr(experts, name, None) is not value for name, value in layout.items()):
+    layout = {"has_gate": True, "has_bias": False, "is_transposed": False}
+    # transformers 5.17 knows no norms behind experts, and has no word for them.
+    if any(getattr(experts, name, None) is not value for name, value in layout.items()) or getattr(
+        experts, "has_post_expert_norm", False
+    ):
         return f"{kind} keeps its weights in another layout"
     found = (getattr(experts, name, None) for name in sorted(_WRAPPED))
     weights = [weight for weight in found if isinstance(weight, nn.Parameter) and weight.dtype in _FLOATS]
@@ -141,7 +151,7 @@ def _adapted(
 ) -> torch.Tensor:
     """Rows sorted by expert through their experts' W and low-rank part: (rows, out). `order` makes rows of tokens."""
     if factors is None:
-        return grouped_mm(_rows(tokens, order, weight), weight.transpose(1, 2), offs=ends)
+        return Frozen.apply(_rows(tokens, order, weight), weight.transpose(1, 2), ends)
     return _Adapted.apply(tokens, weight, *factors, order, ends)
 
 
@@ -159,21 +169,21 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, tokens: Any, weight: Any, a: Any, b: Any, scaling: float, order: Any, ends: torch.Tensor
     ) -> torch.Tensor:
         rows = _rows(tokens, order, weight)
-        low = grouped_mm(rows, a, offs=ends) * scaling
+        low = product(rows, a, ends) * scaling
         ctx.scaling = scaling
         ctx.save_for_backward(tokens, weight, a, b, low, order, ends)
-        return grouped_mm(rows, weight.transpose(1, 2), offs=ends).add_(grouped_mm(low, b, offs=ends))
+        return product(rows, weight.transpose(1, 2), ends).add_(product(low, b, ends))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         tokens, weight, a, b, low, order, ends = ctx.saved_tensors
         towards = gradients[0].contiguous()
-        towards_low = grouped_mm(towards, b.transpose(1, 2), offs=ends) * ctx.scaling
-        towards_a = grouped_mm(_rows(tokens, order, weight).T, towards_low, offs=ends)
-        towards_b = grouped_mm(low.T, towards, offs=ends)
+        towards_low = product(towards, b.transpose(1, 2), ends) * ctx.scaling
+        towards_a = product(_rows(tokens, order, weight).T, towards_low, ends)
+        towards_b = product(low.T, towards, ends)
         back = None
         if ctx.needs_input_grad[0]:
-            back = grouped_mm(towards, weight, offs=ends).add_(grouped_mm(towards_low, a.transpose(1, 2), offs=ends))
+            back = product(towards, weight, ends).add_(product(towards_low, a.transpose(1, 2), ends))
             if order is not None:
                 back = back[_back(order)].view(len(tokens), -1, back.shape[1]).sum(dim=1)
             back = back.to(tokens.dtype)
