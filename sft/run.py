@@ -30,6 +30,7 @@ from sft.planning.memory import checkpointing_needed, largest_batch, raise_short
 from sft.reporting.recording import RunRecord
 from sft.scoring.forgetting import GENERAL
 from sft.stages import paths
+from sft.stages.taught import taught_before
 from sft.storage import json_files
 from sft.training.arguments import training_arguments
 from sft.training.batches import TrainingRows, packs_of
@@ -53,7 +54,8 @@ transformers.utils.logging.disable_progress_bar()
 def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     """The rows of the stage; the main process makes the labels, the others find them cached."""
     with ranks.main_first("the main process to read the data"):
-        mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings))
+        taught = taught_before(settings)
+        mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings), taught=taught)
     require_known_tokens(load_config(settings), settings, tokenizer, mix.train, mix.val)
     for warning in mix.warnings:
         say(warning)
@@ -73,6 +75,7 @@ def rows_facts(mix: Mix) -> dict[str, Any]:
         "val_rows": len(mix.val),
         "dropped": dict(mix.dropped),
         "upsampling": mix.upsampling,
+        "replay": mix.replay,
         "tokens": mix.tokens,
     }
 

@@ -16,8 +16,8 @@ from sft.training.batches import EpochBatches
 from tests import tiny
 
 KEYS = [
-    "stage", "settings", "sources", "train_rows", "val_rows", "dropped", "upsampling", "tokens", "masked_loss", "steps",
-    "memory", "time", "unread", "isolation", "lineage", "problems",
+    "stage", "settings", "sources", "train_rows", "val_rows", "dropped", "upsampling", "replay", "tokens",
+    "masked_loss", "steps", "memory", "time", "unread", "isolation", "lineage", "problems",
 ]  # fmt: skip
 MEMORY = [
     "weights", "adapter", "optimizer", "gradients", "activations", "generation", "total", "available", "activations_by",

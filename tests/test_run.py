@@ -49,6 +49,7 @@ def test_the_manifest_is_told_what_the_rows_are():
         "val_rows": 1,
         "dropped": {"empty": 2},
         "upsampling": [],
+        "replay": [],
         "tokens": {"total": 30, "trained": 10},
     }
 

@@ -55,6 +55,7 @@ class Document:
     val_rows: int | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     upsampling: list[dict[str, Any]] = field(default_factory=list)
+    replay: list[dict[str, Any]] = field(default_factory=list)
     tokens: Tokens = field(default_factory=Tokens)
     masked_loss: dict[str, Any] | None = None
     steps: Steps = field(default_factory=Steps)

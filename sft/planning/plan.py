@@ -89,7 +89,8 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
     stage = add_lineage(plan, fresh=fresh, ladder=ladder)
     if any(cache_problems(settings)):
         return
-    config = add_rows(plan, held)
+    coming = [other for other in ladder if other.stage in plan.coming or (fresh and other.stage < settings.stage)]
+    config = add_rows(plan, held, coming)
     if plan.rows is None:
         add_unlabelled(plan)
         return
@@ -124,13 +125,15 @@ def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> Stage
     return stage
 
 
-def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
-    """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model."""
+def add_rows(plan: Plan, held: Collection[int], coming: Sequence[Settings] = ()) -> PretrainedConfig | None:
+    """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model.
+    `coming`: stages before this one that are not trained yet."""
     from sft.data.mixture import prepare_mix
     from sft.evaluation.chosen_by import require_metric, require_prompts
     from sft.evaluation.held_out import earlier_questions
     from sft.models.fitness import model_notes, require_known_tokens
     from sft.models.model import load_config, load_tokenizer
+    from sft.stages.taught import taught_before
 
     settings, document = plan.settings, plan.document
     config = plan.attempt(load_config, settings)
@@ -138,7 +141,8 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     if tokenizer is None:
         return config
     earlier = earlier_questions(settings).union(held)
-    mix = plan.attempt(prepare_mix, settings, tokenizer, say=plan.notes.append, earlier=earlier)
+    taught = plan.attempt(taught_before, settings, coming) or ()
+    mix = plan.attempt(prepare_mix, settings, tokenizer, say=plan.notes.append, earlier=earlier, taught=taught)
     plan.notes += model_notes(settings)
     if mix is None:
         return config
@@ -148,7 +152,7 @@ def add_rows(plan: Plan, held: Collection[int]) -> PretrainedConfig | None:
     plan.attempt(require_prompts, settings, mix, tokenizer)
     document.sources = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
     document.train_rows, document.val_rows = len(mix.train), len(mix.val)
-    document.dropped, document.upsampling = dict(mix.dropped), mix.upsampling
+    document.dropped, document.upsampling, document.replay = dict(mix.dropped), mix.upsampling, mix.replay
     document.tokens = Tokens(**{key: mix.tokens[key] for key in ("total", "trained", "longest_row")})
     document.unread = mix.unread
     plan.rows = Rows(tokenizer, mix, add_masked_loss(plan, mix) if settings.masked_loss != "none" else None)

@@ -40,6 +40,8 @@ def sections(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "Rows and tokens", rows_text(document.tokens, rows.mix)
         if document.upsampling:
             yield "Upsampling", upsampling_table(document.upsampling)
+        if document.replay:
+            yield "Replay", replay_table(document.replay)
         if rows.edge_mask is not None:
             yield "Masked loss", masked_loss_text(rows.edge_mask.report(plan.settings.epochs))
     if document.steps.total is not None:
@@ -112,6 +114,15 @@ def upsampling_table(rules: list[dict[str, Any]]) -> str:
             *([r["rule"], plain(r["multiplier"]), figure(r["matched"])] for r in rules),
         ]
     )
+
+
+def replay_table(stages: list[dict[str, Any]]) -> str:
+    """How many rows come again from each earlier stage, of how many different ones, and where those are from."""
+    rows = [["from", "rows", "of", "sources"]]
+    for stage in stages:
+        names = ", ".join(Path(source).name for source in stage["sources"])
+        rows.append([f"stage {stage['stage']}", figure(stage["rows"]), figure(stage["available"]), cut(names)])
+    return aligned(rows)
 
 
 def masked_loss_text(report: dict[str, Any]) -> str:

@@ -149,7 +149,8 @@ def _mix(manifest: Facts) -> Facts:
     wanted = ("id", "split", "weight", "rows", "validation_rows", "drawn", "fingerprint")
     sources = [_picked(source, wanted) for source in manifest.get("sources") or [] if source]
     dropped = {reason: rows for reason, rows in (manifest.get("dropped") or {}).items() if rows}
-    return {"sources": sources, "dropped": dropped, "upsampling": manifest.get("upsampling") or []}
+    again = {"upsampling": manifest.get("upsampling") or [], "replay": manifest.get("replay") or []}
+    return {"sources": sources, "dropped": dropped, **again}
 
 
 def _lineage(manifest: Facts) -> Facts:

@@ -78,6 +78,8 @@ def _data_rules(settings: Any) -> Iterator[Conflict]:
             ("SFT_USE_UPSAMPLING", "SFT_UPSAMPLE_RULES"),
             """there are no rules; write SFT_UPSAMPLE_RULES='{"text_to_toml": 3.0}', or set SFT_USE_UPSAMPLING=0""",
         )
+    if settings.replay and settings.stage == 1:
+        yield Conflict(("SFT_REPLAY",), "stage 1 has no earlier stage whose rows could come again; leave it out here")
     if settings.group_by_length and settings.shuffle != "mix":
         text = f"SFT_SHUFFLE={settings.shuffle} keeps an order that grouping by length would undo; drop one of them"
         yield Conflict(("SFT_GROUP_BY_LENGTH", "SFT_SHUFFLE"), text)

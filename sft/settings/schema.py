@@ -117,6 +117,9 @@ class Settings(BaseModel):
         "mix",
         "Order of the rows: all mixed, source after source with each mixed in itself, or as the files have them.",
     )
+    replay: Share = setting(
+        0.0, "Share of the training rows that come from those of the earlier stages, the same from each of them."
+    )
     deduplicate: Switch = setting(False, "Keep only the first of rows that are equal.")
     num_proc: Processes = setting(None, "Processes that prepare the rows; unset chooses by cores and rows.")
     use_upsampling: Switch = setting(False, "Repeat training rows as SFT_UPSAMPLE_RULES says.")

@@ -115,15 +115,12 @@ class _Data:
 
 def _data(name: str, manifest: Mapping[str, Any]) -> list[_Data]:
     """The data sets of a setting, "" for those trained on, by their place in it."""
-    settings = manifest["settings"]
-    values = {key: settings.get(key, {}).get("value") for key in (*_TRAINING_DATA, *_OTHER_DATA)}
     if not name:
-        name = "SFT_DATASET_MIX" if values["SFT_DATASET_MIX"] else "SFT_DATASET_ID"
-        split = settings.get("SFT_DATASET_SPLIT", {}).get("value", "train")
-        named = values["SFT_DATASET_MIX"] or [{"id": values["SFT_DATASET_ID"], "split": split}]
-        prints = _recorded_prints(named, manifest["sources"])
+        name = "SFT_DATASET_MIX" if _value(manifest, "SFT_DATASET_MIX") else "SFT_DATASET_ID"
+        named = recorded_sources(manifest)
+        prints = recorded_prints(named, manifest["sources"])
     else:
-        named = values[name] or []
+        named = _value(manifest, name) or []
         # Manifests written before places were counted name the id instead.
         keys = [(f"{name} {place}", f"{name} {each['id']}") for place, each in enumerate(named, 1)]
         prints = [manifest["inputs"].get(key, manifest["inputs"].get(other)) for key, other in keys]
@@ -131,7 +128,17 @@ def _data(name: str, manifest: Mapping[str, Any]) -> list[_Data]:
     return [_Data(name, str(n["id"]), o, p) for n, o, p in zip(named, options, prints, strict=True)]
 
 
-def _recorded_prints(named: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+def _value(manifest: Mapping[str, Any], name: str) -> Any:
+    return manifest["settings"].get(name, {}).get("value")
+
+
+def recorded_sources(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a manifest's settings name to be trained on: the keys of each source."""
+    one = {"id": _value(manifest, "SFT_DATASET_ID"), "split": _value(manifest, "SFT_DATASET_SPLIT") or "train"}
+    return _value(manifest, "SFT_DATASET_MIX") or [one]
+
+
+def recorded_prints(named: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[str | None]:
     """By place. A manifest of before listed only what could be loaded: there each takes the next of its id."""
     if len(records) == len(named):
         return [record["fingerprint"] for record in records]
@@ -155,7 +162,7 @@ def _data_changes(name: str, manifest: Mapping[str, Any], now: Mapping[str, Any]
             continue
         if not moved and not resuming and _is_gone(before, after):
             continue
-        contents = f"content {_short(before.fingerprint)} → {_short(after.fingerprint)}"
+        contents = f"content {short(before.fingerprint)} → {short(after.fingerprint)}"
         yield f"{after.setting}: {before.id} → {after.id} ({contents})" if moved else f"{label}: {contents}"
 
 
@@ -170,7 +177,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _short(fingerprint: str | None) -> str:
+def short(fingerprint: str | None) -> str:
+    """A fingerprint as people are shown it."""
     kind, _, digest = (fingerprint or "not there").partition(":")
     return f"{kind}:{digest[:12]}" if kind in ("sha256", "folder", "model") else f"{fingerprint or 'not there'}"[:80]
 
@@ -187,7 +195,7 @@ def _settings_changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, re
         if before != record["value"]:
             yield f"{name}: {_shown(before)} → {_shown(record['value'])}"
         elif prints[0] != prints[1]:
-            yield f"{name}: content {_short(prints[0])} → {_short(prints[1])}"
+            yield f"{name}: content {short(prints[0])} → {short(prints[1])}"
 
 
 def _product(settings: Mapping[str, Any]) -> int | None:
@@ -215,7 +223,7 @@ def _model_changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         return []
     renamed = manifest["base_model"] != now["base_model"]
     names = f"{manifest['base_model']} → {now['base_model']}"
-    return [f"SFT_BASE_MODEL: {names if renamed else f'content {_short(old)} → {_short(new)}'}"]
+    return [f"SFT_BASE_MODEL: {names if renamed else f'content {short(old)} → {short(new)}'}"]
 
 
 def _parent_changes(old: Sequence[Any], new: Sequence[Any]) -> list[str]:

@@ -88,7 +88,7 @@ def blank_manifest() -> dict[str, Any]:
     """Every key of a manifest, without a value where only training can give one."""
     return {
         "stage": None, "status": "running", "base_model": None, "parents": [], "settings": {}, "sources": [],
-        "inputs": {}, "train_rows": None, "val_rows": None, "dropped": {}, "tokens": {"total": None, "trained": None},
-        "steps": None, "metrics": {}, "merge": None, "adapter_sha256": None, "versions": {}, "mlflow_run_id": None,
-        "started": None, "finished": None,
+        "inputs": {}, "train_rows": None, "val_rows": None, "dropped": {}, "replay": [],
+        "tokens": {"total": None, "trained": None}, "steps": None, "metrics": {}, "merge": None, "adapter_sha256": None,
+        "versions": {}, "mlflow_run_id": None, "started": None, "finished": None,
     }  # fmt: skip

@@ -222,7 +222,7 @@ def packs_of(rows: datasets.Dataset, settings: Settings) -> list[list[int]] | No
     if settings.shuffle == "none":
         return pack_in_order(lengths, settings.max_seq_len)
     packs = []
-    for part in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(rows["source"][:])) + 1):
+    for part in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(_blocks(rows))) + 1):
         found = pack([lengths[row] for row in part], settings.max_seq_len)
         packs += [part[rows_of].tolist() for rows_of in found]
     return packs
@@ -236,8 +236,13 @@ def blocks_of(
         return None
     if settings.shuffle == "none":
         return np.arange(len(rows) if packs is None else len(packs))
-    sources = np.asarray(rows["source"][:])
+    sources = _blocks(rows)
     return sources if packs is None else sources[[rows_of[0] for rows_of in packs]]
+
+
+def _blocks(rows: datasets.Dataset) -> np.ndarray:
+    """The source of each of the rows that come source after source; a replayed one, of none, stays where it stands."""
+    return np.maximum.accumulate(np.asarray(rows["source"][:])).clip(min=0)
 
 
 def largest_items(rows: datasets.Dataset, settings: Settings, *, processes: int | None = None) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
+from sft.data.chosen import REPLAYED
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
@@ -246,7 +247,8 @@ class StagedTrainer(SFTTrainer):
             row = self.train_dataset.rows[position]
             trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
             text = self.processing_class.decode(trained[:24], skip_special_tokens=True)
-            source = self.train_dataset.names[row["source"]] if self.train_dataset.names else "the data"
+            names, number = self.train_dataset.names, row["source"]
+            source = "an earlier stage" if number == REPLAYED else names[number] if names else "the data"
             yield f"{position} from {source} ({text[:60]!r})"
 
     # Evaluation

@@ -1,0 +1,126 @@
+"""What the stages before one were trained on, by their manifests; compared with what lies there now."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.data.taught import Taught
+from sft.errors import Problems
+from sft.settings import Settings, Source
+from sft.stages import paths
+from sft.stages.changes import recorded_prints, recorded_sources, short
+from sft.stages.fingerprints import is_same, source_fingerprint
+from sft.stages.lineage import holds_nothing
+from sft.stages.manifest import read_manifest
+from sft.storage.json_files import DamagedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What decides which rows of its sources a stage is trained on.
+_DRAWING = (
+    "SFT_SEED", "SFT_VAL_RATIO", "SFT_SHUFFLE", "SFT_DEDUPLICATE", "SFT_DATASET_MIX_TOTAL_SIZE", "SFT_USE_UPSAMPLING",
+    "SFT_UPSAMPLE_RULES",
+)  # fmt: skip
+
+
+def taught_before(settings: Settings, coming: Sequence[Settings] = ()) -> list[Taught]:
+    """The stages whose rows come again under SFT_REPLAY, in order; none without it. Those of `coming` are not trained
+    yet, but will be by the time this one starts.
+
+    Raises:
+        Problems: there is none, nothing says what one was trained on, or that has changed or is gone.
+    """
+    if not settings.replay:
+        return []
+    later = {other.stage: other for other in coming}
+    found: list[Taught] = []
+    problems: list[str] = []
+    unclear = False
+    for number in range(1, settings.stage):
+        folder = paths.stage_folder(settings.out_lora_dir, number)
+        if number in later:
+            found.append(_to_be_taught(later[number], settings))
+        elif not holds_nothing(folder):
+            try:
+                manifest = read_manifest(folder, number)
+            except DamagedFile:
+                unclear = True  # the lineage says so
+                continue
+            problems += _changed(manifest, folder, number, settings)
+            unclear |= manifest is not None and manifest["status"] != "complete"
+            found += [_taught(number, manifest, settings)] if manifest is not None else []
+    if not found and not problems and not unclear:
+        there = paths.stage_folder(settings.out_lora_dir, settings.stage - 1)
+        remedy = f"train it with {settings.command(stage=settings.stage - 1)}, or set SFT_REPLAY=0"
+        problems = [f"{_given(settings)}: there is no earlier stage whose rows could come again ({there}); {remedy}"]
+    if problems:
+        raise Problems(problems)
+    return [each for each in found if each.sources]
+
+
+def _given(settings: Settings) -> str:
+    return f"SFT_REPLAY={settings.replay:g}"
+
+
+def _drawing(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """These settings, but drawing rows by the values of another stage: {attribute: value}."""
+    return settings.model_copy(update=dict(values))
+
+
+def _to_be_taught(other: Settings, settings: Settings) -> Taught:
+    values = {name: getattr(other, name) for name in map(_attribute, _DRAWING)}
+    return Taught(other.stage, other.sources, _drawing(settings, values | _split_off(other.eval_dataset)))
+
+
+def _attribute(name: str) -> str:
+    return name.removeprefix("SFT_").lower()
+
+
+def _split_off(evaluated: Any) -> dict[str, float]:
+    """Where a stage has validation rows of their own, none are split off its sources."""
+    return {"val_ratio": 0.0} if evaluated else {}
+
+
+def _taught(number: int, manifest: Mapping[str, Any], settings: Settings) -> Taught:
+    recorded, fields = manifest["settings"], Settings.model_fields
+    attributes = {name: _attribute(name) for name in _DRAWING}
+    values = {
+        attribute: recorded[name]["value"] if name in recorded else fields[attribute].default
+        for name, attribute in attributes.items()
+    }
+    evaluated = recorded.get("SFT_EVAL_DATASET", {}).get("value")
+    sources = tuple(Source(**each) for each, _ in _trained_on(manifest))
+    return Taught(number, sources, _drawing(settings, values | _split_off(evaluated)))
+
+
+def _trained_on(manifest: Mapping[str, Any]) -> "Iterator[tuple[Mapping[str, Any], str]]":
+    """The sources of a manifest that rows were read from, as its settings name them, and their fingerprints. One that
+    could not be loaded then has no rows, or no fingerprint."""
+    named = recorded_sources(manifest)
+    records = manifest["sources"]
+    counted = [record.get("rows") for record in records] if len(records) == len(named) else [None] * len(named)
+    for each, rows, found in zip(named, counted, recorded_prints(named, records), strict=True):
+        if found is not None and rows != 0:
+            yield each, found
+
+
+def _changed(manifest: Mapping[str, Any] | None, folder: Path, number: int, settings: Settings) -> list[str]:
+    """What is wrong with the data of an earlier stage now."""
+    given, off = _given(settings), "or set SFT_REPLAY=0"
+    if manifest is None:
+        what = f"nothing says what stage {number} was trained on: {folder} has no {paths.MANIFEST}"
+        return [f"{given}: {what}; {settings.command('--fresh', stage=number)} trains it again, {off}"]
+    problems = []
+    for each, before in _trained_on(manifest):
+        now = source_fingerprint(Source(**each))
+        what = f"stage {number} was trained on {each['id']}"
+        if now is None:
+            problems.append(f"{given}: {what}, which is gone; bring it back, {off}")
+        elif not is_same(before, now):
+            again = f"train the stage again with {settings.command('--fresh', stage=number)}"
+            contents = f"{short(before)} → {short(now)}"
+            problems.append(
+                f"{given}: {what}, whose content has changed since ({contents}); bring back what it was, {again}, {off}"
+            )
+    return problems
