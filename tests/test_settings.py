@@ -57,7 +57,7 @@ def test_defaults_are_those_of_the_contract():
         "lora_rslora": False, "lora_dora": False, "merge_dtype": None, "strict": False, "dataset_split": "train",
         "dataset_mix": (), "dataset_mix_total_size": -1, "eval_dataset": (), "val_ratio": 0.05, "max_seq_len": 2048,
         "overlong": "drop", "packing": False, "train_on_prompt": False, "shuffle": "mix",
-        "deduplicate": False, "num_proc": None,
+        "deduplicate": False, "replay": 0.0, "num_proc": None,
         "use_upsampling": False, "upsample_rules": {}, "mask_cot": False, "template_options": {}, "train_turns": "all",
         "output_markers": ("Output:", "OUTPUT:", "Final:", "Answer:", "Result:", "Response:"),
         "output_learn_mode": "after_marker", "masked_loss": "none", "masked_loss_unit": "path_edge",

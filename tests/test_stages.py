@@ -574,7 +574,7 @@ def test_the_manifest_has_the_contracts_keys_from_begin_to_end(tmp_path):
         "adapter_sha256 versions mlflow_run_id started finished"
     ).split()
     assert set(contract) <= set(begun) == set(ended)
-    assert set(begun) - set(contract) == {"inputs", "digest"}
+    assert set(begun) - set(contract) == {"digest", "inputs", "replay"}
     assert (begun["status"], begun["finished"], begun["adapter_sha256"]) == ("running", None, None)
     assert (ended["status"], ended["adapter_sha256"], ended["steps"]) == ("complete", ADAPTER_1, 3)
     assert begun["settings"]["SFT_LORA_R"] == {"value": 16, "origin": "default"}
