@@ -135,6 +135,7 @@ def test_axolotls_defaults_are_written_out():
         ("lora_target_linear: true", "SFT_LORA_TARGET_MODULES", "all-linear"),
         ("bf16: auto", "SFT_DTYPE", "auto"),
         ("{bf16: false, fp16: true}", "SFT_DTYPE", "float16"),
+        ("lora_modules_to_save: [lm_head, embed_tokens]", "SFT_LORA_MODULES_TO_SAVE", "lm_head,embed_tokens"),
         ("chat_template: chatml", "SFT_CHAT_TEMPLATE", "chatml"),
         ("gradient_checkpointing: offload", "SFT_GRADIENT_CHECKPOINTING", "1"),
         ("val_set_size: 0.1", "SFT_VAL_RATIO", "0.1"),
@@ -183,6 +184,7 @@ def test_what_has_no_line_has_a_reason(text, key, part):
         ("base_model: m\ndatasets: [{path: json, data_files: [1]}]\n", "datasets: is no list of data sets"),
         ("base_model: m\ndatasets: [{path: d}]\nplugins: a.b\n", "plugins: a.b is no list of names"),
         ("base_model: m\ndatasets: [{path: d}]\nlora_target_modules: [1]\n", "lora_target_modules: [1] is no list"),
+        ("base_model: m\ndatasets: [{path: d}]\nlora_modules_to_save: a\n", "lora_modules_to_save: a is no list"),
     ],
 )
 def test_a_bad_file_is_named_and_nothing_is_printed(tmp_path, text, message):

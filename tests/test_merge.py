@@ -91,6 +91,10 @@ CASES = {
     ),
     "dora": (LLAMA, {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "use_dora": True}),
     "saved in full": (LLAMA, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "saved as one, tied": (
+        QWEN3,
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"], "ensure_weight_tying": True},
+    ),
     "qwen3, tied": (QWEN3, {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}),
     "gpt2": (GPT2, {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "gpt2 dora": (GPT2, {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], "use_dora": True}),
@@ -201,6 +205,23 @@ def test_rounding_loss_is_the_share_of_the_update_that_rounding_took(tmp_path):
     lost = elements["k_proj"] * 2**-16
     assert record.rounding_loss == pytest.approx((lost / (lost + elements["q_proj"] * 2**-14)) ** 0.5)
     assert record.tensors_changed == 2
+
+
+def test_rounding_loss_of_what_was_trained_in_full_is_a_share_of_what_it_learnt(tmp_path):
+    """A head moved by 2^-7 in half its rows, which bfloat16 holds, and by 2^-8 in the others, which it does not: 1 / 5
+    of the squared update is lost; and half of its update is no half of its weights, which are 1."""
+    base = make_base(LLAMA, tmp_path / "base", "float32")
+    for shard in base.glob("*.safetensors"):
+        ones = {name: torch.ones_like(tensor).bfloat16() for name, tensor in load_file(shard).items()}
+        save_file(ones, shard, metadata={"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", r=1, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    path = adapter / "adapter_model.safetensors"
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}
+    rows = torch.tensor([1 + 2**-7, 1 + 2**-8]).repeat(48)[:, None]
+    save_file(tensors | {"base_model.model.lm_head.weight": rows.expand(96, 48).contiguous()}, path)
+    record = merge(base, [adapter], tmp_path / "merged")
+    assert record.rounding_loss == pytest.approx((1 / 5) ** 0.5)
+    assert record.tensors_changed == 1
 
 
 def test_experts_trained_one_by_one_reach_their_own_tensors(tmp_path):

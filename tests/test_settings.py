@@ -54,7 +54,7 @@ def test_defaults_are_those_of_the_contract():
         "load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "chat_template": None,
         "use_lora": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0,
         "lora_target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "lora_rslora": False, "lora_dora": False, "merge_dtype": None, "strict": False, "dataset_split": "train",
+        "lora_rslora": False, "lora_dora": False, "lora_modules_to_save": (), "merge_dtype": None, "strict": False, "dataset_split": "train",
         "dataset_mix": (), "dataset_mix_total_size": -1, "eval_dataset": (), "val_ratio": 0.05, "max_seq_len": 2048,
         "overlong": "drop", "packing": False, "train_on_prompt": False, "shuffle": "mix",
         "deduplicate": False, "replay": 0.0, "num_proc": None,

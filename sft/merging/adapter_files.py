@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from sft.errors import Problems, RunFailed
@@ -31,7 +32,7 @@ LORA_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{PARTS})(\.default)?(\.weight)
 SPECIAL = (
     *("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication"),
     *("lora_bias", "lora_ga_config", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora"),
-    *("velora_config", "ensure_weight_tying", "megatron_config"),
+    *("velora_config", "megatron_config"),
 )
 
 
@@ -89,7 +90,11 @@ def is_plain(adapter: Adapter) -> bool:
     """True when the adapter is LoRA or DoRA and changes nothing but weights."""
     config = adapter.config
     initialised = config.get("init_lora_weights", True) in (True, False, "gaussian")
-    return config.get("peft_type") == "LORA" and initialised and not any(config.get(name) for name in SPECIAL)
+    # Where head and embedding are saved in full, PEFT ties those; else it makes one pair of factors serve both.
+    saved = {name.rsplit(".", 1)[-1] for name in config.get("modules_to_save") or ()} & set(EMBEDDING_LAYER_NAMES)
+    tied = bool(config.get("ensure_weight_tying")) and not saved
+    plain = config.get("peft_type") == "LORA" and initialised and not tied
+    return plain and not any(config.get(name) for name in SPECIAL)
 
 
 def updates_of(adapters: Iterable[Adapter], layout: Layout) -> dict[str, list[Update]]:

@@ -39,11 +39,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write: what it starts from, where it goes, what is added."""
+    """One tensor to write: what it starts from, where it goes, what is added; `base` where the base's is another."""
 
     source: StoredTensor
     target: StoredTensor
     terms: tuple[Term, ...] = ()
+    base: StoredTensor | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -201,9 +202,11 @@ def fold(job: Job) -> Folded:
             for term in job.output.terms:
                 _add(term, job, weight=exact.view(-1, job.columns), first=first)
             rounded = _scratch.take("rounded", count, DTYPES[target.dtype]).copy_(exact)
+            base = job.output.base
+            before = read_bytes(base, element, count) if base else stored
             if first == job.first:
-                _sample(result, stored=stored[:SAMPLE], exact=exact[:SAMPLE], rounded=rounded[:SAMPLE])
-            result.changed = result.changed or not torch.equal(rounded, stored.to(rounded.dtype))
+                _sample(result, before=before[:SAMPLE], exact=exact[:SAMPLE], rounded=rounded[:SAMPLE])
+            result.changed = result.changed or not torch.equal(rounded, before.to(rounded.dtype))
             result.checksum += checksum(rounded)
             write_bytes(file.fileno(), rounded, target.start + element * rounded.itemsize)
     return result
@@ -219,9 +222,9 @@ def written(job: Job) -> int:
     return sums
 
 
-def _sample(result: Folded, *, stored: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
-    result.changed = not torch.equal(rounded, stored.to(rounded.dtype))
-    result.update = float((exact - stored.float()).square_().sum())
+def _sample(result: Folded, *, before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    result.changed = not torch.equal(rounded, before.to(rounded.dtype))
+    result.update = float((exact - before.float()).square_().sum())
     result.lost = float((rounded.float() - exact).square_().sum())
 
 

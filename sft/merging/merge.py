@@ -199,7 +199,7 @@ def _stream(
     outputs: list[tuple[Wanted, Output]] = []
     for name, tensors in wanted.items():
         spots = create_shard(partial / name, [(each.name, each.dtype, each.source.shape) for each in tensors])
-        outputs += [(w, Output(w.source, spot, w.terms)) for w, spot in zip(tensors, spots, strict=True)]
+        outputs += [(w, Output(w.source, spot, w.terms, w.base)) for w, spot in zip(tensors, spots, strict=True)]
     folded = write_all([output for _, output in outputs])
     write_index(partial, {name: read_header(partial / name) for name in wanted})
     _conclude(record, adapters, updates=updates, outputs=outputs, folded=folded)

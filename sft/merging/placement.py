@@ -4,11 +4,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sft.errors import RunFailed
 from sft.merging.adapter_files import Replacement, Update
 from sft.merging.fold import Term
 from sft.merging.layout import Layout, Place, UnknownLayout
-from sft.merging.weights import FLOATS, StoredTensor
+from sft.merging.weights import FLOATS, StoredTensor, load
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Wanted:
     source: StoredTensor
     terms: tuple[Term, ...] = ()
     adapters: frozenset[int] = frozenset()
+    base: StoredTensor | None = None
+    """The base's tensor, where an adapter's full copy takes its place."""
 
 
 def place(
@@ -30,7 +34,7 @@ def place(
     parted: dict[str, list[Wanted]] = defaultdict(list)
     for parameter, found in updates.items():
         places = _places(parameter, layout)
-        if not places:
+        if not places and not _trained_as_one(parameter, layout, updates):
             tensor = _tied_tensor(parameter, layout)
             parted[tensor.name].append(_wanted(parameter, tensor, dtype, landed=[(u, Place(parameter)) for u in found]))
         for spot in places:
@@ -68,6 +72,13 @@ def _partner(parameter: str, layout: Layout) -> str | None:
     return pairs.get(parameter)
 
 
+def _trained_as_one(parameter: str, layout: Layout, updates: Mapping[str, list[Update]]) -> bool:
+    """Whether both of a tied pair end as the same full copy: then they stay one."""
+    last = [updates[name][-1] for name in (parameter, _partner(parameter, layout)) if name and name in updates]
+    copies = [load(update.value) for update in last if isinstance(update, Replacement)]
+    return len(copies) == 2 and torch.equal(*copies)
+
+
 def _tied_tensor(parameter: str, layout: Layout) -> StoredTensor:
     """The stored tensor of the parameter this one is tied to; RunFailed when there is none."""
     partner = _partner(parameter, layout)
@@ -99,4 +110,5 @@ def _wanted(
     if landed and tensor.dtype not in FLOATS:
         raise UnknownLayout(f"{name} is stored as {tensor.dtype}")
     kind = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
-    return Wanted(name, kind, source, tuple(terms), frozenset(update.adapter for update, _ in landed))
+    adapters = frozenset(update.adapter for update, _ in landed)
+    return Wanted(name, kind, source, tuple(terms), adapters, base=None if source is tensor else tensor)

@@ -13,7 +13,7 @@ from transformers.modeling_utils import set_zero3_state
 from sft.data.sources.load import load_source
 from sft.errors import Problems
 from sft.models.model import LOAD_ERRORS, load_config, load_problem
-from sft.models.targets import target_notes, target_problems, targets_of
+from sft.models.targets import adapter_problems, target_notes
 
 if TYPE_CHECKING:
     import datasets
@@ -60,7 +60,7 @@ def model_problems(settings: Settings) -> list[str]:
             "answer would be seen before it is given; name a model that continues text"
         ]
     found = [*attention_problems(config, settings), *position_problems(model, settings)]
-    return [*found, *target_problems(targets_of(model), settings, type(model).__name__)]
+    return [*found, *adapter_problems(model, settings)]
 
 
 def model_notes(settings: Settings) -> list[str]:

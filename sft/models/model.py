@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from sft.data.labels.template import chat_template_for
 from sft.distributed.launch import launched
 from sft.errors import Problems
+from sft.models.saved import keep_saved_exact
 from sft.settings.rules import NO_FOLDER, is_missing_folder
 
 if TYPE_CHECKING:
@@ -64,10 +65,12 @@ def weight_dtype(settings: Settings) -> torch.dtype:
 
 
 def keep_adapters_exact(model: torch.nn.Module) -> None:
-    """Adapters in float32 again: TRL has those of quantised models in bfloat16, where small updates vanish."""
+    """Adapters in float32 again: TRL has those of quantised models in bfloat16, where small updates vanish. Modules
+    trained in full beside them likewise."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" in name:
             parameter.data = parameter.data.float()
+    keep_saved_exact(model)
 
 
 def load_problem(what: str, name: str, error: Exception) -> Problems:
@@ -221,7 +224,9 @@ def trained_modules(model: torch.nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts = [
-                part for part in name.split(".") if not part.startswith("lora_") and part not in ("default", "weight")
+                part
+                for part in name.split(".")
+                if not part.startswith("lora_") and part not in ("default", "modules_to_save", "weight", "bias")
             ]
             kind = "experts" if "experts" in parts else parts[-1]
             counts[kind] = counts.get(kind, 0) + parameter.numel()

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from sft.errors import Problems
+from sft.models.saved import is_named, saved_keywords, saved_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ class Targets:
 
 
 def _any(target: str, names: tuple[str, ...]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for name in names)
+    return any(is_named(name, target) for name in names)
 
 
 def targets_of(model: PreTrainedModel) -> Targets:
@@ -102,7 +103,7 @@ def adapter_config(model: PreTrainedModel, settings: Settings) -> LoraConfig | N
     if not settings.use_lora:
         return None
     offered = targets_of(model)
-    if problems := list(target_problems(offered, settings, type(model).__name__)):
+    if problems := adapter_problems(model, settings):
         raise Problems(problems)
     targets: list[str] = list(settings.lora_target_modules)
     keywords: dict[str, Any] = {"target_modules": "all-linear" if targets == ["all-linear"] else targets}
@@ -120,6 +121,7 @@ def adapter_config(model: PreTrainedModel, settings: Settings) -> LoraConfig | N
         use_rslora=settings.lora_rslora,
         use_dora=settings.lora_dora,
         **keywords,
+        **saved_keywords(model, settings, offered.towers),
     )
 
 
@@ -136,6 +138,15 @@ def _expert_targets(offered: Targets, targets: list[str], settings: Settings) ->
         twice = {"rank_pattern": 2 * settings.lora_r, "alpha_pattern": 2 * settings.lora_alpha}
         keywords |= {name: {r".*\.experts\.gate_up_proj": value} for name, value in twice.items()}
     return keywords
+
+
+def adapter_problems(model: PreTrainedModel, settings: Settings) -> list[str]:
+    """What is wrong with the names of targets and of modules trained in full."""
+    offered, targets = targets_of(model), settings.lora_target_modules
+    in_full = saved_problems(
+        model, settings, towers=offered.towers, targets=lambda name: any(is_named(name, each) for each in targets)
+    )
+    return [*target_problems(offered, settings, type(model).__name__), *in_full]
 
 
 def target_problems(offered: Targets, settings: Settings, kind: str) -> Iterator[str]:

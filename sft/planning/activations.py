@@ -25,6 +25,7 @@ from sft.models.experts import route_experts
 from sft.models.fitness import blank
 from sft.models.isolation import expected_isolation
 from sft.models.model import casts_left_to_autocast, lora_layers, weight_dtype
+from sft.models.saved import keep_saved_exact
 from sft.models.stand_in import shortened
 from sft.models.targets import adapter_config
 from sft.training.loss import token_cross_entropy
@@ -138,6 +139,7 @@ def with_adapter(bare: PreTrainedModel, settings: Settings) -> torch.nn.Module:
         warnings.simplefilter("ignore")
         # Where weights have no memory, the adapter needs none either: filling it in takes seconds.
         model = get_peft_model(bare, adapter, low_cpu_mem_usage=next(bare.parameters()).is_meta)
+    keep_saved_exact(model)
     route_experts(model)
     return model
 

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 import torch
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sft.distributed.launch import Launched, launched
 from sft.errors import RunFailed
 from sft.models.model import compute_dtype
+from sft.models.saved import quantised_layers
 from sft.planning.activations import BatchShape, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
 from sft.planning.document import MEMORY
 from sft.planning.kv_cache import AnswerBatch, cache_bytes, largest_answers
@@ -174,16 +172,12 @@ def parameter_bytes(config: PretrainedConfig, settings: Settings) -> Parameters:
 
 
 def _quantised(bare: PreTrainedModel, settings: Settings) -> Iterator[tuple[torch.nn.Parameter, float]]:
-    """Parameters that bitsandbytes quantises, with their bytes per weight: linear layers, not embeddings, norms, the
-    output head or experts kept in one tensor."""
+    """Parameters that bitsandbytes quantises, with their bytes per weight."""
     if not settings.load_in_4bit and not settings.load_in_8bit:
         return
     four = _NF4_DOUBLE if settings.bnb_4bit_use_double_quant else _NF4
-    kept = get_keys_to_not_convert(bare)
-    linear = {id(m.weight) for m in bare.modules() if type(m) is torch.nn.Linear or isinstance(m, Conv1D)}
-    for name, parameter in bare.named_parameters():
-        if id(parameter) in linear and should_convert_module(name.removesuffix(".weight"), kept):
-            yield parameter, _INT8 if settings.load_in_8bit else four
+    for _, weight in quantised_layers(bare):
+        yield weight, _INT8 if settings.load_in_8bit else four
 
 
 def optimizer_bytes(parameters: Parameters, settings: Settings, launch: Launched) -> int:

@@ -67,7 +67,7 @@ def _mistakes(config: Config) -> Iterator[str]:
     for key in ("datasets", "test_datasets", "datasets_eval"):
         if not _is_list_of_sources(config.get(key) or []):
             yield f"{key}: is no list of data sets; write [{{path: rows.jsonl}}], names and files as text"
-    for key in ("plugins", "lora_target_modules"):
+    for key in ("plugins", "lora_target_modules", "lora_modules_to_save"):
         value = config.get(key) or []
         if not (_are_texts(value) or (key == "lora_target_modules" and isinstance(value, str))):
             yield f"{key}: {printable(value)} is no list of names; write [a, b]"
@@ -125,6 +125,12 @@ def _targets(translation: Translation, value: Any, config: Config) -> None:
     del config
     if value:
         translation.values["SFT_LORA_TARGET_MODULES"] = value if isinstance(value, str) else ",".join(value)
+
+
+def _saved(translation: Translation, value: Any, config: Config) -> None:
+    del config
+    if value:
+        translation.values["SFT_LORA_MODULES_TO_SAVE"] = ",".join(value)
 
 
 def _linear(translation: Translation, value: Any, config: Config) -> None:
@@ -249,6 +255,7 @@ SPECIAL: dict[str, Callable[[Translation, Any, Config], None]] = {
     "bf16": _precision,
     "adapter": _adapter,
     "lora_target_modules": _targets,
+    "lora_modules_to_save": _saved,
     "lora_target_linear": _linear,
     "datasets": _datasets,
     "test_datasets": _evaluation,

@@ -63,7 +63,6 @@ REASONS = {
     "fp16": "SFT_DTYPE names the number format",
     "lora_fan_in_fan_out": "peft sets it by the kind of layer",
     "lora_target_linear": "SFT_LORA_TARGET_MODULES lists the layers; all-linear is its other value",
-    "lora_modules_to_save": "only adapters are trained; SFT_USE_LORA=0 trains every weight",
     "lora_on_cpu": "merging is done on the CPU in float32, shard by shard",
     "qlora_sharded_model_loading": "the launch file decides how weights are shared out",
     "pad_to_sequence_len": "rows are joined without padding, so there is nothing to pad",

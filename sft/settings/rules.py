@@ -94,6 +94,9 @@ def _weight_rules(settings: Any) -> Iterator[Conflict]:
             yield Conflict((name, "SFT_USE_LORA"), text)
         if quantised and find_spec("bitsandbytes") is None:
             yield Conflict((name,), "bitsandbytes is not installed; pip install bitsandbytes, or do not quantise")
+    if settings.lora_modules_to_save and not settings.use_lora:
+        text = "SFT_USE_LORA=0 trains every module in full; leave it out, or set SFT_USE_LORA=1"
+        yield Conflict(("SFT_LORA_MODULES_TO_SAVE", "SFT_USE_LORA"), text)
     if settings.dtype == "float16" and not settings.use_lora:
         text = "weights trained themselves overflow in float16; take bfloat16 or float32, or set SFT_USE_LORA=1"
         yield Conflict(("SFT_DTYPE", "SFT_USE_LORA"), text)

@@ -85,6 +85,11 @@ class Settings(BaseModel):
     )
     lora_rslora: Switch = setting(False, "Scale the adapter by alpha / sqrt(r) (rank-stabilised LoRA).")
     lora_dora: Switch = setting(False, "Train magnitude and direction apart (DoRA).")
+    lora_modules_to_save: Names = setting(
+        (),
+        "Modules trained in full and kept with the adapter (lm_head,embed_tokens): a comma list of name endings; a tied"
+        " head and embedding are one matrix, whichever is named.",
+    )
 
     out_lora_dir: Annotated[Path, BeforeValidator(values.expand), AfterValidator(values.check_folder_name)] = setting(
         ..., "Where results go: stage N writes to this path followed by _stageN."

@@ -1,4 +1,4 @@
-"""Whether an adapter that was written holds what was trained: no part of it is still the 0.0 that it began with."""
+"""Whether an adapter that was written holds what was trained: no part of it is still what it began as."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from safetensors import safe_open
 from transformers import TrainerCallback
 
 from sft.errors import RunFailed
+from sft.models.saved import saved_in_full
 from sft.stages.paths import ADAPTER
 
 LOOKS = 8  # steps whose gradients are looked at: a parameter that learns anything has one by then
 FEWEST_STEPS = 4  # with fewer nothing is judged
 _PART = ".lora_B."  # begins as 0.0; lora_A and the factors of embeddings don't
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.", "module.", ".default")
+_SAVED = ".modules_to_save."
+_WRAPPERS = (
+    "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.", "module.", ".modules_to_save", ".default",
+)  # fmt: skip
 
 Rows = Mapping[str, torch.Tensor]
 
 
 class GradientRows(TrainerCallback):
-    """Which rows of each lora_B had a gradient (finite, not 0, at a rate above 0) in the first steps of this process.
+    """Which rows of each lora_B, and of matrices trained in full beside them, had a gradient (finite, not 0, at a rate
+    above 0) in the first steps of this process.
 
     Under FSDP each rank sees its own rows, the main process the first ones; under DeepSpeed, whose gradients are gone
     by then, none.
@@ -37,14 +42,25 @@ class GradientRows(TrainerCallback):
             return
         self.looks += 1
         for name, parameter in kwargs["model"].named_parameters():
-            if _PART in name and parameter.grad is not None and parameter.grad.ndim > 1:
+            watched = _PART in name or _SAVED in name
+            if watched and parameter.grad is not None and parameter.grad.ndim > 1:
                 gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
                 found = (gradient.isfinite() & (gradient != 0)).flatten(1).any(dim=1)
                 self.rows[name] = found | self.rows[name] if name in self.rows else found
 
 
-def require_moved(folder: Path, gradients: Rows, *, step: int, ranks: int) -> None:
-    """The adapter in a folder, if there is one, after `step` steps of `ranks` processes.
+def beginnings(model: torch.nn.Module) -> Rows:
+    """What the matrices that are trained in full began as, by name; not those that are split over processes."""
+    return {
+        f"{_plain(name)}.{part}": parameter.detach()
+        for name, (_, original) in saved_in_full(model).items()
+        for part, parameter in original.named_parameters()
+        if parameter.ndim > 1 and not hasattr(parameter, "device_mesh")
+    }
+
+
+def require_moved(folder: Path, gradients: Rows, *, step: int, ranks: int, began: Rows | None = None) -> None:
+    """The adapter in a folder, if there is one, after `step` steps of `ranks` processes. `began`: `beginnings`.
 
     A row of lora_B that had a gradient at a rate above 0 has moved, whatever the optimizer, and exactly 0.0 again
     happens to a number, not to a matrix. So a lora_B, or one rank's contiguous share of its rows, that is 0.0
@@ -60,24 +76,28 @@ def require_moved(folder: Path, gradients: Rows, *, step: int, ranks: int) -> No
         return
     seen = {_plain(name): rows.cpu() for name, rows in gradients.items()}
     partial, moved = [], 0
-    for name, weight in _factors(folder / ADAPTER):
-        shares = torch.arange(len(weight)).chunk(ranks)
-        still = [share for share in shares if not weight[share].any()]
+    for name, changed in _changes(folder / ADAPTER, began or {}):
+        shares = torch.arange(len(changed)).chunk(ranks)
+        still = [share for share in shares if not changed[share].any()]
         for share in still:
             if _had_gradient(seen.get(_plain(name)), share):
-                raise _unmoved(name, share, len(weight), step=step, why="although they had a gradient")
-        moved += len(still) < len(shares)
-        partial += [(name, still[0], len(weight))] if 0 < len(still) < len(shares) else []
+                raise _unmoved(name, share, len(changed), step=step, why="although they had a gradient")
+        if _PART in name:  # rows of an embedding whose tokens don't occur stay as they are
+            moved += len(still) < len(shares)
+            partial += [(name, still[0], len(changed))] if 0 < len(still) < len(shares) else []
     if ranks > 1 and 2 * len(partial) > moved:
         why = f"as is a rank's share in {len(partial)} of {moved} matrices"
         raise _unmoved(*partial[0], step=step, why=why)
 
 
-def _factors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _changes(path: Path, began: Rows) -> Iterator[tuple[str, torch.Tensor]]:
+    """Which numbers of each matrix are another than at the beginning."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - no mapping, it can't be iterated
             if _PART in name:
-                yield name, file.get_tensor(name)
+                yield name, file.get_tensor(name) != 0
+            elif (before := began.get(_plain(name))) is not None:
+                yield name, file.get_tensor(name) != before.cpu()
 
 
 def _plain(name: str) -> str:
@@ -92,8 +112,9 @@ def _had_gradient(rows: torch.Tensor | None, share: torch.Tensor) -> bool:
 
 def _unmoved(name: str, share: torch.Tensor, rows: int, *, step: int, why: str) -> RunFailed:
     where = "all rows" if len(share) == rows else f"rows {int(share[0])} to {int(share[-1])} of {rows}"
+    what = "0.0" if _PART in name else "what they were at first"
     return RunFailed(
-        f"{name}: {where} are exactly 0.0 after step {step}, {why}: what was saved is not what was trained, and the "
+        f"{name}: {where} are exactly {what} after step {step}, {why}: what was saved is not what was trained, and the "
         "stage is not complete. Train it on one process, or with another accelerate configuration, with --fresh; "
         "please report this with the versions of peft and accelerate."
     )

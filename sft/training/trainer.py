@@ -46,7 +46,7 @@ from sft.training.loss import (
     source_losses,
     token_cross_entropy,
 )
-from sft.training.movement import GradientRows, require_moved
+from sft.training.movement import GradientRows, beginnings, require_moved
 from sft.training.noise import RowNoise
 from sft.training.progress import AtStart
 from sft.training.results import STAGING, best_model_record, published_together
@@ -310,7 +310,8 @@ class StagedTrainer(SFTTrainer):
         if self.args.should_save:
             try:
                 rows, step = self.gradient_rows.rows, self.state.global_step
-                require_moved(folder, rows, step=step, ranks=self.args.world_size)
+                began = beginnings(self.model)
+                require_moved(folder, rows, step=step, ranks=self.args.world_size, began=began)
             except RunFailed as error:
                 failure = str(error)
         if ranks.any_rank(bool(failure)):
