@@ -28,6 +28,7 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         from sft.planning.disk import require_space
         from sft.planning.refusals import require_ready
         from sft.reporting.recording import tracked
+        from sft.stages.safety_copy import kept_safe
 
         require_ready(settings)  # what --check lists as well
         tokenizer = load_tokenizer(settings)
@@ -40,8 +41,8 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         base = merge_parents(stage)  # published and verified, or the base model itself
         earlier = run.score_earlier_models(stage, evaluation)
         model = load_verified(stage, base)
-        with tracked(stage, mix) as tracker:
-            trainer = run.build_trainer(stage, model, tokenizer, mix, evaluation, tracker)
+        with tracked(stage, mix) as tracker, kept_safe(stage) as copy:
+            trainer = run.build_trainer(stage, model, tokenizer, mix, evaluation, tracker, copy)
             run.train(stage, trainer)
             run.finish(stage, trainer, mix, evaluation, earlier, tracker)
 

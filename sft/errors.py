@@ -51,3 +51,12 @@ def plainly(text: str) -> str:
     pickle that could run code."""
     refused = "a pickled file holds more than tensors and could run code, so it is not loaded; take safetensors instead"
     return hide_secrets(_UNSAFE_ADVICE.sub("", _REFUSED_PICKLE.sub(refused, text)))
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: its own errors, the system's, those of a name it does not like, and those of the
+    HTTP library under it, which changed with its versions 1 and 2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    below = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (HfHubHTTPError, *below, OSError, ValueError)

@@ -34,7 +34,7 @@ from sft.stages.taught import taught_before
 from sft.storage import json_files
 from sft.training.arguments import training_arguments
 from sft.training.batches import TrainingRows, packs_of
-from sft.training.progress import AtStart, Metrics, Readable
+from sft.training.progress import AtSave, AtStart, Metrics, Readable
 from sft.training.results import parameter_counts, training_config, write_result
 from sft.training.trainer import StagedTrainer
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sft.reporting.tracker import Tracker
     from sft.scoring.forgetting import Matrix
     from sft.settings import Settings
+    from sft.stages.safety_copy import SafetyCopy
     from sft.stages.stage import Stage
     from sft.training.trainer import Measure
 
@@ -131,6 +132,7 @@ def build_trainer(
     mix: Mix,
     evaluation: GenerationEvaluation | None,
     tracker: Tracker | None,
+    copy: SafetyCopy | None = None,
 ) -> StagedTrainer:
     """The trainer with its data, adapter and records; says what will be trained."""
     settings, record = stage.settings, RunRecord(stage, tracker)
@@ -162,6 +164,8 @@ def build_trainer(
     )
     trainer.add_callback(Metrics(record.metrics))
     trainer.add_callback(Readable())
+    if copy:
+        trainer.add_callback(AtSave(copy.send))
     if launched().splits_weights and stage.checkpoint is None:
         trainer.add_callback(AtStart(lambda model: verify_merged(stage, model)))  # its adapter does nothing yet
     if settings.general_eval and stage.checkpoint is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sft.errors import Problems, RunFailed
+from sft.errors import Problems, RunFailed, hub_errors
 from sft.settings.rules import is_missing_folder
 
 DTYPES = {
@@ -181,7 +181,6 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
     if is_missing_folder(base):
         raise Problems([f"SFT_BASE_MODEL={base}: there is no such folder; put the model there again"])
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         snapshot = Path(
@@ -191,7 +190,7 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
         )
         if not list(snapshot.glob("*.safetensors")):
             snapshot = Path(snapshot_download(base, revision=revision, allow_patterns=[*TEXTS, "pytorch_model*.bin"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "put a model folder there, or check the hub id, the network and the token"
         raise Problems(

@@ -14,6 +14,7 @@ from sft.settings import Settings
 from sft.settings.rules import warmup_remark
 from sft.stages.launch_checks import resume_problems
 from sft.stages.paths import stage_folder
+from sft.stages.safety_copy import restorable
 from sft.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def add_lineage(plan: Plan, *, fresh: bool, ladder: Sequence[Settings]) -> Stage
     texts = tuple(f"Previous stage adapter not found at {folder}," for folder in folders)
     problems = [text for text in stage.problems if not any(later in text for later in texts)] + resume_problems(stage)
     plan.document.add_problems(problems)
+    plan.notes += plan.attempt(restorable, settings, fresh=fresh) or []
     plan.notes += [text for text in stage.warnings if not any(later in text for later in texts)]
     plan.document.lineage = Lineage(
         decision="refuse" if problems else "fresh" if stage.problems else stage.decision,

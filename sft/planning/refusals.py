@@ -25,6 +25,7 @@ from sft.models.fitness import blank, model_problems
 from sft.models.model import LOAD_ERRORS, OTHER_SIZES, lacking, load_config, load_problem, unfit
 from sft.planning.machine import machine_problems
 from sft.stages.launch_checks import launch_problems
+from sft.stages.safety_copy import mirror_problems
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,6 +53,7 @@ def refusals(settings: Settings) -> list[str]:
     return [
         *machine_problems(),
         *launch_problems(settings),
+        *mirror_problems(settings),
         *cache_problems(settings),
         *damaged,
         *(unfit or fit),

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from sft.errors import Problems, RunFailed
+from sft.errors import Problems, RunFailed, hub_errors
 from sft.merging.merge import Ingredients, MergeRecord, merge
 from sft.merging.parents import with_adapters
 from sft.merging.probe import judge, precision, probe_ids, probe_logits, shows_adapter, verdict, verify
@@ -245,7 +245,7 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
     try:
         repository = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository.repo_id, ignore_patterns=KEPT_HERE)
-    except (HfHubHTTPError, OSError) as error:
+    except hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunFailed(
             f"The upload to {name} failed: {reason}. The model is complete in {folder}; try again."

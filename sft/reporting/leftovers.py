@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sft.distributed.launch import launched
 from sft.stages import paths
+from sft.stages.safety_copy import copy_finished
 from sft.storage.json_files import read_object
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def look_after(stage: Stage) -> None:
         from sft.reporting.report import write_report
 
         write_report(stage.folder, stage.settings.report_language)
+    copy_finished(stage)
     left_open = stage.folder / paths.OPEN_RUN
     if left_open.is_file():
         from sft.reporting.tracker import end_run

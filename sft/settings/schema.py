@@ -230,6 +230,12 @@ class Settings(BaseModel):
         "auto", "Language of the reports' fixed texts: en, ja, or auto, which follows the locale (LC_ALL, LANG)."
     )
 
+    mirror: Annotated[PathText, AfterValidator(values.check_mirror)] | None = setting(
+        None,
+        "Where a safety copy of checkpoints and results goes, and a lost stage comes back from: a folder on another "
+        "disk, or hf://USER/REPO.",
+    )
+
     @property
     def sources(self) -> tuple[Source, ...]:
         """The training data sets: the mix, else the one of SFT_DATASET_ID."""

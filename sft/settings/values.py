@@ -94,6 +94,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def check_mirror(value: str) -> str:
+    """A folder's path, or hf://USER/REPO."""
+    if value.startswith("hf://"):
+        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+", value):
+            raise ValueError("is no repository of the hub; write hf://USER/REPO")
+    elif "://" in value:
+        raise ValueError("is no place for a copy; write a folder, or hf://USER/REPO")
+    return value
+
+
 def parse_switch(value: Any) -> Any:
     """A boolean from 1/0/true/false/yes/no."""
     if not isinstance(value, str):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.data.sources.files import SourceError, files_of_folder, files_of_pattern, has_kind, is_pattern
+from sft.errors import hub_errors
 from sft.storage.seals import content_fingerprint, files_fingerprint, sha256
 
 if TYPE_CHECKING:
@@ -62,12 +63,11 @@ def _data_commit(name: str, revision: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     if not constants.is_offline_mode():
         try:
             return HfApi().dataset_info(name, revision=revision, timeout=10).sha or revision
-        except (HfHubHTTPError, OSError, ValueError):
+        except hub_errors():
             pass  # loading it says why; what the cache holds is what would be read
     known = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs" / revision
     return known.read_text(encoding="utf-8").strip() if known.is_file() else revision

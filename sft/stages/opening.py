@@ -12,6 +12,7 @@ from sft.errors import Problems
 from sft.settings import Settings
 from sft.stages.launch_checks import launch_problems, resume_problems
 from sft.stages.paths import lock_path
+from sft.stages.safety_copy import mirror_problems, restore
 from sft.stages.stage import Stage
 
 
@@ -28,11 +29,19 @@ def open_stage(settings: Settings, *, fresh: bool) -> Stage:
     if problems := launch_problems(settings):
         raise Problems(problems)
     alone = launched().processes == 1
-    stage = Stage.open(settings, fresh=fresh, processes=1) if alone else _open_together(settings, fresh=fresh)
+    stage = _restored_and_open(settings, fresh=fresh, processes=1) if alone else _open_together(settings, fresh=fresh)
     if problems := resume_problems(stage):
         stage.close()
         raise Problems(problems)
     return stage
+
+
+def _restored_and_open(settings: Settings, *, fresh: bool, processes: int) -> Stage:
+    if problems := mirror_problems(settings):
+        raise Problems(problems)
+    for sentence in restore(settings, fresh=fresh):
+        print(sentence, flush=True)
+    return Stage.open(settings, fresh=fresh, processes=processes)
 
 
 def _open_together(settings: Settings, *, fresh: bool) -> Stage:
@@ -42,7 +51,7 @@ def _open_together(settings: Settings, *, fresh: bool) -> Stage:
     state = ranks.join_processes()
     what = f"the main process to open stage {settings.stage}"
     if state.is_main_process:
-        stage = Stage.open(settings, fresh=fresh, processes=state.num_processes)
+        stage = _restored_and_open(settings, fresh=fresh, processes=state.num_processes)
         ranks.from_main(_findings(stage), what)
     else:
         found = ranks.from_main(None, what)

@@ -68,6 +68,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content; it appears at `target` whole or not at all. Missing folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.partial-{os.getpid()}-{next(_writes)}")
+    try:
+        shutil.copyfile(source, aside)
+        sync(aside)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file by utf-8 text in one step."""
     write_bytes(path, text.encode("utf-8"))

@@ -14,7 +14,7 @@ from sft.storage.json_files import DamagedFile, read_json, write_json
 MARK = "COMPLETE.json"
 
 
-def _listing(folder: Path) -> dict[str, Path]:
+def listing(folder: Path) -> dict[str, Path]:
     """Files below the folder by their name in it, sorted, without hidden files and unfinished work."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: found[name] for name in sorted(found) if not name.startswith(".") and "/." not in name}
@@ -28,7 +28,7 @@ def content_fingerprint(path: Path) -> str:
     if path.is_file():
         return f"sha256:{sha256(path)}"
     cache = re.compile(r"(^|/)cache-[^/]*\.arrow$")
-    return files_fingerprint({name: each for name, each in _listing(path).items() if not cache.search(name)})
+    return files_fingerprint({name: each for name, each in listing(path).items() if not cache.search(name)})
 
 
 def files_fingerprint(files: Mapping[str, Path]) -> str:
@@ -44,7 +44,7 @@ def seal(folder: Path, *, digest: str = "sha256", only: str = "", among: tuple[s
     """
     listed = read_json(folder / MARK) if only else {}
     sync_tree(folder)
-    files = {n: p for n, p in _listing(folder).items() if n.startswith(among) and n != MARK and only in ("", n)}
+    files = {n: p for n, p in listing(folder).items() if n.startswith(among) and n != MARK and only in ("", n)}
     records = {name: {"size": p.stat().st_size, digest: DIGESTS[digest](p)} for name, p in files.items()}
     write_json(folder / MARK, listed | records)
 

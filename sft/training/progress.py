@@ -20,6 +20,17 @@ class AtStart(TrainerCallback):
         self.action(kwargs["model"])
 
 
+class AtSave(TrainerCallback):
+    """Calls `action` on the main process when a checkpoint stands under its name."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.action()
+
+
 class Metrics(TrainerCallback):
     """Hands every metric that is logged to `record`, on the main process alone: the one door from training to
     metrics.jsonl, the tracker and the report. Adds the tokens trained on and the speed."""
