@@ -73,7 +73,7 @@ def test_defaults_are_those_of_the_contract():
         "gen_eval_dataset": (), "gen_eval_samples": 64, "gen_max_new_tokens": 512, "gen_batch_size": 8,
         "num_generate_samples": 5, "forgetting_margin": 0.05, "report_language": "auto",
         "mlflow_experiment_name": "llm-training-stage1",
-        "report_to": ("mlflow",), "run_name": None,
+        "report_to": ("mlflow",), "run_name": None, "mirror": None,
         "extraction_fields": (
             "person_name", "person_age_at_published", "person_position_name", "person_belongs_company",
             "person_address", "person_violated_law", "occured_locations", "police_departments",

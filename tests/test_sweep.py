@@ -57,6 +57,7 @@ def wrong_texts(name: str) -> list[str]:
     texts += ["[", "[1]", '[{"id": "a", "wieght": 2}]'] if "parse_id_or_mix" in parsers else []
     texts += [","] if "parse_names" in parsers else []
     texts += ["$SFT_NOT_SET/x"] if "expand" in parsers else []
+    texts += ["hf://me", "s3://bucket/x"] if "check_mirror" in parsers else []
     return texts
 
 

@@ -137,14 +137,13 @@ def kept_safe(stage: Stage) -> Iterator[SafetyCopy | None]:
         yield None
         return
     copy = _copy_of(stage, afresh=stage.decision == "fresh")
+    seconds = SECONDS_AFTER_STOP
     try:
         yield copy
-    except BaseException:
+        seconds = SECONDS_AT_END
+    finally:
         copy.send()
-        copy.close(seconds=SECONDS_AFTER_STOP)
-        raise
-    copy.send()
-    copy.close(seconds=SECONDS_AT_END)
+        copy.close(seconds=seconds)
 
 
 def copy_finished(stage: Stage) -> None:
