@@ -218,7 +218,8 @@ WRONG_ROWS = {
     "no-roles": b'{"messages": [{"content": "a"}]}\n', "no-turns": b'{"messages": []}\n', "null": b"null\n",
     "numbers": b'{"messages": 3}\n',
 }  # fmt: skip
-UNREADABLE = ("no-json", "no-columns", "binary", "list", "null")
+ASKED = WRONG_ROWS | {"no-rows": b"\n"}
+LONG = b'{"prompt": "a", "completion": "' + b"b " * 300 + b'"}\n'
 GEN = {"SFT_GEN_EVAL": "structured", "SFT_GEN_EVAL_SAMPLES": 1, "SFT_GEN_MAX_NEW_TOKENS": 2}
 REFUSED: dict[str, Change] = {
     "model-missing": plain(SFT_BASE_MODEL="./nowhere/model"),
@@ -356,8 +357,10 @@ REFUSED: dict[str, Change] = {
     "groups-by-source": plain(SFT_SHUFFLE="sources", SFT_GROUP_BY_LENGTH=1),
     "no-epochs": plain(SFT_EPOCHS=0, SFT_MAX_STEPS=-1),
     **{f"data-{kind}": rows("SFT_DATASET_ID", content) for kind, content in WRONG_ROWS.items()},
-    **{f"validation-{kind}": rows("SFT_EVAL_DATASET", WRONG_ROWS[kind]) for kind in UNREADABLE},
-    **{f"questions-{kind}": rows("SFT_GEN_EVAL_DATASET", WRONG_ROWS[kind], **GEN) for kind in UNREADABLE},
+    **{f"validation-{kind}": rows("SFT_EVAL_DATASET", content) for kind, content in ASKED.items()},
+    **{f"questions-{kind}": rows("SFT_GEN_EVAL_DATASET", content, **GEN) for kind, content in ASKED.items()},
+    "validation-over-long": rows("SFT_EVAL_DATASET", LONG),
+    "questions-plain": rows("SFT_GEN_EVAL_DATASET", b'{"text": "a b"}\n', **GEN),
 }
 
 

@@ -64,6 +64,20 @@ def losses(loaded: Sequence[Rows], unasked: int, dropped: Counter[str], settings
     ]
 
 
+def nothing_left(setting: str, loaded: Sequence[Rows], settings: Settings) -> list[str]:
+    """A problem for each source of `setting`, which a person names to be asked or validated on, that gives no row."""
+    found = []
+    for rows in loaded:
+        if len(rows.dataset):
+            continue
+        dropped, first = placed([rows])
+        reasons = in_words(dropped, first)
+        what = f"none of its {dropped.total():,} rows can be used ({reasons})" if dropped else "holds no rows"
+        remedy = _remedy(dropped, settings) if dropped else "give it rows"
+        found.append(f"{setting}={rows.source.id}: {what}; {remedy}, or take it out of the setting")
+    return found
+
+
 def _remedy(dropped: Counter[str], settings: Settings) -> str:
     if dropped["over-long"]:
         return f"raise SFT_MAX_SEQ_LEN={settings.max_seq_len}"

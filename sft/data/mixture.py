@@ -18,7 +18,7 @@ from sft.data.draws import Hashes, Indices
 from sft.data.labels.audit import audit
 from sft.data.labels.label import label
 from sft.data.labels.parity import Parity, compare_prompts
-from sft.data.losses import asked, in_words, losses, placed
+from sft.data.losses import asked, in_words, losses, nothing_left, placed
 from sft.data.replay import Loaded, load_taught, replay, spread
 from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
@@ -106,7 +106,8 @@ def prepare_mix(
     questions = {EARLIER: np.array(sorted(earlier), np.uint64), GENERATION: _contents(load_questions(settings))}
     again = load_taught(taught, settings, tokenizer)
     mixed = mix(rows, settings, evaluation=evaluation, questions=questions, taught=again)
-    problems = losses([*rows, *evaluation], mixed.unasked, mixed.dropped, settings)
+    problems = nothing_left("SFT_EVAL_DATASET", evaluation, settings)
+    problems += losses([*rows, *evaluation], mixed.unasked, mixed.dropped, settings)
     if problems:
         raise Problems(problems)
     parts = [*rows, *evaluation, *(part for _, loaded in again for part in loaded)]

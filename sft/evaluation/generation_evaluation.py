@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 def questions(val: datasets.Dataset, settings: Settings) -> list[dict[str, Any]]:
     """The validation rows to answer, drawn by seed: {"task", "prompt" (messages), "reference"}, and "extras" where the
     row has tools or the like. Plain text and calls of tools are no answers to compare with."""
-    usable = [i for i, messages in enumerate(val["messages"]) if _is_answered(messages)]
+    usable = [i for i, messages in enumerate(val["messages"]) if is_answered(messages)]
     count = min(settings.gen_eval_samples, len(usable))
     drawn = np.sort(np.random.default_rng(settings.seed).permutation(usable)[:count]).tolist() if count else []
     return [_question(val[i]) for i in drawn]
 
 
-def _is_answered(messages: Sequence[Message]) -> bool:
+def is_answered(messages: Sequence[Message]) -> bool:
+    """Whether a row has a question and, as its last turn, an answer in words."""
     return len(messages) > 1 and messages[-1]["role"] == "assistant" and bool(messages[-1]["content"].strip())
 
 

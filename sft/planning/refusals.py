@@ -16,10 +16,12 @@ from huggingface_hub import constants, try_to_load_from_cache
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
+from sft.data.losses import nothing_left
 from sft.data.sources.load import load_source
 from sft.data.sources.readers import SourceError
 from sft.distributed.launch import launched
 from sft.errors import Problems
+from sft.evaluation.generation_evaluation import is_answered
 from sft.merging.weights import read_header, shard_paths
 from sft.models.fitness import blank, model_problems
 from sft.models.model import LOAD_ERRORS, OTHER_SIZES, lacking, load_config, load_problem, unfit
@@ -190,9 +192,15 @@ def _quantised_problems(config: PretrainedConfig, folder: Path) -> Iterator[str]
 
 
 def question_problems(settings: Settings) -> Iterator[str]:
-    """Data sets of the generation evaluation that can't be loaded: a run reads them when it has begun to write."""
+    """Data sets of the generation evaluation that can't be loaded or give nothing to ask: a run reads them when it has
+    begun to write."""
     for source in settings.gen_eval_sources if settings.gen_eval != "none" else ():
+        setting = "SFT_GEN_EVAL_DATASET"
         try:
-            load_source(source, settings)
+            rows = load_source(source, settings)
         except SourceError as error:
-            yield f"SFT_GEN_EVAL_DATASET={source.id}: {error}"
+            yield f"{setting}={source.id}: {error}"
+            continue
+        yield from nothing_left(setting, [rows], settings)
+        if len(rows.dataset) and not any(map(is_answered, rows.dataset["messages"])):
+            yield f"{setting}={source.id}: no row has a question and an answer to compare with; give it rows with both"

@@ -74,6 +74,9 @@ def training_arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         ddp_find_unused_parameters=False,
+        # They are constants (rotary frequencies). Sent before each forward pass, they end in a deadlock where ranks
+        # make different numbers of passes: rows one by one, as many as a rank's pack holds.
+        ddp_broadcast_buffers=False,
         # Our loss is that of the tokens alone: else TRL has a mixture's balancing loss computed in every pass, for
         # nobody, and best_model/config.json asks for it.
         router_aux_loss_coef=0.0,
