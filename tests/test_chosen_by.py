@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 
 from sft.errors import Problems
@@ -37,10 +38,40 @@ def asked(monkeypatch: pytest.MonkeyPatch, rows: list[dict], val: int, **more: A
     monkeypatch.setattr("sft.evaluation.chosen_by.asked_rows", lambda *_: rows)
     said: list[str] = []
     try:
-        require_metric(settings(**more), SimpleNamespace(val=range(val), train=range(7)), said.append)
+        require_metric(settings(**more), SimpleNamespace(val=range(val), train=range(7), names=["one"]), said.append)
     except Problems as found:
         return found.problems
     return said
+
+
+@pytest.mark.parametrize(
+    ("metric", "sources", "reason"),
+    [
+        ("eval_loss/b.jsonl", [0, 1, 1], ""),
+        ("loss/b.jsonl", [0, 1, 1], ""),
+        (
+            "eval_loss/c.jsonl", [0, 1, 1],
+            "no source of that name has validation rows; take one of eval_loss/a.jsonl, eval_loss/b.jsonl",
+        ),
+        ("eval_loss/b.jsonl", [1, 1, 1], "the validation rows are of one source alone; take eval_loss"),
+        (
+            "eval_loss/b.jsonl", [],
+            "eval_loss/b.jsonl needs validation rows; raise SFT_VAL_RATIO, or set SFT_EVAL_DATASET, or choose by",
+        ),
+    ],
+)  # fmt: skip
+def test_the_loss_of_one_source_may_choose(metric: str, sources: list[int], reason: str, monkeypatch):
+    """Where that source has validation rows, and another as well: else there is none."""
+    monkeypatch.setattr("sft.evaluation.chosen_by.asked_rows", lambda *_: TASKED)
+    val = datasets.Dataset.from_dict({"source": sources})
+    mix = SimpleNamespace(val=val, train=range(7), names=["a.jsonl", "b.jsonl"])
+    chosen = settings(metric_for_best=metric, origins={"SFT_METRIC_FOR_BEST": "stage1.env:3"})
+    if not reason:
+        require_metric(chosen, mix, pytest.fail)
+        return
+    with pytest.raises(Problems) as found:
+        require_metric(chosen, mix, pytest.fail)
+    assert found.value.problems[0].startswith(f"SFT_METRIC_FOR_BEST={metric}: {reason}")
 
 
 def test_a_metric_that_never_comes_is_a_problem(monkeypatch):
@@ -113,3 +144,22 @@ def test_a_validation_loss_that_is_no_number_is_a_failure(folder: Path, monkeypa
     assert run_train("--stage", 1, "--env-dir", folder) == 1
     assert "The loss on the validation rows is nan at step 0" in capsys.readouterr().err
     assert json.loads((folder / "out_stage1" / "stage.json").read_text())["status"] != "complete"
+
+
+def test_a_stage_stops_and_keeps_its_best_by_the_loss_of_one_source(tmp_path):
+    """Patience 1 at a rate that soon makes things worse: stopped at the first evaluation that is no better."""
+    mix = [{"id": str(write_rows(tmp_path / f"{kind}.jsonl", 20, target=kind))} for kind in ("json", "yaml")]
+    common = {"SFT_BASE_MODEL": write_model(tmp_path / "base"), "SFT_OUT_LORA_DIR": tmp_path / "out"}
+    write_stage(tmp_path, 1, common | {
+        "SFT_DATASET_MIX": json.dumps(mix), "SFT_METRIC_FOR_BEST": "eval_loss/yaml.jsonl", "SFT_MAX_STEPS": 12,
+        "SFT_EARLY_STOPPING_PATIENCE": 1, "SFT_LR": 30, "SFT_EVAL_STEPS": 2, "SFT_WARMUP_RATIO": 0,
+    })  # fmt: skip
+    assert run_train("--stage", 1, "--env-dir", tmp_path) == 0
+    out = tmp_path / "out_stage1"
+    losses = metric_lines(out, "eval_loss/yaml.jsonl")
+    assert losses.index(min(losses)) == len(losses) - 2
+    record = json.loads((out / "best_model" / "best_model_info.json").read_text())
+    assert (record["best_metric_name"], record["best_metric"]) == ("eval_loss/yaml.jsonl", min(losses))
+    assert json.loads((out / "stage.json").read_text())["steps"] == 2 * (len(losses) - 1) < 12
+    code = run_train("--stage", 1, "--env-dir", tmp_path, "--set", "SFT_METRIC_FOR_BEST=eval_loss/xml.jsonl", "--check")
+    assert code == 2

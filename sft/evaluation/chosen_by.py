@@ -18,7 +18,7 @@ from sft.scoring.score import score
 from sft.settings.rules import BY_EVALUATION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sft.data.mixture import Mix
     from sft.settings import Settings
 
+_BY_SOURCE = logged_name("loss")
 _VALIDATION = "raise SFT_VAL_RATIO, or set SFT_EVAL_DATASET"
 
 
@@ -41,9 +42,11 @@ def asked_rows(settings: Settings, mix: Mix) -> list[dict[str, Any]]:
     return questions(datasets.concatenate_datasets(loaded) if loaded else mix.val, settings)
 
 
-def measured(settings: Settings, val_rows: int, asked: list[dict[str, Any]]) -> set[str]:
-    """The names of the metrics an evaluation will log: what scoring the reference answers themselves gives."""
+def measured(settings: Settings, val_rows: int, asked: list[dict[str, Any]], sources: Sequence[str] = ()) -> set[str]:
+    """The names of the metrics an evaluation will log: what scoring the reference answers themselves gives, and the
+    loss of each of the `sources` of the validation rows where they are several."""
     names = {logged_name("loss"), logged_name("perplexity")} if val_rows else set()
+    names |= {logged_name(f"loss/{source}") for source in sources} if len(sources) > 1 else set()
     if asked:
         perfect = [row | {"answer": row["reference"]} for row in asked]
         fields, markers = settings.extraction_fields, settings.output_markers
@@ -61,12 +64,17 @@ def require_metric(settings: Settings, mix: Mix, say: Callable[[str], None]) -> 
         reason = f"goes by the loss on validation rows, and there are none of {len(mix.train):,}; {_VALIDATION}"
         raise Problems([f"SFT_LR_SCHEDULER={settings.lr_scheduler}: {reason}"])
     wanted = logged_name(settings.metric_for_best)
-    names = measured(settings, len(mix.val), asked_rows(settings, mix))
+    there = sorted({mix.names[number] for number in mix.val["source"]}) if len(mix.names) > 1 else []
+    names = measured(settings, len(mix.val), asked_rows(settings, mix), there)
     if wanted in names:
         return
-    if not names:
+    if len(mix.val) and wanted.startswith(f"{_BY_SOURCE}/"):
+        losses = ", ".join(f"{_BY_SOURCE}/{source}" for source in there) if len(there) > 1 else ""
+        one = "the validation rows are of one source alone; take eval_loss"
+        reason = f"no source of that name has validation rows; take one of {losses}" if losses else one
+    elif not names:
         reason = f"there is nothing to evaluate: no validation rows of {len(mix.train):,}; {_VALIDATION}"
-    elif wanted in (logged_name("loss"), logged_name("perplexity")):
+    elif wanted.partition("/")[0] in (_BY_SOURCE, logged_name("perplexity")):
         reason = f"{wanted} needs validation rows; {_VALIDATION}, or choose by one of {_listed(names)}"
     else:
         reason = f"the rows to answer do not give it; they give {_listed(names)}"

@@ -38,8 +38,9 @@ def metric_direction(name: str) -> bool:
     Raises:
         ValueError: nothing logs a metric of that name.
     """
-    plain = name.removeprefix("eval_").split("/")[0]
-    if plain not in NAMES or (plain != name.removeprefix("eval_") and not plain.startswith("gen_")):
+    plain, slash, part = name.removeprefix("eval_").partition("/")
+    parted = plain == "loss" or plain.startswith("gen_")
+    if plain not in NAMES or (slash and not (part and parted)):
         raise ValueError(f"{name} is not a metric that is logged")
     return plain not in _LOWER_IS_BETTER
 
@@ -47,4 +48,4 @@ def metric_direction(name: str) -> bool:
 def logged_name(name: str) -> str:
     """The name under which an evaluation logs a metric that was named with or without "eval_"."""
     plain = name.removeprefix("eval_")
-    return f"eval_{plain}" if plain in LOSS_METRICS else plain
+    return f"eval_{plain}" if plain.partition("/")[0] in LOSS_METRICS else plain

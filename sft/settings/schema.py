@@ -197,7 +197,7 @@ class Settings(BaseModel):
         -1, "Evaluations without improvement after which to stop; -1 is never."
     )
     metric_for_best: str = setting(
-        "eval_loss", "Metric that chooses the best model: eval_loss, perplexity or a gen_ metric."
+        "eval_loss", "Metric that chooses the best model: eval_loss, eval_loss/<source>, perplexity or a gen_ metric."
     )
 
     gen_eval: Literal["none", "samples", "structured", "extraction"] = setting(
