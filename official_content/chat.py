@@ -74,10 +74,24 @@ def settings_of(options: argparse.Namespace) -> "Settings":
     try:
         return load_settings(options.stage, env_dir=options.env_dir, overrides=overrides)
     except Problems as found:
+        if all(text.startswith("SFT_BASE_MODEL=") for text in found.problems) and (model := own_model(options)):
+            overrides.append(f"SFT_BASE_MODEL={model}")
+            return load_settings(options.stage, env_dir=options.env_dir, overrides=overrides)
         remedy = "; if the base model was moved, say where to with --base-model FOLDER"
         raise Problems(
             text + remedy if text.startswith("SFT_BASE_MODEL=") else text for text in found.problems
         ) from found
+
+
+def own_model(options: argparse.Namespace) -> Path | None:
+    """A whole model of the stage's own, which needs no base model: what it started from merged, or what it trained."""
+    from sft.settings import load_settings
+    from sft.stages.paths import MODEL_CONFIG, merged_base, stage_folder
+
+    somewhere = [*options.overrides, "SFT_BASE_MODEL=the/base"]  # reads like a hub id, which nobody looks up here
+    settings = load_settings(options.stage, env_dir=options.env_dir, overrides=somewhere)
+    folder = stage_folder(settings.out_lora_dir, settings.stage)
+    return next((place for place in (merged_base(folder), folder) if (place / MODEL_CONFIG).is_file()), None)
 
 
 def load(

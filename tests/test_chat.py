@@ -230,6 +230,10 @@ def test_the_program_takes_the_option_in_place_of_a_folder_that_is_gone(ladder: 
     path = copy / "stage1.env"
     path.write_text(path.read_text().replace(f"{ladder}/base", f"{copy}/base"))
     arguments, said = ("--stage", "1", "--max-new-tokens", "8"), "Write this as JSON: the name is red\n"
+    (copy / "stage2.env").write_text((copy / "stage2.env").read_text().replace(f"{ladder}/base", f"{copy}/base"))
+    second = ("--stage", "2", "--max-new-tokens", "8")
+    merged = start(copy, *second, said=said)  # has what it needs: its own merged folder
+    assert (merged.returncode, merged.stdout) == (0, start(ladder, *second, said=said).stdout), merged.stderr
     refused = start(copy, *arguments, said=said)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"SFT_BASE_MODEL={copy / 'base'}: there is no such folder" in refused.stderr
