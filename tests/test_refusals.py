@@ -8,13 +8,15 @@ from typing import get_args
 import datasets
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from sft.errors import Problems
+from sft.models.model import cut_away
 from sft.planning import refusals
-from sft.planning.refusals import cache_problems, file_problems, question_problems, unwritable
+from sft.planning.refusals import cache_problems, file_problems, question_problems, unwritable, weight_problems
 from sft.settings.values import Optimizer
+from tests.architectures import CONFIGS, tiny_model
 from tests.ladders import make_settings
 
 
@@ -149,3 +151,33 @@ def test_flash_attention_needs_its_package(tmp_path, monkeypatch, version):
         make_settings(tmp_path, attn=f"flash_attention_{version}")
     monkeypatch.setattr("sft.settings.values.find_spec", lambda name: object())
     assert make_settings(tmp_path, attn=f"flash_attention_{version}").attn == f"flash_attention_{version}"
+
+
+def test_weights_that_belong_to_no_part_of_the_model_are_left_alone():
+    """A layer more or a bias is a model cut by its config.json; a head, a tower and layers for
+    guessing ahead are not."""
+    config = Qwen3Config(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    more = [f"model.layers.{number}.mlp.up_proj.weight" for number in (1, 2)]
+    others = ["score.weight", "vision_tower.layers.0.mlp.up.weight", "v_head.bias", "mtp.0.proj.weight"]
+    assert cut_away(others, model) == ""
+    assert "leaves out model.layers.1.mlp.up_proj.weight and 1 more of its files" in cut_away(more, model)
+    assert "layers.1.mlp.up_proj.weight" in cut_away(["layers.1.mlp.up_proj.weight"], model)
+    assert "q_proj.bias" in cut_away(["model.layers.0.self_attn.q_proj.bias"], model)
+    model.config.num_nextn_predict_layers = 1
+    assert cut_away(more, model) == ""
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_the_files_of_every_architecture_fit_it(tmp_path, kind):
+    """What transformers itself writes is no cut model, nor is a tied head that is stored all the same."""
+    settings = make_settings(tmp_path)
+    tiny_model(kind).save_pretrained(tmp_path / "base")
+    assert list(weight_problems(tmp_path / "base", settings)) == []
+    tied = tiny_model(kind, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    head = tied.get_output_embeddings().weight.detach().clone()
+    save_file(stored | {"lm_head.weight": head}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    assert list(weight_problems(tmp_path / "base", settings)) == []

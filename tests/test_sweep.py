@@ -252,6 +252,10 @@ REFUSED: dict[str, Change] = {
     "weights-narrow": tensors(lambda those: {name: t[:8].clone() for name, t in those.items()}),
     "weights-of-another": tensors(lambda those: {f"other.{name}": t for name, t in those.items()}),
     "weights-without-a-layer": tensors(lambda those: {n: t for n, t in those.items() if "layers.1." not in n}),
+    "weights-with-a-layer-more": config(num_hidden_layers=1, layer_types=None, max_window_layers=None),
+    "weights-with-biases": tensors(
+        lambda those: those | {f"{name[:-6]}bias": t[:, 0].clone() for name, t in those.items() if "q_proj" in name}
+    ),
     "index-damaged": base("model.safetensors.index.json", b"{"),
     "shard-missing": base("model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}'),
     "tokenizer-missing": base("tokenizer.json", None),

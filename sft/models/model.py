@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,6 @@ from sft.models.saved import keep_saved_exact
 from sft.settings.rules import NO_FOLDER, is_missing_folder
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.settings import Settings
@@ -39,6 +35,7 @@ LOAD_ERRORS = (
     ValueError,
 )  # fmt: skip
 
+_DIGITS = re.compile(r"\d+")
 OTHER_SIZES = "its weights have other sizes than its config.json says"
 
 
@@ -176,8 +173,11 @@ def load_model(source: str | Path, settings: Settings, *, device: torch.device |
             raise
         raise unfit(source, OTHER_SIZES) from error
     model, loaded = found
-    if loaded["missing_keys"] and not launched().splits_weights:  # else each process sees a part of them
-        raise unfit(source, lacking(loaded["missing_keys"]))
+    if not launched().splits_weights:  # else each process sees a part of them
+        if loaded["missing_keys"]:
+            raise unfit(source, lacking(loaded["missing_keys"]))
+        if cut := cut_away(loaded["unexpected_keys"], model):
+            raise unfit(source, cut)
     for module in model.modules():
         # bitsandbytes packs 4-bit weights in evaluation where the CPU has AVX-512 for bfloat16; training goes on with
         # them afterwards, and layers whose width is no multiple of 32 end in an assertion.
@@ -190,6 +190,24 @@ def lacking(missing: Iterable[str]) -> str:
     """What is wrong with files without these weights, which transformers makes up."""
     first, *others = sorted(missing)
     return f"its files lack {first}{f' and {len(others)} more' if others else ''}, which would be random"
+
+
+def cut_away(unexpected: Iterable[str], model: torch.nn.Module) -> str:
+    """What is wrong where files hold weights of parts that the model has, in more layers or with biases: its
+    config.json leaves them out. "" for none; heads, towers and layers for guessing ahead are parts it does not have."""
+    if getattr(getattr(model, "config", None), "num_nextn_predict_layers", 0):
+        return ""
+    parts = {_DIGITS.sub("0", name) for name, _ in model.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = []
+    for name in sorted(unexpected):
+        part = _DIGITS.sub("0", name.rpartition(".")[0])
+        if part and {part, prefix + part, part.removeprefix(prefix)} & parts:
+            found.append(name)
+    if not found:
+        return ""
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"its config.json leaves out {found[0]}{more} of its files: a cut model would be trained"
 
 
 def unfit(source: str | Path, fault: str) -> Problems:

@@ -24,7 +24,7 @@ from sft.errors import Problems
 from sft.evaluation.generation_evaluation import is_answered
 from sft.merging.weights import read_header, shard_paths
 from sft.models.fitness import blank, model_problems
-from sft.models.model import LOAD_ERRORS, OTHER_SIZES, lacking, load_config, load_problem, unfit
+from sft.models.model import LOAD_ERRORS, OTHER_SIZES, cut_away, lacking, load_config, load_problem, unfit
 from sft.planning.machine import machine_problems
 from sft.stages.launch_checks import launch_problems
 from sft.stages.safety_copy import mirror_problems
@@ -152,6 +152,8 @@ def weight_problems(folder: Path, settings: Settings) -> Iterator[str]:
         yield from unfit(folder, OTHER_SIZES).problems
     elif found.get("missing_keys"):
         yield from unfit(folder, lacking(found["missing_keys"])).problems
+    elif cut := cut_away(found.get("unexpected_keys", ()), blank(config, settings)):
+        yield from unfit(folder, cut).problems
 
 
 def _compared(paths: list[Path], config: PretrainedConfig, settings: Settings) -> dict[str, Any]:
