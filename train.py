@@ -6,6 +6,7 @@ import gc
 import sys
 
 from sft import cli
+from sft.reporting.gate import exit_code, judge_stage, passed
 from sft.settings import Settings
 from sft.stages.status_lines import announce
 
@@ -47,25 +48,30 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
             run.finish(stage, trainer, mix, evaluation, earlier, tracker)
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> int:
     if options.check and not options.stage:
         from sft.planning.machine import check_machine
 
         check_machine(options)
-        return
+        return 0
     ladder = cli.load_ladder(options)
     cli.say_untested()
     if options.check:
         from sft.planning.check import check
 
         check(ladder, options)
-        return
+        return 0
+    gates = []
     for settings in ladder:
         train_stage(settings, fresh=options.fresh)
+        gates += [judge_stage(settings)] if settings.gate else []
+        if not all(map(passed, gates)):  # no stage is built on one that failed
+            break
     if len(ladder) > 1:
         from sft.reporting.report import close_ladder
 
-        close_ladder(ladder)
+        close_ladder(ladder[: ladder.index(settings) + 1])
+    return exit_code(gates, as_json=options.json)
 
 
 def program() -> int:

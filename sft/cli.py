@@ -19,7 +19,8 @@ from sft.planning.document import Document, print_documents
 from sft.settings import Settings, load_settings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
-1 the run failed; 143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
+3 complete, but a gate failed (--gate); 1 the run failed;
+143/130 stopped by SIGTERM/SIGINT after saving a checkpoint that resumes"""
 _NO_ENV_FILE = "write stage1.env, name --env-dir, or let staged-sft-demo write the embedded ladder here"
 MAIN_SPEAKS_SECONDS = 10.0  # more than the main process needs to print, less than anybody waits at an error
 # What gloo, NCCL and torch's store say when the process at the other end is gone.
@@ -46,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         help="override one setting; repeatable",
     )
     add("--check", action="store_true", help="everything short of training; writes nothing")
-    add("--json", action="store_true", help="with --check: one JSON document on stdout")
+    add("--json", action="store_true", help="with --check: one JSON document on stdout; with --gate: a last line of it")
+    add("--gate", action="store_true", help="exit code 3 where a complete stage is no better or forgot something")
     add("--strict", action="store_true", help="a missing adapter or data set is an error")
     add("--fresh", action="store_true", help="train again; the old output is moved aside, never deleted")
     # The launcher `deepspeed` adds it; the rank is read from the environment, where every launcher says it.
@@ -77,9 +79,8 @@ def load_ladder(options: argparse.Namespace) -> list[Settings]:
     found: dict[int | None, list[str]] = {}
     for number in _numbers(options, found):
         try:
-            ladder.append(
-                load_settings(number, env_dir=options.env_dir, overrides=options.overrides, strict=options.strict)
-            )
+            switches = {"strict": options.strict, "gate": options.gate}
+            ladder.append(load_settings(number, env_dir=options.env_dir, overrides=options.overrides, **switches))
         except Problems as problems:
             found[number] = problems.problems
     if found and options.json:
@@ -91,8 +92,8 @@ def load_ladder(options: argparse.Namespace) -> list[Settings]:
 
 def _numbers(options: argparse.Namespace, found: dict[int | None, list[str]]) -> list[int]:
     """The stages asked for; what is wrong with the question is put into `found`."""
-    if options.json and not options.check:
-        found[None] = ["--json: describes what --check finds; write --check --json"]
+    if options.json and not (options.check or options.gate):
+        found[None] = ["--json: describes what --check or --gate finds; write --check --json, or --gate --json"]
     elif not options.stage:
         found[None] = ["--stage: is missing; give a number such as 1, a range such as 1-3, or all"]
     else:

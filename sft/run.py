@@ -16,7 +16,7 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.distributed.signals import STOP, Stopped
-from sft.evaluation.chosen_by import asked_rows, require_metric, require_prompts
+from sft.evaluation.chosen_by import asked_rows, require_comparison, require_metric, require_prompts
 from sft.evaluation.general import METRIC
 from sft.evaluation.generation_evaluation import GenerationEvaluation, write_questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
@@ -28,7 +28,8 @@ from sft.models.model import load_config, trained_modules
 from sft.models.targets import target_notes
 from sft.planning.memory import checkpointing_needed, largest_batch, raise_shortage
 from sft.reporting.recording import RunRecord
-from sft.scoring.forgetting import GENERAL
+from sft.scoring.forgetting import GENERAL, Matrix
+from sft.scoring.gates import judge
 from sft.stages import paths
 from sft.stages.taught import taught_before
 from sft.storage import json_files
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
     from sft.data.mixture import Mix
     from sft.reporting.tracker import Tracker
-    from sft.scoring.forgetting import Matrix
     from sft.settings import Settings
     from sft.stages.safety_copy import SafetyCopy
     from sft.stages.stage import Stage
@@ -65,6 +65,7 @@ def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
         say(remark)
     require_metric(settings, mix, say)
     require_prompts(settings, mix, tokenizer)
+    require_comparison(settings, mix, tokenizer)
     return mix
 
 
@@ -237,8 +238,9 @@ def finish(
     say("Model and configuration saved successfully!")
     say_best(stage.folder)
     keep_probe(stage, bare, trainer.processing_class)
-    general = general_after(stage, model, trainer.processing_class, accelerator) if stage.settings.general_eval else {}
-    if scores := general.get(f"stage {stage.number}"):
+    asked = (stage, model, trainer.processing_class, accelerator)
+    general = general_after(*asked) if settings.general_eval else Matrix()
+    if scores := general.table.get(f"stage {stage.number}"):
         trainer.log({f"{METRIC}/{part}" if part else METRIC: score for part, score in scores[GENERAL].items()})
     forgetting = ladder_scores(
         stage, evaluation, earlier, general=general, model=model, accelerator=accelerator, step=state.global_step
@@ -258,6 +260,7 @@ def finish(
         steps=state.global_step,
         metrics=last | {"epoch": state.epoch},
         forgetting=forgetting,
+        gate=judge(Matrix.read(forgetting), stage.number).record() if forgetting or settings.gate else None,
         mlflow_run_id=tracker.wait_for_run(5.0) if tracker else None,
         report=report,
     )

@@ -95,7 +95,10 @@ def test_a_ladder_is_asked_before_and_after_each_stage(tmp_path: Path, monkeypat
     assert matrix["scores"] == [[0.5], [0.4], [0.3]]
     assert manifest["metrics"]["general_accuracy"] == 0.3
     assert manifest["metrics"]["general_accuracy/reading"] == 0.3
-    assert "stage 2 lost 0.200 on the general questions (base scored 0.500, now 0.300): reading" in said.out + said.err
+    assert (
+        "stage 2 lost 0.200 on the general questions (base scored 0.500, now 0.300; 95 % interval"
+        in said.out + said.err
+    )
     plain = tmp_path / "plain"
     shutil.copytree(tmp_path, plain, ignore=shutil.ignore_patterns("out*"))
     assert run_train("--stage", "1", "--env-dir", plain, "--set", "SFT_GENERAL_EVAL=0",
@@ -110,10 +113,13 @@ class Counted:
     def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self, model: torch.nn.Module, words: object, accelerator: object) -> dict[str, float]:
+    def __call__(
+        self, model: torch.nn.Module, words: object, accelerator: object
+    ) -> tuple[dict[str, float], list[float]]:
         answer_general(model, words, general_questions()[:8], accelerator=accelerator)
         self.asked += 1
-        return {"": round(0.6 - 0.1 * self.asked, 1), "reading": round(0.6 - 0.1 * self.asked, 1)}
+        score = round(0.6 - 0.1 * self.asked, 1)
+        return {"": score, "reading": score}, [1.0] * round(10 * score) + [0.0] * round(10 - 10 * score)
 
 
 @pytest.mark.slow

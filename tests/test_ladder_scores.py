@@ -77,7 +77,9 @@ def test_questions_before_a_fully_trained_stage_are_still_asked(fourth):
     rows = [{"task": "odd (easy)", "prompt": [], "reference": "r"}]
     evaluation = Parrot(rows)
     earlier = Matrix({"stage 1": {"stage 4": {"": 0.3}}})
-    record = ladder_scores.ladder_scores(fourth, evaluation, earlier, general={}, model="m", accelerator=None, step=9)
+    record = ladder_scores.ladder_scores(
+        fourth, evaluation, earlier, general=Matrix(), model="m", accelerator=None, step=9
+    )
     assert evaluation.asked == [("m", ["task 1"]), ("m", ["task 2"]), ("m", ["task 3"])]
     assert (record["models"], record["tasks"]) == (
         ["base", "stage 1", "stage 3", "stage 4"],

@@ -297,7 +297,9 @@ def test_help_of_train_py_answers_with_every_flag_of_the_readme():
     """No torch is imported for it."""
     done = run("train.py", "--help")
     assert done.returncode == 0
-    assert [flag for flag in ("--check", "--env-dir", "--set", "--fresh", "--strict") if flag not in done.stdout] == []
+    assert [
+        flag for flag in ("--check", "--env-dir", "--set", "--fresh", "--strict", "--gate") if flag not in done.stdout
+    ] == []
 
 
 @pytest.mark.slow

@@ -357,6 +357,8 @@ REFUSED: dict[str, Change] = {
     "upsampling-to-nothing": plain(SFT_USE_UPSAMPLING=1, SFT_UPSAMPLE_RULES='{"text_to_json": 0}'),
     "replay-of-nothing": plain(SFT_REPLAY=0.05),
     "replay-alone": plain(SFT_REPLAY=1),
+    "gate-of-nothing": plain(SFT_GATE=1),
+    "gate-of-samples": plain(SFT_GATE=1, **GEN | {"SFT_GEN_EVAL": "samples"}),
     "order-and-groups": plain(SFT_SHUFFLE="none", SFT_GROUP_BY_LENGTH=1),
     "groups-by-source": plain(SFT_SHUFFLE="sources", SFT_GROUP_BY_LENGTH=1),
     "no-epochs": plain(SFT_EPOCHS=0, SFT_MAX_STEPS=-1),

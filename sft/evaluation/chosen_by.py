@@ -86,6 +86,20 @@ def require_metric(settings: Settings, mix: Mix, say: Callable[[str], None]) -> 
     say(f"[WARNING] No best model will be kept: {reason}")
 
 
+def require_comparison(settings: Settings, mix: Mix, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Under SFT_GATE there is something a stage can be compared by.
+
+    Raises:
+        Problems: neither the answers will be scored nor general questions asked.
+    """
+    if not settings.gate or (settings.general_eval and tokenizer.chat_template):
+        return
+    if "gen_score" not in measured(settings, 0, asked_rows(settings, mix)):
+        reason = f"SFT_GEN_EVAL={settings.gen_eval} gives these rows no gen_score, and no general questions are asked"
+        remedy = "take rows that can be scored (--check lists what they give), or set SFT_GENERAL_EVAL=1"
+        raise Problems([f"SFT_GATE=1: there is nothing to compare: {reason}; {remedy}"])
+
+
 def require_prompts(settings: Settings, mix: Mix, tokenizer: PreTrainedTokenizerBase) -> None:
     """The chat template takes every question that will be asked: a run asks when it has begun to train.
 

@@ -116,11 +116,14 @@ def general_metrics(questions: Sequence[Question], right: Sequence[bool]) -> dic
     return {f"{METRIC}/{part}" if part else METRIC: sum(each) / len(each) for part, each in parts.items()}
 
 
-def ask_general(model: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator | PartialState) -> TaskScores:
-    """Accuracy over all (""), by kind and by language."""
+def ask_general(
+    model: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator | PartialState
+) -> tuple[TaskScores, list[float | None]]:
+    """Accuracy over all (""), by kind and by language; and 1.0 or 0.0 for every question, in order."""
     questions = general_questions()
     right = answer_general(model, tokenizer, questions, accelerator=accelerator)
-    return {name.removeprefix(METRIC).removeprefix("/"): v for name, v in general_metrics(questions, right).items()}
+    metrics = general_metrics(questions, right)
+    return {name.removeprefix(METRIC).removeprefix("/"): v for name, v in metrics.items()}, [float(r) for r in right]
 
 
 def is_chance(accuracy: float, count: int) -> bool:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from sft.stages.stage import Stage
 
 METRIC = "gen_score"
-Table = dict[str, dict[str, TaskScores]]
-"""Scores by model and by the stage whose questions were asked."""
 
 
 def task_scores(metrics: dict[str, float], rows: Sequence[dict[str, Any]]) -> TaskScores:
@@ -73,7 +71,7 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Matrix:
     """
     path = stage.folder / paths.EARLIER_SCORES
     state = PartialState()
-    known = Matrix.read(ranks.from_main(_known_scores(path) if state.is_main_process else None))
+    known = Matrix.read(ranks.from_main(_known(path).get("scores") if state.is_main_process else None))
     if known is not None:
         return known
     earlier = Matrix()
@@ -95,13 +93,13 @@ def question_scores(samples: Sequence[dict[str, Any]]) -> list[float | None]:
     return [sample.get("score") for sample in samples]
 
 
-def _known_scores(path: Path) -> Any:
-    """The `scores` an earlier start of the stage found; None where it is absent or damaged."""
+def _known(path: Path) -> dict[str, Any]:
+    """What an earlier start of the stage found; {} where it is absent or damaged."""
     try:
         record = json_files.read_json(path)
-        return record["scores"] if is_intact(record) else None
-    except (FileNotFoundError, json_files.DamagedFile, KeyError, TypeError):
-        return None
+        return record if is_intact(record) else {}
+    except (FileNotFoundError, json_files.DamagedFile, TypeError):
+        return {}
 
 
 def general_before(stage: Stage, model: Any, tokenizer: Any) -> None:
@@ -111,23 +109,29 @@ def general_before(stage: Stage, model: Any, tokenizer: Any) -> None:
     """
     asked = _previous(earlier_stages(stage)).cell(_before(stage), GENERAL) is not None
     if not asked and tokenizer.chat_template:
-        scores = ask_general(model, tokenizer, PartialState())
+        scores, right = ask_general(model, tokenizer, PartialState())
         if PartialState().is_main_process:
-            json_files.write_json(stage.folder / paths.GENERAL, with_digest({"scores": scores}))
+            json_files.write_json(stage.folder / paths.GENERAL, with_digest({"scores": scores, "right": right}))
 
 
-def general_after(stage: Stage, model: Any, tokenizer: Any, accelerator: Any) -> Table:
+def general_after(stage: Stage, model: Any, tokenizer: Any, accelerator: Any) -> Matrix:
     """The general questions before and after the stage; nothing where the model it started from only guesses."""
-    before = _previous(earlier_stages(stage)).table.get(_before(stage), {}).get(GENERAL)
-    before = before or _known_scores(stage.folder / paths.GENERAL)
+    previous, name, found = _previous(earlier_stages(stage)), _before(stage), Matrix()
+    before = previous.table.get(name, {}).get(GENERAL)
+    answered = previous.questions.get(name, {}).get(GENERAL, [])
     if before is None:
-        return {}
+        known = _known(stage.folder / paths.GENERAL)
+        before, answered = known.get("scores"), known.get("right", [])
+    if before is None:
+        return found
     if is_chance(before[""], len(general_questions())):
-        say(f"General questions left out: {_before(stage)} has {before['']:.0%} right, which guessing gets as well")
-        return {}
-    after = ask_general(model, tokenizer, accelerator)
+        say(f"General questions left out: {name} has {before['']:.0%} right, which guessing gets as well")
+        return found
+    after, right = ask_general(model, tokenizer, accelerator)
     say(f"General questions: {before['']:.3f} right before this stage, {after['']:.3f} after it")
-    return {_before(stage): {GENERAL: before}, f"stage {stage.number}": {GENERAL: after}}
+    found.put(name, GENERAL, before, answered)
+    found.put(f"stage {stage.number}", GENERAL, after, right)
+    return found
 
 
 def _before(stage: Stage) -> str:
@@ -139,7 +143,7 @@ def ladder_scores(
     evaluation: GenerationEvaluation | None,
     earlier: Matrix | None,
     *,
-    general: Table,
+    general: Matrix,
     model: Any,
     accelerator: Any,
     step: int,
@@ -157,7 +161,7 @@ def ladder_scores(
         for name, at in ((_before(stage), 0), (here, step)):
             samples = json_files.read_records(stage.folder / f"{paths.GEN_SAMPLES}{at}.jsonl")
             matrix.put(name, here, task_scores(_metrics_at(stage, at), evaluation.rows), question_scores(samples))
-    matrix.update(Matrix(general))
+    matrix.update(general)
     for number, folder in stages.items():
         if evaluation and (rows := json_files.read_records(folder / paths.QUESTIONS)):
             say(f"Scoring stage {stage.number} on the rows of stage {number} ...")

@@ -131,7 +131,7 @@ def add_rows(plan: Plan, held: Collection[int], coming: Sequence[Settings] = ())
     """The rows of the stage, as far as tokenizer and sources can be read; the configuration of the base model.
     `coming`: stages before this one that are not trained yet."""
     from sft.data.mixture import prepare_mix
-    from sft.evaluation.chosen_by import require_metric, require_prompts
+    from sft.evaluation.chosen_by import require_comparison, require_metric, require_prompts
     from sft.evaluation.held_out import earlier_questions
     from sft.models.fitness import model_notes, require_known_tokens
     from sft.models.model import load_config, load_tokenizer
@@ -152,6 +152,7 @@ def add_rows(plan: Plan, held: Collection[int], coming: Sequence[Settings] = ())
     plan.notes += [*mix.warnings, *answer_faults(settings)]
     plan.attempt(require_metric, settings, mix, plan.notes.append)
     plan.attempt(require_prompts, settings, mix, tokenizer)
+    plan.attempt(require_comparison, settings, mix, tokenizer)
     document.sources = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
     document.train_rows, document.val_rows = len(mix.train), len(mix.val)
     document.dropped, document.upsampling, document.replay = dict(mix.dropped), mix.upsampling, mix.replay

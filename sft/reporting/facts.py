@@ -43,6 +43,7 @@ def stage_facts(folder: Path, manifest: Facts | None = None) -> Facts:
         "curves": _curves(lines, evaluations),
         "scores": compared_scores(evaluations),
         "forgetting": matrix_facts(forgetting.Matrix.read(manifest.get("forgetting"))),
+        "gate": manifest.get("gate") or None,
         "mix": _mix(manifest),
         "masked_loss": manifest.get("masked_loss") or None,
         "answers": read_answers(folder, notices),
@@ -80,12 +81,25 @@ def ladder_matrix(folders: Sequence[Path]) -> forgetting.Matrix | None:
 
 
 def _summary(stage: Facts) -> Facts:
-    kept = ("stage", "folder", "status", "seconds", "steps", "train_rows", "val_rows", "tokens", "curves", "scores")
+    kept = (
+        "stage",
+        "gate",
+        "folder",
+        "status",
+        "seconds",
+        "steps",
+        "train_rows",
+        "val_rows",
+        "tokens",
+        "curves",
+        "scores",
+    )
     return {name: stage[name] for name in kept} | {
         "loss": _ends(stage["curves"].get("loss")),
         "eval_loss": _ends(stage["curves"].get("eval_loss")),
         "learning_rate": stage["settings"].get("SFT_LR", {}).get("value"),
         "best": stage["best"],
+        "gated": bool(stage["settings"].get("SFT_GATE", {}).get("value")),
     }
 
 

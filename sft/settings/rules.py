@@ -22,8 +22,8 @@ BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 RESULT_NEUTRAL = frozenset({
     "SFT_OUT_LORA_DIR", "SFT_STRICT", "SFT_NUM_PROC", "SFT_DATALOADER_WORKERS", "SFT_GRADIENT_CHECKPOINTING",
     "SFT_PER_DEVICE_EVAL_BS", "SFT_LOGGING_STEPS", "SFT_SAVE_STEPS", "SFT_SAVE_TOTAL_LIMIT", "SFT_GEN_BATCH_SIZE",
-    "SFT_NUM_GENERATE_SAMPLES", "SFT_GENERAL_EVAL", "SFT_FORGETTING_MARGIN", "SFT_REPORT_TO", "SFT_REPORT_LANGUAGE",
-    "SFT_RUN_NAME", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI", "SFT_MIRROR",
+    "SFT_NUM_GENERATE_SAMPLES", "SFT_GENERAL_EVAL", "SFT_FORGETTING_MARGIN", "SFT_GATE", "SFT_REPORT_TO",
+    "SFT_REPORT_LANGUAGE", "SFT_RUN_NAME", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI", "SFT_MIRROR",
 })  # fmt: skip
 """Settings that cannot change what a stage learns; a completed or resumed stage does not mind their change."""
 _EVALUATING = frozenset({
@@ -111,6 +111,10 @@ def _training_rules(settings: Any) -> Iterator[Conflict]:
 
 
 def _evaluation_rules(settings: Any) -> Iterator[Conflict]:
+    if settings.gate and settings.gen_eval in ("none", "samples") and not settings.general_eval:
+        text = f"there is nothing to compare: SFT_GEN_EVAL={settings.gen_eval} scores no answers and SFT_GENERAL_EVAL=0"
+        remedy = "set SFT_GEN_EVAL=structured or another that scores, or SFT_GENERAL_EVAL=1"
+        yield Conflict(("SFT_GATE", "SFT_GEN_EVAL", "SFT_GENERAL_EVAL"), f"{text} asks no questions; {remedy}")
     if settings.val_ratio > 0 or settings.eval_dataset:
         return
     remedy = "set SFT_VAL_RATIO above 0, or SFT_EVAL_DATASET"

@@ -219,6 +219,11 @@ class Settings(BaseModel):
     forgetting_margin: NotNegative = setting(
         FORGETTING_MARGIN, "Drop of an earlier stage's score above which a warning is given."
     )
+    gate: Switch = setting(
+        False,
+        "End with exit code 3 where the complete stage did not raise its own score, or an earlier one or the general"
+        " questions fell by more than SFT_FORGETTING_MARGIN and not by chance.",
+    )
 
     mlflow_experiment_name: str = setting("", "MLflow experiment; unset is llm-training-stage followed by the number.")
     mlflow_tracking_uri: str = setting("", "MLflow store; unset is a sqlite database inside mlruns/.")
@@ -280,6 +285,7 @@ def load_settings(
     env_dir: Path,
     overrides: Sequence[str] = (),
     strict: bool = False,
+    gate: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
     """The settings of a stage, from `--set` > process environment > `env_dir/stageN.env` > default.
@@ -288,7 +294,7 @@ def load_settings(
         stage: number of the stage, from 1.
         env_dir: folder of the env files.
         overrides: "NAME=VALUE" texts of `--set`.
-        strict: whether `--strict` was given.
+        strict, gate: whether `--strict` and `--gate` were given.
         environ: the process environment; None takes the real one.
 
     Raises:
@@ -305,9 +311,9 @@ def load_settings(
         "overrides": tuple(overrides),
         "origins": given.origins(NAMES),
     }
-    if strict:
-        texts["strict"] = "1"
-        fixed["origins"]["SFT_STRICT"] = "--strict"
+    for attribute, option in {"strict": strict, "gate": gate}.items():
+        if option:
+            texts[attribute], fixed["origins"][name_of(attribute)] = "1", f"--{attribute}"
     texts.setdefault("mlflow_experiment_name", f"llm-training-stage{stage}")
     texts.setdefault("mlflow_tracking_uri", tracking_uri({}))
     context = {"variables": {**given.passthrough, **environ}}
