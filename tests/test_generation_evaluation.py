@@ -9,6 +9,7 @@ import pytest
 from sft.evaluation import generation_evaluation
 from sft.evaluation.answers import Answer
 from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
+from tests.ladders import make_settings
 from tests.tiny import tokenizer
 
 
@@ -62,12 +63,23 @@ def test_an_evaluation_leaves_metrics_and_answers(tmp_path, monkeypatch):
     assert other.run(None, SimpleNamespace(is_main_process=False), step=4, interrupted=lambda: None) == metrics
 
 
-def test_questions_of_an_earlier_stage_are_scored_as_that_stage_scored_them(tmp_path):
-    """The file says how: a stage that extracts asks a structured stage's questions all the same."""
+def test_questions_of_an_earlier_stage_are_scored_as_that_stage_scored_them(tmp_path, monkeypatch):
+    """Its manifest says how: kind, marker and length of answers, whatever the later stage has."""
     asked = questions(rows(), settings())
     write_questions(tmp_path, asked, "structured")
     kept = [json.loads(line) for line in (tmp_path / "gen_rows.jsonl").read_text().splitlines()]
     assert kept == [row | {"kind": "structured"} for row in asked]
-    evaluation = GenerationEvaluation(settings(gen_eval="extraction"), tmp_path, None, asked)
-    _, metrics = evaluation.score(kept, [Answer(row["reference"]) for row in kept])
-    assert (metrics["gen_score"], metrics["gen_exact_rate"]) == (1.0, 1.0)
+    before = make_settings(
+        tmp_path, gen_eval="structured", output_markers="Antwort:", gen_max_new_tokens=9, val_ratio=0.5
+    )
+    now = make_settings(tmp_path, 2, gen_eval="extraction", gen_max_new_tokens=512, val_ratio=0.5)
+    evaluation = GenerationEvaluation(now, tmp_path, tokenizer(), asked).of_stage({"settings": before.record()})
+    limits = []
+
+    def generated(*given, max_new_tokens, **others):
+        limits.append(max_new_tokens)
+        return [Answer(f"so it is\nAntwort:\n{row['reference']}") for row in kept]
+
+    monkeypatch.setattr(generation_evaluation, "generate_answers", generated)
+    _, metrics = evaluation.score(kept, evaluation.answer(None, kept))
+    assert (metrics["gen_score"], metrics["gen_exact_rate"], limits) == (1.0, 1.0, [9])

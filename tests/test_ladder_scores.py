@@ -17,6 +17,9 @@ class Parrot:
     def __init__(self, rows):
         self.rows, self.asked = rows, []
 
+    def of_stage(self, manifest):
+        return self
+
     def answer(self, model, rows, *, accelerator):
         self.asked.append((model, [row["task"] for row in rows]))
         return [row["reference"] for row in rows]

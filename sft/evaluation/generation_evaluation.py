@@ -14,8 +14,11 @@ from sft.data.labels.template import NO_TEMPLATE, TEMPLATE_ERRORS, Chat, chats_o
 from sft.errors import Problems
 from sft.evaluation.answers import Answer, generate_answers
 from sft.scoring.score import score
+from sft.settings.schema import NAMES
 from sft.stages import paths
 from sft.storage import atomic, json_files
+
+_JUDGED_BY = ("SFT_GEN_EVAL", "SFT_GEN_MAX_NEW_TOKENS", "SFT_EXTRACTION_FIELDS", "SFT_OUTPUT_MARKERS")
 
 if TYPE_CHECKING:
     import datasets
@@ -78,6 +81,13 @@ class GenerationEvaluation:
         self.settings, self.folder, self.tokenizer, self.rows = settings, folder, tokenizer, rows
         self.kind = settings.gen_eval
 
+    def of_stage(self, manifest: Mapping[str, Any]) -> GenerationEvaluation:
+        """The same for an earlier stage's questions: answered as long and judged as that stage's manifest says, or what
+        stands in its column could not be compared. How a prompt is rendered stays a matter of today's template."""
+        recorded = {name: manifest["settings"][name]["value"] for name in _JUDGED_BY if name in manifest["settings"]}
+        changed = {NAMES[name]: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()}
+        return GenerationEvaluation(self.settings.model_copy(update=changed), self.folder, self.tokenizer, self.rows)
+
     def answer(
         self,
         model: Any,
@@ -103,7 +113,7 @@ class GenerationEvaluation:
         """Each row with its answer, score and faults, and the metrics over all."""
         answered = [row | {"answer": each.text, "cut": each.cut} for row, each in zip(rows, answers, strict=True)]
         scores, metrics = score(
-            rows[0].get("kind", self.kind),  # an earlier stage's questions carry their own
+            self.kind,
             [{name: row[name] for name in ("task", "answer", "cut", "reference")} for row in answered],
             fields=self.settings.extraction_fields,
             markers=self.settings.output_markers,

@@ -165,8 +165,8 @@ def ladder_scores(
     for number, folder in stages.items():
         if evaluation and (rows := json_files.read_records(folder / paths.QUESTIONS)):
             say(f"Scoring stage {stage.number} on the rows of stage {number} ...")
-            answers = evaluation.answer(model, rows, accelerator=accelerator)
-            samples, metrics = evaluation.score(rows, answers)
+            then = evaluation.of_stage(read_manifest(folder, number) or {"settings": {}})
+            samples, metrics = then.score(rows, then.answer(model, rows, accelerator=accelerator))
             matrix.put(here, f"stage {number}", task_scores(metrics, rows), question_scores(samples))
     if not any(scores for tasks in matrix.table.values() for scores in tasks.values()):
         return None
