@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Opens the MLflow UI on the runs recorded in mlruns/, on this machine only.
+# Opens the MLflow UI on the training runs recorded in mlruns/, on this machine only.
 #   ./official_content/mlflow_ui.sh [PORT=58000]
 # MLFLOW_TRACKING_URI names another store. From elsewhere: ssh -L 58000:127.0.0.1:58000 HOST
 set -euo pipefail
@@ -20,6 +20,11 @@ mlflow="$root/.venv/bin/mlflow"
 
 mkdir -p "$root/mlruns"
 store="${MLFLOW_TRACKING_URI:-sqlite:///$root/mlruns/mlflow.db}"
-echo "MLflow UI: http://127.0.0.1:$port (Ctrl-C stops it)"
+address="http://127.0.0.1:$port"
+echo "MLflow UI: $address (Ctrl-C stops it)"
+open=""
+[ -z "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ] && [ "$(uname)" != Darwin ] || open="--open"
+# Waits for the server, then prints and opens the page that shows training runs: MLflow starts on another one.
+(cd "$root" && exec "$(dirname "$mlflow")/python" -m sft.programs.runs_page "$address" $open) &
 exec "$mlflow" ui --host 127.0.0.1 --port "$port" --backend-store-uri "$store" \
   --default-artifact-root "$root/mlruns/artifacts" --workers 1

@@ -174,19 +174,26 @@ def test_a_port_in_use_is_named():
 
 @pytest.mark.slow
 def test_the_mlflow_ui_answers_on_this_machine_only(tmp_path):
-    """It answers on 127.0.0.1 and listens on no other address."""
+    """It answers on 127.0.0.1, listens on no other address and prints the page of the training runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "DISPLAY": ""}
     command = [PROGRAMS / "mlflow_ui.sh", str(port)]
-    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **output)
+    printed = (tmp_path / "printed").open("w")
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=printed, stderr=subprocess.DEVNULL
+    )
     try:
         assert answer(f"http://127.0.0.1:{port}/health", seconds=120) == "OK"
         listening = Path("/proc/net/tcp").read_text(encoding="utf-8")
         assert f"00000000:{port:04X}" not in listening
         assert f"0100007F:{port:04X}" in listening
+        end = time.monotonic() + 60
+        while "Training runs" not in (tmp_path / "printed").read_text() and time.monotonic() < end:
+            time.sleep(0.2)
+        page = f"Training runs: http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+        assert page in (tmp_path / "printed").read_text()
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft.reporting.tracker import Tracker, end_run, metric_names, quiet_client
+from sft.reporting.tracker import KIND_TAG, TRAINING, Tracker, end_run, metric_names, quiet_client
 
 ROOT = Path(__file__).parents[1]
 
 
-def settings(uri: str) -> SimpleNamespace:
-    return SimpleNamespace(mlflow_tracking_uri=uri, mlflow_experiment_name="llm-training-stage1", run_name=None)
+def settings(uri: str, stage: int = 1) -> SimpleNamespace:
+    name = f"llm-training-stage{stage}"
+    return SimpleNamespace(mlflow_tracking_uri=uri, mlflow_experiment_name=name, run_name=None)
 
 
 def record(folder: Path, step: int, **metrics: float) -> dict[str, float]:
@@ -224,17 +225,21 @@ def runs(store: Path) -> dict[str, tuple[str, str, str | None]]:
 
 
 def test_stages_of_a_ladder_stand_below_one_run(store, tmp_path):
-    """Named after the output folder, with a child per stage named after its own; another ladder has another."""
+    """Named after the output folder, with a child per stage in its own experiment; another ladder has another. The
+    experiments carry what MLflow's page knows training by."""
     made = {}
     for name in ("out_stage1", "out_stage2", "other_stage1"):
-        tracker = Tracker(settings(f"sqlite:///{store}"), tmp_path / name, run_id=None, say=pytest.fail)
+        where = settings(f"sqlite:///{store}", int(name[-1]))
+        tracker = Tracker(where, tmp_path / name, run_id=None, say=pytest.fail)
         tracker.close("FINISHED")
         made[name] = tracker.run_id
     found = runs(store)
     parents = {name: found[identity][2] for name, identity in made.items()}
     assert [found[identity][0] for identity in made.values()] == list(made)
     assert parents["out_stage1"] == parents["out_stage2"] != parents["other_stage1"]
-    assert found[parents["out_stage1"]] == ("out", "FINISHED", None)
+    assert found[parents["out_stage1"]] == ("out (ladder)", "FINISHED", None)
+    kinds = [each.tags.get(KIND_TAG) for each in quiet_client(f"sqlite:///{store}").search_experiments()]
+    assert kinds.count(TRAINING) == 2
 
 
 def test_no_run_stays_running_after_its_process_was_killed(store, tmp_path):

@@ -35,6 +35,7 @@ from sft.reporting.text import (
     signed,
     spaces,
 )
+from sft.reporting.tracker import NOTE_TAG, Tracker
 from sft.scoring import forgetting
 from sft.settings.schema import REPOSITORY
 from sft.stages import paths
@@ -42,7 +43,6 @@ from sft.storage.atomic import write_text
 from sft.storage.json_files import Facts, write_json
 
 if TYPE_CHECKING:
-    from sft.reporting.tracker import Tracker
     from sft.settings import Settings
     from sft.stages.stage import Stage
 
@@ -201,7 +201,8 @@ def close_stage(stage: Stage, tracker: Tracker | None) -> None:
     """Sends the report of a completed stage to MLflow and prints the summary."""
     manifest, report = stage.manifest, stage.folder / paths.REPORT
     if tracker:
-        tracker.log_tags({"lineage.adapter": manifest["adapter_sha256"]})
+        headline = stage_lead(stage_facts(stage.folder), spoken(stage.settings.report_language)["_"])
+        tracker.log_tags({"lineage.adapter": manifest["adapter_sha256"], NOTE_TAG: " ".join(headline)})
         for path in (stage.folder / paths.MANIFEST, report, stage.folder / paths.REPORT_FACTS):
             tracker.log_artifact(path)
     metrics = manifest["metrics"]
@@ -230,4 +231,6 @@ def close_ladder(ladder: Sequence[Settings]) -> None:
     if table := score_table(folders):
         print(f"\nScores of base model and stages (gen_score, 0 to 1, on rows never trained on)\n{table}\n")
     show = "official_content/mlflow_ui.sh" if REPOSITORY else f"mlflow ui --port 58000 --backend-store-uri {store}"
-    print(f"Report: {report}\nMLflow: {show}   (then open http://127.0.0.1:58000)")
+    print(
+        f"Report: {report}\nMLflow: {show}   (then open http://127.0.0.1:58000/#/experiments?workflowType=machine_learning)"
+    )

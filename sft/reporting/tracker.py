@@ -40,6 +40,10 @@ KINDS = ("loss", "eval_loss", "gen_score")
 NAME_LIMIT = 250
 # Which folder a run belongs to: a digest, as a path may hold quotes that a search of MLflow can't.
 FOLDER_TAG, LADDER_TAG = "sft.folder", "sft.ladder"
+# Without it MLflow's page (3.17) opens an experiment on traces of agents: "Traces 0, no data".
+KIND_TAG, TRAINING = "mlflow.experimentKind", "custom_model_development"
+# What the page shows as a run's description.
+NOTE_TAG = "mlflow.note.content"
 Call = Callable[["MlflowClient"], None]
 
 
@@ -240,6 +244,8 @@ class Tracker:
         experiment = client.get_experiment_by_name(name)
         location = artifact_location(self.settings.mlflow_tracking_uri)
         number = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
+        if not experiment or KIND_TAG not in experiment.tags:
+            client.set_experiment_tag(number, KIND_TAG, TRAINING)
         mine = digest_of(self.folder)
         # Whoever trains into this folder holds its lock, so that nobody else's run of it is alive.
         for run in client.search_runs([number], f"tags.`{FOLDER_TAG}` = '{mine}' and attributes.status = 'RUNNING'"):
@@ -248,11 +254,16 @@ class Tracker:
         return client.create_run(number, run_name=self.settings.run_name or self.folder.name, tags=tags).info.run_id
 
     def _ladder_run(self, client: MlflowClient, experiment: str) -> str:
-        """The run that all stages of a ladder stand below, in the experiment that they share."""
+        """The run that all stages of a ladder stand below; `experiment`: where it is made by the first of them.
+
+        Each stage has an experiment of its own; the page that shows several lists them below this run all the same.
+        """
         path = self.folder.with_name(re.sub(r"_stage\d+$", "", self.folder.name))
         tags = {LADDER_TAG: digest_of(path)}
-        found = client.search_runs([experiment], f"tags.`{LADDER_TAG}` = '{tags[LADDER_TAG]}'", max_results=1)
-        run = found[0] if found else client.create_run(experiment, run_name=path.name, tags=tags)
+        ours = client.search_experiments(filter_string=f"tags.`{KIND_TAG}` = '{TRAINING}'")
+        everywhere = [each.experiment_id for each in ours]
+        found = client.search_runs(everywhere, f"tags.`{LADDER_TAG}` = '{tags[LADDER_TAG]}'", max_results=1)
+        run = found[0] if found else client.create_run(experiment, run_name=f"{path.name} (ladder)", tags=tags)
         if not found:
             client.set_terminated(run.info.run_id, "FINISHED")  # it holds runs and does nothing itself
         return run.info.run_id
