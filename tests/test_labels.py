@@ -99,6 +99,45 @@ def test_train_on_prompt_trains_everything(words: Any, rows_of: Any, make_settin
     assert row["labels"] == row["input_ids"] == [3, 6, 8, 9, 4, 8, 3, 7, 8, 12, 4, 8]
 
 
+def test_an_answer_marked_as_context_stays_so_though_prompts_are_trained(words: Any, rows_of: Any, make_settings: Any):
+    """All but its text and its end; an empty answer likewise. SFT_TRAIN_TURNS=last makes earlier ones a prompt."""
+    flagged = exchange("Hi", "One", "Bye", "Plan")
+    flagged[1]["train"] = False  # type: ignore[assignment]
+    both = make_settings(train_on_prompt=True)
+    row = label(rows_of(flagged), words, both).dataset[0]
+    ids = [3, 6, 8, 9, 4, 8, 3, 7, 8, 12, 4, 8, 3, 6, 8, 20, 4, 8, 3, 7, 8, 19, 4, 8]
+    assert row["input_ids"] == ids
+    assert row["labels"] == [*ids[:9], M, M, *ids[11:]]
+    assert label(rows_of(exchange("Hi", "", "Bye", "Plan")), words, both).dataset[0]["labels"].count(M) == 1
+    last = make_settings(train_on_prompt=True, train_turns="last")
+    assert label(rows_of(exchange("Hi", "One", "Bye", "Plan")), words, last).dataset[0]["labels"] == ids
+    assert label(rows_of(flagged), words, last).dataset[0]["labels"] == row["labels"]
+
+
+def test_a_context_turn_that_the_template_rewrote_is_not_trained_by_mistake(rows_of: Any, make_settings: Any):
+    """Its characters are not to be found, so that the row is dropped where prompts are trained, and kept where not."""
+    shout = "{{ message['content'] | upper if not loop.last else message['content'] }}"
+    tokenizer = byte_tokenizer(CHATML.replace("{{ message['content'] }}", shout))
+    flagged = exchange("Hi", "one", "Bye", "Plan")
+    flagged[1]["train"] = False  # type: ignore[assignment]
+    rows = label(rows_of(flagged), tokenizer, make_settings(train_on_prompt=True))
+    reason = "turn that is not to be trained rewritten by the template (SFT_TRAIN_ON_PROMPT=1)"
+    assert (len(rows.dataset), rows.dropped) == (0, {reason: 1})
+    assert len(label(rows_of(flagged), tokenizer, make_settings()).dataset) == 1
+
+
+def test_an_empty_answer_inside_a_row_is_counted(words: Any, rows_of: Any, make_settings: Any):
+    """It is not trained; the others are. One that is marked, or is no last turn where only that counts, was not meant
+    to be."""
+    empty = exchange("Hi", "", "Bye", "Plan")
+    rows = label(rows_of(empty), words, make_settings())
+    assert rows.noted == {"empty answer of an earlier turn": 1}
+    assert trained_texts(words, rows.dataset[0]) == ["Plan<|im_end|>"]
+    assert label(rows_of(empty), words, make_settings(train_turns="last")).noted == {}
+    empty[1]["train"] = False  # type: ignore[assignment]
+    assert label(rows_of(empty), words, make_settings()).noted == {}
+
+
 def test_plain_text_is_trained_whole_and_ended(tmp_path: Path, make_settings: Any):
     """No template is needed or applied; the end of text is added once."""
     path = tmp_path / "rows.jsonl"
@@ -403,7 +442,8 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         encode = original(tokenizer, **options)
 
         def count(texts: Sequence[str]) -> Any:
-            calls.append(len(texts))
+            if not texts[0].endswith("assistant\n"):  # else the prompt's border is looked at
+                calls.append(len(texts))
             return encode(list(texts))
 
         return count

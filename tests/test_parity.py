@@ -63,7 +63,60 @@ def test_history_that_is_written_otherwise_once_an_answer_follows_is_shown(compa
     assert "repair it or name another" in compared(word_tokenizer(odd), HELLO).difference
 
 
-def test_an_answer_that_melts_into_the_prompt_is_shown(compared: Any):
-    """GPT-2's tokenizers split line breaks otherwise at the end of a text than before a word."""
-    found = compared(byte_tokenizer(THINKING), HELLO, template_options={"enable_thinking": False})
+def joining_tokenizer(template: str) -> Any:
+    """Byte-level BPE that has learnt the token "\\n<" and splits nowhere beforehand but between words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\w+|[^\w]+"), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    bare.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bare.train_from_iterator(["x\n<y"] * 50, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = template
+    return fast
+
+
+def test_an_answer_that_would_melt_into_the_prompt_begins_behind_it(tmp_path: Path, compared: Any, make_settings: Any):
+    """Of "assistant" with a line break and "<a>" the break is the prompt's and not trained; "<" is a token of its own,
+    as the model says it, and a server encodes the same prompt. Earlier answers stay as it encodes its history."""
+    tokenizer = joining_tokenizer(CHATML)
+    assert "\n<" in [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    row = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<a>1</a>"}]
+    assert compared(tokenizer, row, row + row) == Parity(2)
+    rows = label(load_source(Source(id=str(tmp_path / "rows.jsonl")), None), tokenizer, make_settings())  # type: ignore[arg-type]
+    first, second = rows.dataset
+    trained = [token for token in first["labels"] if token != -100]
+    assert [tokenizer.decode([token]) for token in trained] == ["<", "a", ">", "1", "<", "/", "a", ">", "<|im_end|>"]
+    before = tokenizer("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert first["input_ids"][: len(before)] == before
+    assert first["labels"][: len(before)] == [-100] * len(before)
+    history = tokenizer.apply_chat_template([*row, row[0]], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert second["input_ids"][: len(history)] == history
+
+
+def test_an_answer_that_melts_into_the_prompt_elsewhere_is_shown(compared: Any):
+    """A tokenizer that puts a space before whatever it encodes would make another text of the parts."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer = joining_tokenizer(CHATML)
+    spaced = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = spaced
+    row = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<a>1</a>"}]
+    found = compared(tokenizer, row)
     assert "joins the end of the prompt with the beginning of the answer" in found.difference
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_think_blocks_that_the_prompt_supplies_do_not_melt_into_answers(trim: bool, compared: Any):
+    """GPT-2's tokenizers split line breaks otherwise at the end of a text than before a word."""
+    tokenizer = byte_tokenizer(THINKING, trim_offsets=trim)
+    assert compared(tokenizer, HELLO, template_options={"enable_thinking": False}) == Parity(1)

@@ -94,6 +94,12 @@ def test_calls_made_at_once_are_one_turn():
         (assistant(content="a", thinking=["r"]), '"thinking" of a turn is no text'),
         (assistant(content="a", train="maybe"), '"train" of a turn is neither true nor false'),
         (assistant(content="a", weight=[0]), '"weight" of a turn is neither true nor false'),
+        (assistant(content="a", loss_weight=0.5), '"loss_weight" of a turn is neither 0 nor 1: .*'),
+        (
+            assistant(content=[{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"}]),
+            'the content of a turn has a part of type "reasoning", which is no text',
+        ),
+        (assistant(content=[{"type": "text", "value": 7}]), "the content of a turn has a text part whose text is a .*"),
     ],
 )
 def test_a_turn_that_cannot_be_read_drops_its_row(turn: dict[str, Any], reason: str):
@@ -146,6 +152,11 @@ def test_a_conversation_whose_every_answer_is_marked_as_context_is_dropped(tmp_p
         ({"role": None, "content": None, "from": "gpt", "value": "a"}, assistant(content="a")),
         (assistant(content="a", weight="0"), assistant(content="a", trained=False)),
         (assistant(content="a", training=False), assistant(content="a", trained=False)),
+        (assistant(content="a", loss_weight=0.0), assistant(content="a", trained=False)),
+        (assistant(content="a", loss_weight=1.0), assistant(content="a")),
+        (assistant(content=[{"type": "text", "value": "a"}, {"type": "text", "text": "b"}]), assistant(content="ab")),
+        (assistant(content=[{"type": "text", "text": None, "value": "a"}]), assistant(content="a")),
+        (assistant(content=[{"type": "output_text", "text": "a"}]), assistant(content="a")),
     ],
 )
 def test_a_call_or_a_flag_counts_however_it_is_written(turn: dict[str, Any], expected: dict[str, Any]):
@@ -156,10 +167,10 @@ def test_a_call_or_a_flag_counts_however_it_is_written(turn: dict[str, Any], exp
 def test_keys_that_may_be_flags_and_are_not_read_are_named(tmp_path: Path):
     """Their turns are trained: nobody should believe they are not."""
     path = tmp_path / "rows.jsonl"
-    turns = [{"role": "user", "content": "q"}, assistant(content="a", train_on=False, loss_weight=0, number=3)]
+    turns = [{"role": "user", "content": "q"}, assistant(content="a", train_on=False, loss_scale=0, number=3)]
     path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
     rows = load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
-    assert rows.unread == ("messages.loss_weight", "messages.train_on")
+    assert rows.unread == ("messages.loss_scale", "messages.train_on")
 
 
 def test_keys_of_other_rows_are_no_nulls_of_a_call(tmp_path: Path):

@@ -114,7 +114,9 @@ class Settings(BaseModel):
     packing: Switch = setting(
         False, "Pack rows into sequences of SFT_MAX_SEQ_LEN; 0 joins the rows of a micro-batch only."
     )
-    train_on_prompt: Switch = setting(False, "Train on the prompt's tokens too, not on the answers alone.")
+    train_on_prompt: Switch = setting(
+        False, "Train on the prompt's tokens too, not on the answers alone; an answer marked as context never is."
+    )
     train_turns: Literal["all", "last"] = setting(
         "all", "Which of the assistant's turns are trained; one marked train: false or weight: 0 never is."
     )

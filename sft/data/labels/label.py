@@ -19,7 +19,7 @@ import pyarrow as pa
 from sft.data.labels.masks import MASKED, label_row, schema, with_labels
 from sft.data.labels.rendering import Rendered, render
 from sft.data.labels.template import Chat, ChatTemplate, chat_template_for, chats_of, template_of
-from sft.data.labels.tokens import Encoded, encode_up_to, encoder, plain_ends
+from sft.data.labels.tokens import Encoded, PromptBorder, encode_up_to, encoder, plain_ends
 from sft.data.sources.columns import Tally
 from sft.data.sources.load import SCHEMA, Rows
 from sft.data.sources.store import Write, key_of, stored
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["MASKED", "chat_template_for", "label", "preview"]
 
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
-VERSION = 4
+VERSION = 5
 _ROWS_AT_ONCE = 512
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000
@@ -99,7 +99,8 @@ def _label_all(
     """Label all rows in their order, batch by batch, so that memory does not grow with the rows."""
     total = len(rows.dataset)
     tables = rows.dataset.with_format("arrow")
-    encode, ends = _row_encoder(tokenizer, settings.max_seq_len), plain_ends(tokenizer)
+    opening = template.opening if template else ""
+    encode, ends = _row_encoder(tokenizer, settings.max_seq_len, opening), plain_ends(tokenizer)
 
     def label_from(start: int) -> tuple[pa.Table, Tally, Counter[str]]:
         table = tables[start : start + _ROWS_AT_ONCE]
@@ -120,22 +121,29 @@ def _label_all(
 
 
 def _row_encoder(
-    tokenizer: PreTrainedTokenizerBase, most: int
+    tokenizer: PreTrainedTokenizerBase, most: int, opening: str
 ) -> Callable[[Sequence[Rendered | Dropped]], list[Encoded]]:
-    """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts. Of rows with
-    more than `most` tokens only the beginning may be encoded."""
-    written, plain = (partial(encode_up_to, encoder(tokenizer, special=own), most=most) for own in (False, True))
+    """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts, the last answer
+    of others, where it stands right behind the prompt's `opening`, as it would be said. Of rows with more than `most`
+    tokens only the beginning may be encoded."""
+    alone, plain = (partial(encode_up_to, encoder(tokenizer, special=own), most=most) for own in (False, True))
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    border = PromptBorder(opening, alone, decode)
 
     def encode(rows: Sequence[Rendered | Dropped]) -> list[Encoded]:
         texts = ["" if isinstance(row, Dropped) else row.text for row in rows]
+        borders = [0 if isinstance(row, Dropped) else row.border(opening) for row in rows]
         if not any(isinstance(row, Rendered) and row.plain for row in rows):
-            return list(written(texts))
+            return border.kept(alone(texts), borders)
         kinds = [isinstance(row, Rendered) and row.plain for row in rows]
         found = {
             kind: iter(each([text for text, its in zip(texts, kinds, strict=True) if its == kind]))
-            for kind, each in ((False, written), (True, plain))
+            for kind, each in ((False, alone), (True, plain))
         }
-        return [next(found[kind]) for kind in kinds]
+        return border.kept([next(found[kind]) for kind in kinds], borders)
 
     return encode
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from sft.data.labels.rendering import Rendered
+from sft.data.labels.rendering import CONTEXT_LOST, Rendered
 from sft.data.labels.template import Span
 from sft.data.labels.tokens import Encoded
 from sft.data.masked_loss import edge_mask
@@ -85,7 +85,18 @@ def _chosen(items: Sequence, inside: Sequence[bool]) -> list:
 
 def _learned(rendered: Rendered, settings: Settings, noted: Counter[str]) -> list[Span]:
     """The characters that are trained."""
-    spans = [(0, len(rendered.text))] if settings.train_on_prompt else list(rendered.turns)
+    if not settings.train_on_prompt:
+        return _answers(rendered, list(rendered.turns), settings, noted)
+    spans = _answers(rendered, [(0, len(rendered.text))], settings, noted)
+    if None in rendered.context:
+        raise Dropped(CONTEXT_LOST)
+    for start, end in filter(None, rendered.context):
+        spans = [piece for a, b in spans for piece in ((a, min(b, start)), (max(a, end), b)) if piece[0] < piece[1]]
+    return spans
+
+
+def _answers(rendered: Rendered, spans: list[Span], settings: Settings, noted: Counter[str]) -> list[Span]:
+    """The spans without the reasoning of the final answer, where SFT_MASK_COT asks for that."""
     if not settings.mask_cot or rendered.content is None:
         return spans
     start, end = rendered.turns[-1]

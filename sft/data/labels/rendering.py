@@ -16,6 +16,8 @@ REWRITTEN = "turn rewritten by the template"
 NO_CALLS = "tool calls that the chat template cannot write"
 NO_TOOL_ANSWERS = "tool answers that the chat template cannot write"
 TOOLS_UNSAID = "tools left out by the template"
+EMPTY_EARLIER = "empty answer of an earlier turn"
+CONTEXT_LOST = "turn that is not to be trained rewritten by the template (SFT_TRAIN_ON_PROMPT=1)"
 REASONING_CUT = "reasoning left out by the template"
 THOUGHTS_TWICE = "think block that the template wraps in another"
 EARLIER_REASONING_CUT = "reasoning of an earlier turn left out by the template"
@@ -27,7 +29,8 @@ class Rendered:
 
     `content` is the final answer as the row has it, None for plain text; `shift` is where it stands in `text`, None
     where the template rewrote it. `answer` is where the final answer begins behind its reasoning, None where it has
-    none. `noted` are things to count. `plain`: the tokenizer adds what it adds to any text, such as BOS.
+    none. `noted` are things to count. `plain`: the tokenizer adds what it adds to any text, such as BOS. `context`:
+    the characters of turns that are never trained, None for one that the template rewrote.
     """
 
     text: str
@@ -37,6 +40,12 @@ class Rendered:
     answer: int | None = None
     noted: tuple[str, ...] = ()
     plain: bool = False
+    context: tuple[Span | None, ...] = ()
+
+    def border(self, opening: str) -> int:
+        """Where the last trained turn begins, if that is right behind what opens an answer; else 0."""
+        start = self.turns[-1][0]
+        return start if opening and not self.plain and self.text.endswith(opening, 0, start) else 0
 
 
 def render(
@@ -119,7 +128,10 @@ def _rendered(
         raise Dropped(f"final {REWRITTEN}")
     kept = tuple(span for span, is_wanted in zip(spans, wanted, strict=True) if span and is_wanted)
     noted = [REWRITTEN] * (sum(wanted) - len(kept)) + _left_out(template, chat, turns, spans, whole)
-    return _answered(Rendered(whole, kept, noted=tuple(noted)), turns[last])
+    context = tuple(span for span, message in zip(spans, turns, strict=True) if not _is_trained(message))
+    if context and train == "all":
+        noted += [EMPTY_EARLIER] * sum(message.get("trained", True) and not _is_trained(message) for message in turns)
+    return _answered(Rendered(whole, kept, noted=tuple(noted), context=context), turns[last])
 
 
 def _is_trained(message: Message) -> bool:

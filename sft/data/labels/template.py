@@ -83,6 +83,11 @@ class ChatTemplate:
     stop: str = ""
 
     @property
+    def opening(self) -> str:
+        """What a prompt ends with, before the answer begins; "" where that is not known."""
+        return self.header and self.header + self.supplied
+
+    @property
     def closing(self) -> str:
         """The end-of-turn mark and what else follows an answer, without white space at its end."""
         return self.ending.rstrip()

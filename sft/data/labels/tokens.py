@@ -60,6 +60,10 @@ class FastEncoded:
     def offsets(self) -> Sequence[tuple[int, int]]:
         return self.encoding.offsets
 
+    def crosses(self, char: int) -> bool:
+        """Whether one token holds this character and the one before it."""
+        return 0 < char < len(self.text) and self._containing(char - 1) == self._containing(char)
+
     def _containing(self, char: int) -> int:
         """The first token that ends behind `char`: it contains it, or the characters before it belong to no token."""
         token = self.encoding.char_to_token(char)
@@ -93,6 +97,58 @@ class SlowEncoded:
     def _reach(self, token: int) -> int:
         """The shortest prefix of the text that yields `token` tokens of the whole."""
         return bisect_left(range(len(self.text)), token, key=self.first)
+
+
+class PartedEncoded:
+    """A text whose two parts are encoded each by itself, so that no token stands in both."""
+
+    def __init__(self, before: Encoded, behind: Encoded, border: int) -> None:
+        self.before, self.behind, self.border = before, behind, border
+        self.ids = [*before.ids, *behind.ids]
+
+    def first(self, char: int) -> int:
+        if char < self.border:
+            return self.before.first(char)
+        return len(self.before.ids) + self.behind.first(char - self.border)
+
+    def end(self, char: int) -> int:
+        if char <= self.border:
+            return self.before.end(char)
+        return len(self.before.ids) + self.behind.end(char - self.border)
+
+    def offsets(self) -> Sequence[tuple[int, int]]:
+        shifted = [(start + self.border, end + self.border) for start, end in self.behind.offsets()]
+        return [*self.before.offsets(), *shifted]
+
+
+class PromptBorder:
+    """Encodings in which a prompt that ends with `opening` and the answer behind it share no token.
+
+    A server encodes the prompt alone and the model goes on behind it: a token "\\n<" of the prompt's line break and the
+    answer's first sign is none it could ever say. Where the parts mean another text (tokenizers that put a space before
+    whatever they encode) the encoding stays as it is.
+    """
+
+    def __init__(
+        self, opening: str, encode: Callable[[list[str]], Sequence[Encoded]], decode: Callable[[list[int]], str]
+    ) -> None:
+        self.encode, self.decode = encode, decode
+        alone, followed = (encoded.ids for encoded in encode([opening, f"{opening}One"]))
+        # GPT-2's tokenizers split two line breaks otherwise at the end of a text than before a word.
+        self.always = followed[: len(alone)] != alone
+
+    def kept(self, encodings: Sequence[Encoded], borders: Sequence[int]) -> list[Encoded]:
+        """`borders`: of each text, where the answer begins; 0 where nothing is to be kept apart."""
+        found = list(encodings)
+        for row, (whole, border) in enumerate(zip(encodings, borders, strict=True)):
+            if border and isinstance(whole, FastEncoded) and (self.always or whole.crosses(border)):
+                found[row] = self._parted(whole, border)
+        return found
+
+    def _parted(self, whole: FastEncoded, border: int) -> Encoded:
+        before, behind = self.encode([whole.text[:border], whole.text[border:]])
+        parted = PartedEncoded(before, behind, border)
+        return parted if self.decode(parted.ids) == self.decode(whole.ids) else whole
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> Callable[[list[str]], Sequence[Encoded]]:

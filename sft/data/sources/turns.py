@@ -21,8 +21,11 @@ _ROLES = {
 }  # fmt: skip
 # Roles of a turn that is nothing but a call: its text is the call, or a list of calls, as JSON.
 _CALL_ROLES = ("function_call", "tool_call")
+# Types of content parts that are text: OpenAI's two interfaces, under "text", and LLaMA-Factory's, under "value".
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_FLAGS = ("train", "training", "trained", "weight", "loss")
+_FLAGS = ("train", "training", "trained", "weight", "loss_weight", "loss")
+_WEIGHTS = ("weight", "loss_weight")
 _SAID = {"true": True, "false": False, "1": True, "0": False}
 # Every key of a turn that is read here.
 TURN_KEYS = frozenset(
@@ -151,13 +154,14 @@ def _json(value: Any, reason: str) -> Any:
 def _part_text(part: Mapping[str, Any], what: str) -> str:
     """The text of a part; a part that is an image, a sound or anything else is named by its type."""
     kind = part.get("type")
-    if kind != "text":
+    if kind not in _TEXT_PARTS:
         raise Dropped(
             f"{what} has a part of type {json.dumps(str(kind)[:_SHOWN], ensure_ascii=False)}, which is no text"
         )
-    if not isinstance(part.get("text"), str):
-        raise Dropped(f"{what} has a text part whose text is {kind_of(part.get('text'))}")
-    return part["text"]
+    text = _either(part, "text", "value")
+    if not isinstance(text, str):
+        raise Dropped(f"{what} has a text part whose text is {kind_of(text)}")
+    return text
 
 
 def _either(turn: Mapping[str, Any], key: str, other: str) -> Any:
@@ -166,7 +170,7 @@ def _either(turn: Mapping[str, Any], key: str, other: str) -> Any:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text"
+    return isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS
 
 
 def _role(turn: Mapping[str, Any]) -> Any:
@@ -256,8 +260,8 @@ def _flagged(turn: Mapping[str, Any]) -> Message:
         value = _SAID.get(value.strip().lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool | int | float | None):
             raise Dropped(f'"{key}" of a turn is neither true nor false')
-        if key == "weight" and value not in (None, 0, 1):
-            raise Dropped('"weight" of a turn is neither 0 nor 1: a turn is trained or it is context')
+        if key in _WEIGHTS and value not in (None, 0, 1):
+            raise Dropped(f'"{key}" of a turn is neither 0 nor 1: a turn is trained or it is context')
         if value is not None and not value:
             return {"trained": False}
     return {}
