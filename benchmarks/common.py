@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ class Bench:
     model: Path
     rows: Path
     real: bool
-    warmed: set[str] = field(default_factory=set)
 
     def folder(self, name: str) -> Path:
         """An empty folder that was not there before."""

@@ -161,12 +161,12 @@ def prepare(env_dir: Path) -> None:
 
     from sft.data.mixture import prepare_mix
     from sft.settings import load_settings
-    from sft.training.batches import EpochBatches, TrainingRows, join_rows
+    from sft.training.batches import EpochBatches, Order, TrainingRows, join_rows
 
     settings = load_settings(1, env_dir=env_dir)
     mix = prepare_mix(settings, AutoTokenizer.from_pretrained(settings.base_model))
     rows = TrainingRows(mix.train)
-    keys = list(EpochBatches(len(rows), batch_size=settings.per_device_train_bs, seed=settings.seed))
+    keys = list(EpochBatches(Order(len(rows), settings.seed), batch_size=settings.per_device_train_bs))
     batches = [join_rows([rows[key] for key in batch]) for batch in keys]
     folder = Path(settings.dataset_id or "").parent
     torch.save(batches, folder / "batches.pt")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -23,8 +24,11 @@ from sft.distributed.launch import launched
 
 # Where the package's bounds are wider than what was run: pip shall not replace the torch of a notebook service.
 TRIED = ("torch>=2.11,<2.15",)
+Answer = TypeVar("Answer")
+
 # A name server that knows a name says so within this time.
 _NAME_SECONDS = 5.0
+# mallopt's number in glibc's malloc.h; smaller thresholds cost speed (docs/log.md).
 _M_MMAP_THRESHOLD, _RETURNED_BYTES = -3, 4 * 2**20
 
 
@@ -163,14 +167,18 @@ def hub_is_off() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _resolves(host: str) -> bool:
-    """Whether the name has an address. A name server that keeps silent takes no notice of a time limit: a thread can
+def answer_within(seconds: float, ask: Callable[[], Answer]) -> Answer | None:
+    """None where nothing comes in time. A name server that keeps silent takes no notice of a time limit: a thread can
     be left behind."""
-    answers: list[bool] = []
-    asking = Thread(target=lambda: answers.append(_has_address(host)), daemon=True)
+    answers: list[Answer] = []
+    asking = Thread(target=lambda: answers.append(ask()), daemon=True)
     asking.start()
-    asking.join(_NAME_SECONDS)
-    return answers == [True]
+    asking.join(seconds)
+    return answers[0] if answers else None
+
+
+def _resolves(host: str) -> bool:
+    return bool(answer_within(_NAME_SECONDS, lambda: _has_address(host)))
 
 
 def _has_address(host: str) -> bool:

@@ -253,15 +253,12 @@ def finish(
     for record in json_files.read_records(stage.folder / paths.METRICS):
         last |= {name: value for name, value in record.items() if name not in ("step", "time")}
 
-    def report(manifest: dict[str, Any]) -> None:
-        write_report(stage.folder, settings.report_language, manifest=json_files.as_read(manifest))
-
     stage.complete(
         steps=state.global_step,
         metrics=last | {"epoch": state.epoch},
         forgetting=forgetting,
         gate=judge(Matrix.read(forgetting), stage.number).record() if forgetting or settings.gate else None,
         mlflow_run_id=tracker.wait_for_run(5.0) if tracker else None,
-        report=report,
+        report=lambda manifest: write_report(stage.folder, settings.report_language, manifest=manifest),
     )
     close_stage(stage, tracker)

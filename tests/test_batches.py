@@ -11,6 +11,7 @@ from sft.data.masked_loss.edge_mask import EdgeMask
 from sft.training.batches import (
     EpochBatches,
     EpochLoader,
+    Order,
     TrainingRows,
     blocks_of,
     join_rows,
@@ -75,7 +76,7 @@ def test_packs_are_items():
 
 def order_of(ranks: int, batch_size: int, epoch: int, num: int = 10) -> list[list[list[int]]]:
     """[micro-step][rank] -> keys."""
-    samplers = [EpochBatches(num, batch_size=batch_size, seed=3, rank=r, ranks=ranks) for r in range(ranks)]
+    samplers = [EpochBatches(Order(num, seed=3), batch_size=batch_size, rank=r, ranks=ranks) for r in range(ranks)]
     for sampler in samplers:
         sampler.set_epoch(epoch)
     return [list(step) for step in zip(*samplers, strict=True)]
@@ -100,11 +101,10 @@ def test_grouping_by_length_does_not_train_the_longest_first():
     """80 lengths in 40 global batches: about half of the batches are shorter than the one before, in another order
     each epoch. Trained longest first, the last steps would see nothing but short rows."""
     lengths = list(range(1, 81))
-    sampler = EpochBatches(80, batch_size=2, seed=0, lengths=lengths, group=2)
+    order = Order(80, seed=0, lengths=np.array(lengths), group=2)
     orders = []
     for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        orders.append(sampler.order())
+        orders.append(order.of(epoch))
         means = np.array(lengths)[orders[-1]].reshape(-1, 2).mean(axis=1)
         assert 12 <= (np.diff(means) < 0).sum() <= 27
         assert abs(means[:20].mean() - means[20:].mean()) < 20
@@ -114,8 +114,8 @@ def test_grouping_by_length_does_not_train_the_longest_first():
 def test_grouping_by_length_puts_similar_rows_together():
     """Rows of lengths 1 and 100: every global batch of two holds rows of one length, and no row is lost."""
     lengths = [1, 100] * 6
-    sampler = EpochBatches(12, batch_size=2, seed=0, lengths=lengths, group=2)
-    batches = list(sampler)
+    order = Order(12, seed=0, lengths=np.array(lengths), group=2)
+    batches = list(EpochBatches(order, batch_size=2))
     assert all(len({lengths[key] for key in keys}) == 1 for keys in batches)
     assert sorted(key for keys in batches for key in keys) == list(range(12))
 
@@ -123,7 +123,7 @@ def test_grouping_by_length_puts_similar_rows_together():
 def epoch_order(blocks: list[int], epoch: int, *, ranks: int = 1) -> list[int]:
     """Rows in the order in which the ranks together see them, one row a micro-batch."""
     samplers = [
-        EpochBatches(len(blocks), batch_size=1, seed=3, rank=rank, ranks=ranks, blocks=np.array(blocks))
+        EpochBatches(Order(len(blocks), seed=3, blocks=np.array(blocks)), batch_size=1, rank=rank, ranks=ranks)
         for rank in range(ranks)
     ]
     for sampler in samplers:
@@ -193,7 +193,7 @@ def test_workers_change_nothing(workers: int):
     training = masked_rows("sample")
 
     def labels(count: int) -> list[list[int]]:
-        sampler = EpochBatches(20, batch_size=3, seed=1)
+        sampler = EpochBatches(Order(20, seed=1), batch_size=3)
         loader = EpochLoader(training, batch_sampler=sampler, collate_fn=join_rows, num_workers=count)
         loader.set_epoch(4)
         return [batch["labels"][0].tolist() for batch in loader]

@@ -76,10 +76,10 @@ def test_a_source_that_appears_or_changes_beside_a_missing_one_is_a_change(tmp_p
     rows(tmp_path / "a.jsonl", "a")
     settings = mixed(tmp_path, "b.jsonl", "a.jsonl")
     with Stage.open(settings) as stage:
-        stage.begin()
-        add_adapter(stage.folder, b"x")
         counted = {"id": str(tmp_path / "a.jsonl"), "split": "train", "weight": 1.0, "rows": 1, "drawn": 1}
-        stage.complete(sources=[counted | {"fingerprint": "of the cache"}])
+        stage.begin(sources=[counted | {"fingerprint": "of the cache"}])
+        add_adapter(stage.folder, b"x")
+        stage.complete()
     records = json.loads((stage.folder / "stage.json").read_text())["sources"]
     assert [(Path(r["id"]).name, r["rows"], r["fingerprint"] is None) for r in records] == [
         ("b.jsonl", 0, True),
@@ -254,7 +254,7 @@ def test_what_is_evaluated_may_not_change_where_it_decides_the_training(tmp_path
     """Early stopping and schedulers that go by the loss."""
     partly_trained(make_settings(tmp_path, eval_steps=5, **decides))
     assert Stage.inspect(make_settings(tmp_path, eval_steps=7, **decides)).changed == ["SFT_EVAL_STEPS: 5 → 7"]
-    assert resume_neutral({"SFT_EARLY_STOPPING_PATIENCE": {"value": 2}}, {}) == frozenset()
+    assert resume_neutral({"SFT_EARLY_STOPPING_PATIENCE": 2}, {}) == frozenset()
 
 
 def test_remedies_carry_the_env_dir_and_the_overrides(tmp_path):

@@ -39,7 +39,7 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def save_manifest(folder: Path, number: int, base: Path, parents: list[Path], **fields) -> None:
     digests = [hashlib.sha256((p / "adapter_model.safetensors").read_bytes()).hexdigest() for p in [*parents, folder]]
     settings = {"SFT_LR": 1e-4, "SFT_LORA_R": 2, "SFT_LORA_ALPHA": 4}
-    manifest = blank_manifest() | {
+    manifest = blank_manifest().record() | {
         "stage": number,
         "status": "complete",
         "base_model": str(base),

@@ -318,7 +318,7 @@ def test_no_row_takes_a_second(folder, row):
     begun = time.process_time()
     mix = prepare_mix(load_settings(1, env_dir=folder, environ={}), WORDS_TOKENIZER)
     assert time.process_time() - begun < 2 * 1.0 + 1.0  # two odd rows, and a second for everything else
-    assert mix.sources[0]["rows"] + mix.dropped.total() >= 32
+    assert mix.sources[0].rows + mix.dropped.total() >= 32
 
 
 WORDS_TOKENIZER = tokenizer()

@@ -9,6 +9,7 @@ import pytest
 from sft.evaluation import generation_evaluation
 from sft.evaluation.answers import Answer
 from sft.evaluation.generation_evaluation import GenerationEvaluation, questions, write_questions
+from sft.stages.manifest import Manifest
 from tests.ladders import make_settings
 from tests.tiny import tokenizer
 
@@ -73,7 +74,9 @@ def test_questions_of_an_earlier_stage_are_scored_as_that_stage_scored_them(tmp_
         tmp_path, gen_eval="structured", output_markers="Antwort:", gen_max_new_tokens=9, val_ratio=0.5
     )
     now = make_settings(tmp_path, 2, gen_eval="extraction", gen_max_new_tokens=512, val_ratio=0.5)
-    evaluation = GenerationEvaluation(now, tmp_path, tokenizer(), asked).of_stage({"settings": before.record()})
+    evaluation = GenerationEvaluation(now, tmp_path, tokenizer(), asked).of_stage(
+        Manifest().changed(settings=before.record())
+    )
     limits = []
 
     def generated(*given, max_new_tokens, **others):

@@ -37,7 +37,12 @@ def fourth(tmp_path):
 
     for number in (1, 2, 3):
         folder(number).mkdir()
-        record = blank_manifest() | {"stage": number, "status": "complete", "base_model": "b", "adapter_sha256": "a"}
+        record = blank_manifest().record() | {
+            "stage": number,
+            "status": "complete",
+            "base_model": "b",
+            "adapter_sha256": "a",
+        }
         matrix = Matrix({"base": {"stage 1": {"": 0.1}}, "stage 1": {"stage 1": {"": 0.8, "task 1": 0.8}}})
         write_json(folder(number) / "stage.json", record | ({"forgetting": matrix.record()} if number == 1 else {}))
         row = {"task": f"task {number}", "prompt": [], "reference": "r", "kind": "structured"}

@@ -26,7 +26,7 @@ def test_the_report_is_made_from_the_finished_manifest_before_the_status_says_co
         stage.complete(steps=3, report=lambda manifest: seen.append((status(stage.folder), manifest)))
     ((before, manifest),) = seen
     assert (before, status(stage.folder)) == ("running", "complete")
-    assert (manifest["status"], manifest["steps"]) == ("complete", 3)
+    assert (manifest.status, manifest.steps) == ("complete", 3)
     assert list(stage.folder.glob("error*.log")) == []
 
 

@@ -31,7 +31,7 @@ from sft.planning.memory import (
     shortage,
 )
 from sft.settings import load_settings
-from sft.training.batches import EpochBatches, largest_items
+from sft.training.batches import EpochBatches, Order, largest_items
 from sft.training.loss import token_cross_entropy
 
 CPU = Device(torch.float32, fused_head=False)
@@ -277,7 +277,7 @@ def test_largest_micro_batch_is_the_one_the_epoch_has(settings):
     """Against a walk through the batches of both ranks in both epochs."""
     chosen = settings(per_device_train_bs=3, epochs=2, seed=5)
     lengths = np.random.default_rng(0).integers(5, 200, 50)
-    batches = [EpochBatches(50, batch_size=3, seed=5, rank=rank, ranks=2) for rank in (0, 1)]
+    batches = [EpochBatches(Order(50, seed=5), batch_size=3, rank=rank, ranks=2) for rank in (0, 1)]
     sums = []
     for epoch in (0, 1):
         for batch in batches:

@@ -23,6 +23,7 @@ from sft.data.sources.shapes import content_hash
 from sft.data.split import EARLIER, GENERATION
 from sft.errors import Problems
 from sft.settings import Source
+from sft.settings.values import SourceRecord
 from tests.conftest import byte_tokenizer, word_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -109,7 +110,7 @@ def test_the_contract_s_example(make_settings: Any):
     mixed = mix(sources, make_settings(val_ratio=0.0))
     times = Counter(drawn(mixed))
     assert len(mixed.train) == 1000
-    assert [record["drawn"] for record in mixed.sources] == [333, 667]
+    assert [record.drawn for record in mixed.sources] == [333, 667]
     assert Counter(count for (source, _), count in times.items() if source == 0) == {1: 333}
     assert Counter(count for (source, _), count in times.items() if source == 1) == {1: 333, 2: 167}
 
@@ -123,13 +124,13 @@ def test_total_size_limits_repeat_and_single_sources(make_settings: Any):
     assert counts(mix([labelled(texts(4), repeat=0.5)], settings)) == [1, 1]
     assert counts(mix([labelled(texts(4))], make_settings(val_ratio=0.0, dataset_mix_total_size=6))) == [1, 1, 2, 2]
     two = [labelled(texts(4), repeat=3.0), labelled(texts(6, "b"))]
-    assert [record["drawn"] for record in mix(two, settings).sources] == [6, 6]
+    assert [record.drawn for record in mix(two, settings).sources] == [6, 6]
 
 
 def test_a_source_without_rows_takes_no_share(make_settings: Any):
     """Its weight is left out and the mix says so."""
     mixed = mix([labelled(texts(3)), labelled([], id="empty")], make_settings(val_ratio=0.0))
-    assert [record["drawn"] for record in mixed.sources] == [3, 0]
+    assert [record.drawn for record in mixed.sources] == [3, 0]
     assert mixed.warnings == ["[WARNING] empty: no row is left to train on"]
 
 
@@ -171,7 +172,7 @@ def test_the_size_of_the_validation_split(make_settings: Any, rows: int, ratio: 
     """At least one row where there are two, never all of them, none at ratio 0."""
     mixed = mix([labelled(texts(rows))], make_settings(val_ratio=ratio))
     assert (len(mixed.val), len(mixed.train)) == (expected, rows - expected)
-    assert mixed.sources[0]["validation_rows"] == expected
+    assert mixed.sources[0].validation_rows == expected
 
 
 def test_no_validation_row_is_trained_on(make_settings: Any):
@@ -203,7 +204,7 @@ def test_evaluation_sources_replace_the_split(make_settings: Any):
     assert sorted(row for _, row in drawn(mixed)) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert mixed.dropped == {"equal to a validation row": 1}
     assert mixed.warnings == ["[WARNING] source: rows are left out (1 equal to a validation row)"]
-    assert [record["id"] for record in mixed.sources] == ["source"]
+    assert [record.id for record in mixed.sources] == ["source"]
 
 
 def test_the_split_is_a_share_of_the_contents(make_settings: Any):
@@ -327,8 +328,8 @@ def test_every_mix_adds_up(first: int, second: int, ratio: float, weight: float,
     )  # fmt: skip
     sources = [labelled(texts(first), task_keys=["toml"] * first), labelled(texts(second, "b"), weight=weight)]
     mixed = mix(sources, settings)
-    sizes = [record["rows"] - record["validation_rows"] for record in mixed.sources]
-    counts = [record["drawn"] for record in mixed.sources]
+    sizes = [record.rows - record.validation_rows for record in mixed.sources]
+    counts = [record.drawn for record in mixed.sources]
     assert sum(counts) == max(sizes)
     kept = Counter(source for source, _ in drawn(mixed))
     assert kept[1] == counts[1]
@@ -348,17 +349,8 @@ def test_columns_and_token_counts(make_settings: Any):
         "messages", "task_key", "pack", "extras", "input_ids", "labels", "length", "source", "row",
     ]  # fmt: skip
     assert mixed.tokens == {"total": 16, "trained": 8, "longest_row": 2}
-    assert mixed.sources == [
-        {
-            "id": "source",
-            "split": "train",
-            "weight": 1.0,
-            "rows": 10,
-            "validation_rows": 2,
-            "drawn": 8,
-            "fingerprint": "f",
-        }
-    ]
+    counts = {"rows": 10, "validation_rows": 2, "drawn": 8}
+    assert mixed.sources == [SourceRecord(id="source", split="train", weight=1.0, fingerprint="f", **counts)]
 
 
 def test_a_million_rows_mix_in_seconds(make_settings: Any):
@@ -462,8 +454,8 @@ def test_document_000_s_second_stage(make_settings: Any):
         upsample_rules={"text_to_toml": 3.0, "toml_to_yaml": 2.0},
     )  # fmt: skip
     mixed = prepare_mix(settings, byte_tokenizer())
-    assert [record["validation_rows"] for record in mixed.sources] == [30, 15]
-    assert [record["drawn"] for record in mixed.sources] == [190, 380]
+    assert [record.validation_rows for record in mixed.sources] == [30, 15]
+    assert [record.drawn for record in mixed.sources] == [190, 380]
     first, second = mixed.upsampling
     assert len(mixed.train) == 570 + 2 * first["matched"] + second["matched"]
     assert first["matched"] > 0

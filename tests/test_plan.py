@@ -12,7 +12,7 @@ from sft.planning.document import Document, Steps
 from sft.planning.plan import steps
 from sft.planning.step_time import Forecast, StepTime, forecast
 from sft.settings import load_settings
-from sft.training.batches import EpochBatches
+from sft.training.batches import EpochBatches, Order
 from tests import tiny
 
 KEYS = [
@@ -251,7 +251,7 @@ def test_steps_are_those_of_the_trainer(tmp_path, items, size, accumulation, epo
         get_sp_size=lambda: 1,
         num_examples=lambda _: items,
     )
-    loader = EpochBatches(items, batch_size=size, seed=0, ranks=processes)
+    loader = EpochBatches(Order(items, seed=0), batch_size=size, ranks=processes)
     expected = Trainer.set_initial_training_values(trainer, arguments, loader)
     found = steps(items, settings, processes=processes)
     assert (found.per_epoch, found.global_batch, found.total) == (expected[1], expected[4], expected[6])

@@ -8,6 +8,8 @@ import pytest
 
 from sft.distributed.signals import Stopped
 from sft.reporting import recording
+from sft.settings.values import SourceRecord
+from sft.stages.manifest import Manifest
 
 
 class Tracker:
@@ -29,12 +31,12 @@ class Tracker:
 
 @pytest.fixture
 def stage(tmp_path):
-    manifest = {"mlflow_run_id": None, "sources": [{"id": "hub/rows", "fingerprint": "sha256:ab"}]}
+    manifest = Manifest(sources=[SourceRecord(id="hub/rows", fingerprint="sha256:ab")])
     settings = SimpleNamespace(num_generate_samples=1, report_to=("mlflow",), base_model="https://me:geheim@hub/base")
     parents = (SimpleNamespace(stage=1, adapter_sha256="c" * 64),)
-    return SimpleNamespace(
-        number=2, folder=tmp_path, manifest=manifest, settings=settings, parents=parents, update=manifest.update
-    )
+    stage = SimpleNamespace(number=2, folder=tmp_path, manifest=manifest, settings=settings, parents=parents)
+    stage.update = lambda **fields: setattr(stage, "manifest", stage.manifest.changed(**fields))
+    return stage
 
 
 def test_a_metric_is_a_line_and_a_message_and_the_run_s_id_is_kept(stage):
@@ -47,7 +49,7 @@ def test_a_metric_is_a_line_and_a_message_and_the_run_s_id_is_kept(stage):
     lines = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": None}]
     assert tracker.told == [("metrics", record) for record in records]
-    assert stage.manifest["mlflow_run_id"] == "run 7"
+    assert stage.manifest.mlflow_run_id == "run 7"
 
 
 @pytest.mark.parametrize(("step", "shown"), [(0, "before training"), (5, None), (10, "after training")])

@@ -14,6 +14,7 @@ from sft.reporting.report import forgetting_table, score_table, write_ladder_rep
 from sft.reporting.scores import read_answers
 from sft.reporting.text import spaces
 from sft.scoring.faults import FAULTS
+from sft.stages.manifest import Manifest
 
 # Stage 2 keeps stage 1's JSON but loses 0.5 of its TOML: 0.9 -> 0.65 overall.
 FORGETTING = {
@@ -77,7 +78,7 @@ def manifest(number: int) -> dict:
         "dropped": {"over-long": 3, "empty answer": 0},
         "upsampling": [{"rule": "toml", "multiplier": 2.0, "matched": 12}],
         "tokens": {"total": 4000, "trained": 1500},
-        "steps": {"total": 20},
+        "steps": 20,
         "metrics": {"eval_loss": 0.5},
         "masked_loss": {"units": 100, "distinct_units": 7, "mean_count": 14.25, "masked_share": 0.5},
         "merge": {"max_abs_diff": 0.00002, "kl": 1e-9, "seconds": 2.5, "peak_rss_bytes": 2**30}
@@ -333,7 +334,7 @@ def test_killed_run_is_reported_up_to_its_last_whole_line(tmp_path):
     record = {
         "stage": 1,
         "status": "running",
-        "started": 100,
+        "started": "1970-01-01T00:01:40+00:00",
         "finished": None,
         "steps": None,
         "tokens": {"trained": None},
@@ -402,7 +403,7 @@ def test_score_table(folders):
 
 def test_forgetting_table():
     """The fallen cell has a mark, and a line below names what fell."""
-    assert forgetting_table({"forgetting": FORGETTING}).splitlines() == [
+    assert forgetting_table(Manifest(forgetting=FORGETTING)).splitlines() == [
         "model    stage 1 tasks  stage 2 tasks",
         "-------------------------------------",
         "base            0.100          0.000 ",
@@ -410,7 +411,7 @@ def test_forgetting_table():
         "stage 2         0.650!         0.800 ",
         "! " + LOST,
     ]
-    assert forgetting_table({}) == ""
+    assert forgetting_table(Manifest()) == ""
 
 
 def test_ladder_report(folders):

@@ -16,6 +16,7 @@ from sft import run
 from sft.data.mixture import Mix
 from sft.distributed.signals import STOP, Stopped
 from sft.errors import RunFailed
+from sft.settings.values import SourceRecord
 from sft.stages.stage import Stage
 from tests.ladders import make_settings as stage_settings
 from tests.stops import before
@@ -25,7 +26,7 @@ ROW = ROWS[0] | {"extras": None, "task_key": "text_to_json"}
 
 
 def mix_of(*, train: int = 3, val: int = 1) -> Mix:
-    source = {"id": "rows.jsonl", "drawn": 3}
+    source = SourceRecord(id="rows.jsonl", drawn=3)
     rows = datasets.Dataset.from_list([ROW] * 3)
     views = rows.select(range(train)), rows.select(range(val))
     return Mix(*views, [source], [], Counter(empty=2), tokens={"total": 30, "trained": 10})
@@ -44,7 +45,7 @@ def no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_manifest_is_told_what_the_rows_are():
     """Sources, counts, losses, upsampling and tokens, under the manifest's names."""
     assert run.rows_facts(mix_of()) == {
-        "sources": [{"id": "rows.jsonl", "drawn": 3}],
+        "sources": [SourceRecord(id="rows.jsonl", drawn=3)],
         "train_rows": 3,
         "val_rows": 1,
         "dropped": {"empty": 2},
@@ -270,10 +271,10 @@ def test_the_end_comes_in_an_order_that_a_kill_may_cut_anywhere(tmp_path: Path, 
     assert order == [(name, "complete" if name == "closed" else "running") for name in names]
     manifest = json.loads((tmp_path / "out_stage1" / "stage.json").read_text())
     reported = next(keywords["manifest"] for what, _, keywords in written if what == "report")
-    assert reported.items() <= manifest.items()
-    assert reported["metrics"] == {"loss": 1.0, "eval_loss": 1.5, "epoch": 2.0}
-    assert (reported["steps"], reported["mlflow_run_id"], reported["status"]) == (8, "run 7", "complete")
-    assert reported["forgetting"] == {"models": ["stage 1"]}
+    assert reported.record().items() <= manifest.items()
+    assert reported.metrics == {"loss": 1.0, "eval_loss": 1.5, "epoch": 2.0}
+    assert (reported.steps, reported.mlflow_run_id, reported.status) == (8, "run 7", "complete")
+    assert reported.forgetting == {"models": ["stage 1"]}
     assert (tmp_path / "out_stage1" / "training_config.json").is_file()
 
 

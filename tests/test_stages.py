@@ -562,11 +562,11 @@ def test_the_manifest_has_the_contracts_keys_from_begin_to_end(tmp_path):
     """All keys from the start, filled in as the stage goes."""
     settings = make_settings(tmp_path)
     with Stage.open(settings, processes=1) as stage:
-        stage.begin()
+        sources = [{"id": str(tmp_path / "rows.jsonl"), "split": "train", "weight": 1.0, "rows": 1, "drawn": 1}]
+        stage.begin(sources=sources)
         begun = json.loads((stage.folder / "stage.json").read_text())
         add_adapter(stage.folder, b"adapter 1")
-        sources = [{"id": str(tmp_path / "rows.jsonl"), "split": "train", "weight": 1.0, "rows": 1, "drawn": 1}]
-        stage.update(train_rows=1, mlflow_run_id="abc", sources=sources)
+        stage.update(train_rows=1, mlflow_run_id="abc")
         stage.complete(steps=3, metrics={"eval_loss": 0.5})
     ended = json.loads((stage.folder / "stage.json").read_text())
     contract = (

@@ -8,6 +8,7 @@ from sft.planning.document import Lineage, Steps
 from sft.planning.kv_cache import AnswerBatch
 from sft.planning.memory import Estimate, Need
 from sft.planning.step_time import Forecast
+from sft.settings.values import SourceRecord
 
 GIB = 2**30
 
@@ -39,14 +40,7 @@ def test_lineage_names_what_the_stage_is_made_from_and_what_changed():
 
 def test_sources_have_a_line_each():
     """The file's name without its folder, and the rows as they are, held out, drawn."""
-    source = {
-        "id": "/data/rows.jsonl",
-        "split": "train",
-        "weight": 2.0,
-        "rows": 1000,
-        "validation_rows": 50,
-        "drawn": 667,
-    }
+    source = SourceRecord(id="/data/rows.jsonl", weight=2.0, rows=1000, validation_rows=50, drawn=667)
     heading, _, line = tables.sources_table([source]).splitlines()
     assert heading.split("  ")[0] == "source"
     assert line.split() == ["rows.jsonl", "train", "2.0", "1,000", "50", "667"]

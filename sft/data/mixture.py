@@ -24,6 +24,7 @@ from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
 from sft.data.split import EARLIER, GENERATION, VALIDATION, Split, first_of_equal
 from sft.errors import Problems
+from sft.settings.values import SourceRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Mix:
 
     train: datasets.Dataset
     val: datasets.Dataset
-    sources: list[dict[str, Any]]
+    sources: list[SourceRecord]
     upsampling: list[dict[str, Any]]
     dropped: Counter[str]
     warnings: list[str] = field(default_factory=list)
@@ -64,9 +65,9 @@ class Mix:
 
     def rows_in_words(self) -> str:
         """How many rows there are and how they add up."""
-        sources = ", ".join(f"{Path(source['id']).name} {source['drawn']:,}" for source in self.sources)
+        sources = ", ".join(f"{Path(source.id).name} {source.drawn or 0:,}" for source in self.sources)
         again = sum(stage["rows"] for stage in self.replay)
-        added = len(self.train) - again - sum(source["drawn"] for source in self.sources)
+        added = len(self.train) - again - sum(source.drawn or 0 for source in self.sources)
         upsampled = f"; upsampling {added:+,}" if self.upsampling else ""
         replayed = "".join(f" + {stage['rows']:,} replayed from stage {stage['stage']}" for stage in self.replay)
         return f"{len(self.train):,} to train ({sources}{upsampled}{replayed}), {len(self.val):,} to validate"
@@ -232,9 +233,9 @@ def _ordered(base: Base, rows: Indices, again: Indices, settings: Settings) -> I
     return spread(again, rows)
 
 
-def _record(rows: Rows, split: Split, drawn: int) -> dict[str, Any]:
+def _record(rows: Rows, split: Split, drawn: int) -> SourceRecord:
     source = rows.source
-    return {
-        "id": source.id, "split": source.split, "weight": source.weight, "rows": len(rows.dataset),
-        "validation_rows": len(split.val), "drawn": drawn, "fingerprint": rows.fingerprint,
-    }  # fmt: skip
+    return SourceRecord(
+        id=source.id, split=source.split, weight=source.weight, rows=len(rows.dataset),
+        validation_rows=len(split.val), drawn=drawn, fingerprint=rows.fingerprint,
+    )  # fmt: skip

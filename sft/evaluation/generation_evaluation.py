@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from sft.data.sources.turns import Message
     from sft.settings import Settings
+    from sft.stages.manifest import Manifest
 
 
 def questions(val: datasets.Dataset, settings: Settings) -> list[dict[str, Any]]:
@@ -81,11 +82,12 @@ class GenerationEvaluation:
         self.settings, self.folder, self.tokenizer, self.rows = settings, folder, tokenizer, rows
         self.kind = settings.gen_eval
 
-    def of_stage(self, manifest: Mapping[str, Any]) -> GenerationEvaluation:
+    def of_stage(self, manifest: Manifest) -> GenerationEvaluation:
         """The same for an earlier stage's questions: answered as long and judged as that stage's manifest says, or what
         stands in its column could not be compared. How a prompt is rendered stays a matter of today's template."""
-        recorded = {name: manifest["settings"][name]["value"] for name in _JUDGED_BY if name in manifest["settings"]}
-        changed = {NAMES[name]: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()}
+        recorded = manifest.values()
+        judged_by = {name: recorded[name] for name in _JUDGED_BY if name in recorded}
+        changed = {NAMES[name]: tuple(v) if isinstance(v, list) else v for name, v in judged_by.items()}
         return GenerationEvaluation(self.settings.model_copy(update=changed), self.folder, self.tokenizer, self.rows)
 
     def answer(

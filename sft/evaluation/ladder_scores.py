@@ -18,7 +18,7 @@ from sft.evaluation.generation_evaluation import GenerationEvaluation
 from sft.models.model import load_model
 from sft.scoring.forgetting import GENERAL, Matrix, TaskScores, drops
 from sft.stages import paths
-from sft.stages.manifest import is_intact, read_manifest, with_digest
+from sft.stages.manifest import Manifest, is_intact, read_manifest, with_digest
 from sft.storage import json_files
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ def earlier_stages(stage: Stage) -> dict[int, Path]:
 
 def _status(folder: Path, number: int) -> str | None:
     try:
-        return (read_manifest(folder, number) or {}).get("status")
+        manifest = read_manifest(folder, number)
     except json_files.DamagedFile:
         return None
+    return manifest.status if manifest else None
 
 
 def earlier_models(stage: Stage) -> dict[str, str]:
@@ -165,7 +166,7 @@ def ladder_scores(
     for number, folder in stages.items():
         if evaluation and (rows := json_files.read_records(folder / paths.QUESTIONS)):
             say(f"Scoring stage {stage.number} on the rows of stage {number} ...")
-            then = evaluation.of_stage(read_manifest(folder, number) or {"settings": {}})
+            then = evaluation.of_stage(read_manifest(folder, number) or Manifest())
             samples, metrics = then.score(rows, then.answer(model, rows, accelerator=accelerator))
             matrix.put(here, f"stage {number}", task_scores(metrics, rows), question_scores(samples))
     if not any(scores for tasks in matrix.table.values() for scores in tasks.values()):
@@ -184,5 +185,5 @@ def _metrics_at(stage: Stage, step: int) -> dict[str, float]:
 
 def _previous(stages: dict[int, Path]) -> Matrix:
     """What the last stage that has a matrix recorded."""
-    manifests = (read_manifest(folder, number) or {} for number, folder in reversed(stages.items()))
-    return next((matrix for manifest in manifests if (matrix := Matrix.read(manifest.get("forgetting")))), Matrix())
+    manifests = (read_manifest(folder, number) for number, folder in reversed(stages.items()))
+    return next((found for each in manifests if each and (found := Matrix.read(each.forgetting))), Matrix())

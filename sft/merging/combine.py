@@ -16,8 +16,8 @@ from torch import nn
 
 from sft.errors import Problems
 from sft.merging.adapter_files import PREFIX, Adapter, LowRank, Update, factors, is_plain, read_adapter, updates_of
-from sft.merging.layout import Layout, UnknownLayout, meta_model
-from sft.merging.weights import model_folder, read_header, shard_paths
+from sft.merging.layout import Layout, UnknownLayout, base_layout
+from sft.merging.weights import model_folder
 from sft.stages.paths import ADAPTER, ADAPTER_CONFIG
 from sft.storage import json_files
 
@@ -51,10 +51,9 @@ def combine(
     for adapter in read:
         _refuse_what_does_not_add_up(adapter)
     source, _ = model_folder(str(base), revision)
-    stored = [tensor for path in shard_paths(source) for tensor in read_header(path)]
-    layout = Layout(meta_model(source, trust_remote_code=trust_remote_code), stored)
     try:
-        updates = updates_of(read, layout)
+        with base_layout(source, folder, trust_remote_code=trust_remote_code) as (layout, _):
+            updates = updates_of(read, layout)
     except UnknownLayout as error:
         raise Problems([f"--as-adapter: {error}; leave it away and serve the merged model"]) from error
     found = Combined()

@@ -6,8 +6,11 @@ The model is built without memory (meta device) and transformers' own conversion
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from sft.errors import Problems
-from sft.merging.weights import StoredTensor
+from sft.merging.weights import StoredTensor, convert_pickles, read_header, shard_paths
 
 
 class UnknownLayout(Exception):
@@ -52,6 +55,30 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
         raise Problems(
             [f"SFT_BASE_MODEL={folder}: is no causal language model transformers can build: {error}"]
         ) from error
+
+
+@contextmanager
+def base_layout(
+    folder: Path, target: Path, *, trust_remote_code: bool = False
+) -> Iterator[tuple[Layout, dict[str, list[StoredTensor]]]]:
+    """The layout of the base model in `folder`, and its tensors by the name of the file a merge writes them to.
+
+    PyTorch pickles are first rewritten beside `target`, for as long as the context lasts.
+    """
+    paths = shard_paths(folder)
+    with ExitStack() as stack:
+        if not paths:
+            pickles = sorted(folder.glob("pytorch_model*.bin"))
+            if not pickles:
+                raise Problems(
+                    [f"SFT_BASE_MODEL={folder}: holds no model weights (*.safetensors); name a model folder"]
+                )
+            scratch = target.with_name(f"{target.name}.partial-{os.getpid()}-1")
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            paths = convert_pickles(pickles, scratch)
+        shards = {path.name.replace("pytorch_model", "model"): read_header(path) for path in paths}
+        stored = [tensor for tensors in shards.values() for tensor in tensors]
+        yield Layout(meta_model(folder, trust_remote_code=trust_remote_code), stored), shards
 
 
 class Layout:

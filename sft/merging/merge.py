@@ -2,23 +2,22 @@
 
 import errno
 import json
-import os
 import resource
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sft.errors import Problems, RunFailed
+from sft.errors import RunFailed
 from sft.merging.adapter_files import Adapter, LowRank, Update, read_adapter, updates_of
 from sft.merging.fold import Folded, Output, write_all
-from sft.merging.layout import Layout, UnknownLayout, meta_model
+from sft.merging.layout import Layout, UnknownLayout, base_layout
 from sft.merging.placement import Wanted, place
 from sft.merging.weights import (
     DTYPES,
@@ -26,7 +25,6 @@ from sft.merging.weights import (
     INDEX,
     NAMES,
     StoredTensor,
-    convert_pickles,
     create_shard,
     load,
     model_folder,
@@ -96,9 +94,7 @@ def merge(
     record = MergeRecord(str(base), commit, identities, dtype or "", dtype, fingerprint)
     with _disk_full_explained(target), atomic.published_folder(target) as partial:
         try:
-            with _shards(folder, target) as shards:
-                stored = [tensor for tensors in shards.values() for tensor in tensors]
-                layout = Layout(meta_model(folder, trust_remote_code=trust_remote_code), stored)
+            with base_layout(folder, target, trust_remote_code=trust_remote_code) as (layout, shards):
                 untied = _stream(layout, shards, adapters=loaded, partial=partial, record=record)
         except UnknownLayout as reason:
             from sft.merging.peft_merge import merge_with_peft
@@ -164,23 +160,6 @@ def _disk_full_explained(target: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunFailed(f"The disk is full: {target} could not be written. Free space and run again.") from error
-
-
-@contextmanager
-def _shards(folder: Path, target: Path) -> Iterator[dict[str, list[StoredTensor]]]:
-    """Output file name -> tensors of the base; PyTorch pickles are first rewritten beside the target."""
-    paths = shard_paths(folder)
-    with ExitStack() as stack:
-        if not paths:
-            pickles = sorted(folder.glob("pytorch_model*.bin"))
-            if not pickles:
-                raise Problems(
-                    [f"SFT_BASE_MODEL={folder}: holds no model weights (*.safetensors); name a model folder"]
-                )
-            scratch = target.with_name(f"{target.name}.partial-{os.getpid()}-1")
-            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-            paths = convert_pickles(pickles, scratch)
-        yield {path.name.replace("pytorch_model", "model"): read_header(path) for path in paths}
 
 
 def _stream(

@@ -221,6 +221,7 @@ def casts_left_to_autocast(layers: Iterable[LoraLayer]) -> Iterator[None]:
 
     PEFT casts it to the adapter's float32 first and autocast back to bfloat16 at once: the same numbers, but every
     adapted projection then keeps a copy of its own for the backward pass. PEFT's 4-bit layers leave it out as well.
+    PEFT's `disable_input_dtype_casting` does the same by a walk through all modules: 8 ms instead of 0.4 (docs/log.md).
     """
     changed = [layer for layer in layers if layer.cast_input_dtype_enabled]
     for layer in changed:

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sft.settings.values import SourceRecord
+
 # Bytes per device. `total` holds the larger of `activations` and `generation`.
 MEMORY = ("weights", "adapter", "optimizer", "gradients", "activations", "generation", "total", "available")
+
+# What is said of a source; the manifest also says what it is known by.
+SOURCE = ("id", "split", "weight", "rows", "validation_rows", "drawn")
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Document:
 
     stage: int | None
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sources: list[dict[str, Any]] = field(default_factory=list)
+    sources: list[SourceRecord] = field(default_factory=list)
     train_rows: int | None = None
     val_rows: int | None = None
     dropped: dict[str, int] = field(default_factory=dict)
@@ -68,7 +73,8 @@ class Document:
 
     def record(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self)
+        sources = [{name: getattr(source, name) for name in SOURCE} for source in self.sources]
+        return asdict(self) | {"sources": sources}
 
     def add_problems(self, texts: Sequence[str]) -> None:
         """Lists what is not listed yet."""

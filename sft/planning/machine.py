@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from sft.distributed.launch import launched
-from sft.environment import gpus_hidden, hub_address, hub_is_off, silence_libraries, triton_missing
+from sft.environment import answer_within, gpus_hidden, hub_address, hub_is_off, silence_libraries, triton_missing
 from sft.errors import Problems, hide_secrets
 from sft.settings import Settings
 from sft.settings.schema import REPOSITORY, tracking_uri
@@ -35,7 +34,7 @@ PINS = (REPOSITORY or Path()) / "constraints.txt"
 INSTALL = "run make install" if REPOSITORY else "run pip install --upgrade staged-sft"
 SECONDS = 3.0  # for a hub or a tracking server that keeps silent
 KAGGLE = Path("/kaggle/working")
-_ROOMY = 10 * 2**30
+_ROOMY = 10 * 2**30  # free bytes: a merged base of 4 billion parameters has 8 GB
 # Where Linux shows NVIDIA's driver and the first card.
 DRIVER, DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
 # The oldest driver for each generation of CUDA; wheels of torch 2.13 with the oldest driver they run with.
@@ -325,12 +324,8 @@ def store(uri: str) -> Finding:
 
 def unreachable(address: str) -> str:
     """Why there is no answer from an address within a few seconds; "" when there is one, whatever it says."""
-    answers: list[str] = []
-    # A name server that keeps silent takes no notice of a time limit; a thread can be left behind.
-    asking = Thread(target=lambda: answers.append(_fault(address)), daemon=True)
-    asking.start()
-    asking.join(SECONDS)
-    return answers[0] if answers else f"no answer in {SECONDS:.0f} s"
+    fault = answer_within(SECONDS, lambda: _fault(address))
+    return f"no answer in {SECONDS:.0f} s" if fault is None else fault
 
 
 def _fault(address: str) -> str:

@@ -12,6 +12,7 @@ from sft.errors import Problems, hide_secrets
 from sft.planning.document import Document, Lineage, Steps, Tokens
 from sft.settings import Settings
 from sft.settings.rules import warmup_remark
+from sft.settings.values import SourceRecord
 from sft.stages.launch_checks import resume_problems
 from sft.stages.paths import stage_folder
 from sft.stages.safety_copy import restorable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from sft.planning.step_time import Forecast
 
 Result = TypeVar("Result")
-_SOURCE_KEYS = ("id", "split", "weight", "rows", "validation_rows", "drawn")
 LINTED = 2_000  # answers: about two seconds
 _MASK_KEYS = ("units", "distinct_units", "mean_count", "masked_share")
 
@@ -153,7 +153,7 @@ def add_rows(plan: Plan, held: Collection[int], coming: Sequence[Settings] = ())
     plan.attempt(require_metric, settings, mix, plan.notes.append)
     plan.attempt(require_prompts, settings, mix, tokenizer)
     plan.attempt(require_comparison, settings, mix, tokenizer)
-    document.sources = [{key: source[key] for key in _SOURCE_KEYS} for source in mix.sources]
+    document.sources = mix.sources
     document.train_rows, document.val_rows = len(mix.train), len(mix.val)
     document.dropped, document.upsampling, document.replay = dict(mix.dropped), mix.upsampling, mix.replay
     document.tokens = Tokens(**{key: mix.tokens[key] for key in ("total", "trained", "longest_row")})
@@ -188,10 +188,11 @@ def add_unlabelled(plan: Plan) -> None:
 
     failed = []
     for source in plan.settings.sources:
-        record: dict[str, Any] = {"id": source.id, "split": source.split, "weight": source.weight}
         try:
             rows = len(load_source(source, plan.settings).dataset)
-            plan.document.sources.append(record | {"rows": rows, "validation_rows": None, "drawn": None})
+            plan.document.sources.append(
+                SourceRecord(id=source.id, split=source.split, weight=source.weight, rows=rows)
+            )
         except SourceError as error:
             failed.append(f"[ERROR] Failed to load {source.id}: {error}")
         except Problems as found:

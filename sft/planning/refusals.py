@@ -48,18 +48,19 @@ def require_ready(settings: Settings) -> None:
 
 def refusals(settings: Settings) -> list[str]:
     """Everything that is wrong with the machine, its caches, the base model's files and the evaluation's data."""
+    caches = list(cache_problems(settings))
     folder = Path(settings.base_model)
     damaged = list(file_problems(folder)) if folder.is_dir() else []
-    unfit = [] if any(cache_problems(settings)) else model_problems(settings)
+    unfit = [] if caches else model_problems(settings)
     fit = [] if unfit or damaged or not folder.is_dir() else weight_problems(folder, settings)
     return [
         *machine_problems(),
         *launch_problems(settings),
         *mirror_problems(settings),
-        *cache_problems(settings),
+        *caches,
         *damaged,
         *(unfit or fit),
-        *([] if any(cache_problems(settings)) else question_problems(settings)),
+        *([] if caches else question_problems(settings)),
     ]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sft.planning.plan import Plan, Rows
     from sft.planning.step_time import Forecast
     from sft.settings import Settings
+    from sft.settings.values import SourceRecord
 
 _SHOWN_ROWS, _SHOWN_CHARACTERS, _WIDEST = 3, 2000, 70
 
@@ -86,12 +87,12 @@ def lineage_text(lineage: Lineage, coming: Sequence[int] = ()) -> str:
     return "\n".join([*lines, *(f"changed: {change}" for change in lineage.changed)])
 
 
-def sources_table(sources: list[dict[str, Any]]) -> str:
+def sources_table(sources: list[SourceRecord]) -> str:
     """One line per source."""
     rows = [["source", "split", "weight", "rows", "to validate", "drawn"]]
     for source in sources:
-        numbers = [figure(source[key]) for key in ("rows", "validation_rows", "drawn")]
-        rows.append([Path(source["id"]).name, source["split"], plain(source["weight"]), *numbers])
+        numbers = [figure(number) for number in (source.rows, source.validation_rows, source.drawn)]
+        rows.append([Path(source.id).name, source.split, plain(source.weight), *numbers])
     return aligned(rows)
 
 

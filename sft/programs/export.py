@@ -19,7 +19,7 @@ from sft.merging.probe import judge, precision, probe_ids, probe_logits, shows_a
 from sft.merging.weights import model_folder
 from sft.programs.model_card import model_card
 from sft.stages.lineage import result_sha256
-from sft.stages.manifest import read_manifest
+from sft.stages.manifest import Manifest, ParentRecord, read_manifest
 from sft.stages.paths import ADAPTER, ADAPTER_CONFIG, MANIFEST, MERGE_RECORD, MODEL_CONFIG, PROBE, sibling_stage
 from sft.storage.json_files import DamagedFile, read_json
 from sft.storage.seals import MARK, damage, is_sealed
@@ -46,7 +46,7 @@ class Origin:
     base: str
     adapters: tuple[Path, ...]
     tokenizer: Path | None
-    manifests: tuple[dict[str, Any], ...] = ()
+    manifests: tuple[Manifest, ...] = ()
     probe: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     earlier: Ingredients | None = None
@@ -58,7 +58,7 @@ class Origin:
     @property
     def base_name(self) -> str:
         """What others call the base model: the hub id that was trained on, even where a copy of it is used."""
-        return self.manifests[-1]["base_model"] if self.base_fingerprint.startswith("hub:") else self.base
+        return self.manifests[-1].base_model if self.base_fingerprint.startswith("hub:") else self.base
 
     @property
     def trust_remote_code(self) -> bool:
@@ -92,19 +92,19 @@ def _plain_origin(folder: Path) -> Origin:
 
 def _stage_origin(folder: Path, stage: Path) -> Origin:
     manifest = _manifest(stage)
-    if folder == stage and manifest["status"] != "complete":
+    if folder == stage and manifest.status != "complete":
         remedy = "wait for its end, resume it, or name one of its checkpoints"
-        raise Problems([f"--checkpoint_dir {folder}: stage {manifest['stage']} is {manifest['status']}; {remedy}"])
-    if folder == stage and (result_sha256(folder) or ("", None))[1] != manifest["adapter_sha256"]:
+        raise Problems([f"--checkpoint_dir {folder}: stage {manifest.stage} is {manifest.status}; {remedy}"])
+    if folder == stage and (result_sha256(folder) or ("", None))[1] != manifest.adapter_sha256:
         raise Problems([f"--checkpoint_dir {folder}: its weights are not those that stage.json lists; train it again"])
     adapters: list[Path] = []
-    base, manifests = manifest["base_model"], []
-    recorded = fingerprint = manifest["inputs"].get("SFT_BASE_MODEL", "")
+    base, manifests = manifest.base_model, []
+    recorded = fingerprint = manifest.inputs.get("SFT_BASE_MODEL", "")
     digests: tuple[str, ...] = ()
-    for parent in sorted(manifest["parents"], key=lambda entry: entry["stage"]):
-        place = _sibling(stage, manifest["stage"], parent["stage"])
-        kind = _checked_parent(place, parent, manifest["stage"])
-        digest = parent["adapter_sha256"]
+    for parent in sorted(manifest.parents, key=lambda entry: entry.stage):
+        place = _sibling(stage, manifest.stage, parent.stage)
+        kind = _checked_parent(place, parent, manifest.stage)
+        digest = parent.adapter_sha256
         if kind == "model":
             base, adapters, fingerprint, digests = str(place), [], f"model:{digest}", ()
         else:
@@ -114,7 +114,7 @@ def _stage_origin(folder: Path, stage: Path) -> Origin:
         adapters.append(folder)
     else:
         base, adapters = str(folder), []
-    settings = {name: record["value"] for name, record in manifest["settings"].items()}
+    settings = manifest.values()
     probe = stage / PROBE if folder == stage and (stage / PROBE).is_file() else None
     tokenizer = next((place for place in (folder, stage) if (place / "tokenizer_config.json").is_file()), None)
     earlier = Ingredients(fingerprint, digests, settings.get("SFT_MERGE_DTYPE")) if digests else None
@@ -128,11 +128,11 @@ def _stage_origin(folder: Path, stage: Path) -> Origin:
         earlier,
         name=folder.name,
         base_fingerprint=recorded,
-        is_base_trained=base != manifest["base_model"],
+        is_base_trained=base != manifest.base_model,
     )
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> Manifest:
     try:
         manifest = read_manifest(folder, int(read_json(folder / MANIFEST)["stage"]))
     except (DamagedFile, FileNotFoundError, KeyError, TypeError, ValueError) as error:
@@ -151,13 +151,13 @@ def _sibling(stage: Path, number: int, other: int) -> Path:
     return folder
 
 
-def _checked_parent(folder: Path, parent: dict[str, Any], number: int) -> str:
+def _checked_parent(folder: Path, parent: ParentRecord, number: int) -> str:
     result = result_sha256(folder) if folder.is_dir() else None
     if result is None:
         raise Problems(
             [f"{folder}: holds no adapter, but stage {number} was trained on it; put it back or train it again"]
         )
-    if result[1] != parent["adapter_sha256"]:
+    if result[1] != parent.adapter_sha256:
         raise Problems([f"{folder}: was trained again after stage {number}; train stage {number} again with --fresh"])
     return result[0]
 

@@ -42,9 +42,7 @@ def export_adapter(origin: Origin, target: Path, *, rank: int | None = None) -> 
     """
     if not origin.adapters:
         raise Problems(["--as-adapter: all weights were trained in this stage; leave it away and serve the model"])
-    trained_whole = [
-        m["stage"] for m in origin.manifests if m["settings"].get("SFT_USE_LORA", {}).get("value") is False
-    ]
+    trained_whole = [each.stage for each in origin.manifests if each.values().get("SFT_USE_LORA") is False]
     if trained_whole:
         what = f"stage {trained_whole[0]} trained all weights, which no adapter on the base model holds"
         raise Problems([f"--as-adapter: {what}; leave it away and serve the merged model"])

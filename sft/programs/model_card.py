@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sft.merging.merge import MergeRecord
+    from sft.stages.manifest import Manifest
 
 CARD = """---
 library_name: transformers
@@ -30,7 +31,7 @@ before you share the model.
 """
 
 
-def model_card(base: str, manifests: Sequence[dict[str, Any]], record: "MergeRecord") -> str:
+def model_card(base: str, manifests: Sequence["Manifest"], record: "MergeRecord") -> str:
     """Markdown: base, stages with their data and settings, how the weights were made, licence unknown."""
     count = len(record.adapters)
     name = _public(base)
@@ -58,7 +59,7 @@ def _public(name: str) -> str:
     return path.resolve().name if is_path else name
 
 
-def _stages(manifests: Sequence[dict[str, Any]]) -> str:
+def _stages(manifests: Sequence["Manifest"]) -> str:
     if not manifests:
         return "Not known: the adapter came without the manifest of a stage."
     rows = [
@@ -66,11 +67,12 @@ def _stages(manifests: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for manifest in manifests:
-        values = {name: setting["value"] for name, setting in manifest["settings"].items()}
-        sources = ", ".join(f"{_public(source['id'])} ({source.get('drawn', '?')})" for source in manifest["sources"])
+        values = manifest.values()
+        drawn = [(source.id, "?" if source.drawn is None else source.drawn) for source in manifest.sources]
+        sources = ", ".join(f"{_public(name)} ({count})" for name, count in drawn)
         shape = f"{values.get('SFT_LORA_R')}, {values.get('SFT_LORA_ALPHA')}"
-        facts = [manifest["stage"], sources, manifest.get("train_rows"), manifest.get("steps"), values.get("SFT_LR")]
-        loss = (manifest.get("metrics") or {}).get("eval_loss")
+        facts = [manifest.stage, sources, manifest.train_rows, manifest.steps, values.get("SFT_LR")]
+        loss = manifest.metrics.get("eval_loss")
         rows.append("| " + " | ".join(_cell(fact) for fact in [*facts, shape, loss]) + " |")
     return "\n".join(rows)
 

@@ -23,17 +23,18 @@ from sft.reporting.text import printable
 from sft.scoring import forgetting
 from sft.settings.values import recordable
 from sft.stages import paths
+from sft.stages.manifest import Manifest, readable_parts
 from sft.storage.json_files import Facts, is_number, read_object, read_records
 
 LONGEST_CURVE = 400  # points, about the pixels of a figure; more are averaged in equal groups
 SECRET_WORDS = {"TOKEN", "KEY", "PASSWORD", "PASSWD", "SECRET", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
 
 
-def stage_facts(folder: Path, manifest: Facts | None = None) -> Facts:
+def stage_facts(folder: Path, manifest: Manifest | None = None) -> Facts:
     """Everything report.json holds about one stage. `manifest`: that of a stage about to be complete, else the file."""
     notices: list[str] = []
     if manifest is None:
-        manifest = read_object(folder / paths.MANIFEST, notices)
+        manifest = _manifest(folder, notices)
     records = read_records(folder / paths.METRICS, notices)
     lines = [record for record in records if isinstance(record.get("step"), int)]
     evaluations = read_evaluations(folder, lines, notices)
@@ -42,19 +43,22 @@ def stage_facts(folder: Path, manifest: Facts | None = None) -> Facts:
         "best": read_object(folder / paths.BEST_MODEL / paths.BEST_RECORD, notices) or None,
         "curves": _curves(lines, evaluations),
         "scores": compared_scores(evaluations),
-        "forgetting": matrix_facts(forgetting.Matrix.read(manifest.get("forgetting"))),
-        "gate": manifest.get("gate") or None,
+        "forgetting": matrix_facts(forgetting.Matrix.read(manifest.forgetting)),
+        "gate": manifest.gate,
         "mix": _mix(manifest),
-        "masked_loss": manifest.get("masked_loss") or None,
+        "masked_loss": manifest.masked_loss or None,
         "answers": read_answers(folder, notices),
         "lineage": _lineage(manifest),
         "changed_settings": _changed_settings(folder, settings),
         "settings": settings,
-        "versions": manifest.get("versions") or {},
-        "warnings": [text for text in manifest.get("warnings") or [] if isinstance(text, str)],
+        "versions": manifest.versions,
         "notices": notices,
     }
     return printable(facts | {"lead": stage_lead(facts, english)})
+
+
+def _manifest(folder: Path, notices: list[str]) -> Manifest:
+    return readable_parts(read_object(folder / paths.MANIFEST, notices))
 
 
 def ladder_facts(folders: Sequence[Path]) -> Facts:
@@ -68,7 +72,6 @@ def ladder_facts(folders: Sequence[Path]) -> Facts:
         "stages": [_summary(stage) for stage in stages],
         "forgetting": matrix_facts(matrix),
         "differing_settings": differing({f"stage {stage['stage']}": stage["settings"] for stage in stages}),
-        "warnings": [f"Stage {stage['stage']}: {text}" for stage in stages for text in stage["warnings"]],
         "notices": [f"Stage {stage['stage']}: {text}" for stage in stages for text in stage["notices"]],
     }
     return printable(facts)
@@ -76,7 +79,7 @@ def ladder_facts(folders: Sequence[Path]) -> Facts:
 
 def ladder_matrix(folders: Sequence[Path]) -> forgetting.Matrix | None:
     """One matrix of all that the stages recorded."""
-    records = (read_object(folder / paths.MANIFEST, []).get("forgetting") for folder in folders)
+    records = (_manifest(folder, []).forgetting for folder in folders)
     return forgetting.joined(forgetting.Matrix.read(record) for record in records)
 
 
@@ -107,31 +110,30 @@ def _ends(curve: list[list[float]] | None) -> list[float] | None:
     return [curve[0][1], curve[-1][1]] if curve else None
 
 
-def _header(folder: Path, manifest: Facts, lines: list[Facts]) -> Facts:
+def _header(folder: Path, manifest: Manifest, lines: list[Facts]) -> Facts:
     number = re.search(r"_stage(\d+)$", folder.name)
-    started, finished = _moment(manifest.get("started")), _moment(manifest.get("finished"))
+    started, finished = _moment(manifest.started), _moment(manifest.finished)
     ended = finished or _moment(next((line["time"] for line in reversed(lines) if "time" in line), None))
-    plain = ("base_model", "train_rows", "val_rows", "mlflow_run_id")
-    return {name: manifest.get(name) for name in plain} | {
-        "stage": manifest.get("stage", int(number.group(1)) if number else None),
+    return {
+        "base_model": manifest.base_model or None,
+        "train_rows": manifest.train_rows,
+        "val_rows": manifest.val_rows,
+        "mlflow_run_id": manifest.mlflow_run_id,
+        "stage": manifest.stage or (int(number.group(1)) if number else None),
         "folder": folder.name,
-        "status": manifest.get("status") or "unknown",
+        "status": manifest.status if "status" in manifest.model_fields_set else "unknown",
         "started": started.isoformat() if started else None,
         "finished": finished.isoformat() if finished else None,
         "seconds": round((ended - started).total_seconds(), 1) if started and ended else None,
-        "tokens": _picked(manifest.get("tokens"), ("total", "trained")),
-        "steps": _steps(manifest.get("steps")),
+        "tokens": _picked(manifest.tokens, ("total", "trained")),
+        "steps": manifest.steps,
         "last_step": lines[-1]["step"] if lines else None,
-        "metrics": manifest.get("metrics") or {},
+        "metrics": manifest.metrics,
     }
 
 
 def _picked(record: Mapping[str, Any] | None, names: Sequence[str]) -> Facts | None:
     return {name: record.get(name) for name in names} if record else None
-
-
-def _steps(steps: Any) -> int | None:
-    return steps.get("total") if isinstance(steps, dict) else steps
 
 
 def _moment(value: Any) -> datetime | None:
@@ -159,28 +161,25 @@ def _thinned(points: list[tuple[int, float]]) -> list[list[float]]:
     return [[chunk[-1][0], sum(value for _, value in chunk) / len(chunk)] for chunk in groups]
 
 
-def _mix(manifest: Facts) -> Facts:
+def _mix(manifest: Manifest) -> Facts:
     wanted = ("id", "split", "weight", "rows", "validation_rows", "drawn", "fingerprint")
-    sources = [_picked(source, wanted) for source in manifest.get("sources") or [] if source]
-    dropped = {reason: rows for reason, rows in (manifest.get("dropped") or {}).items() if rows}
-    again = {"upsampling": manifest.get("upsampling") or [], "replay": manifest.get("replay") or []}
-    return {"sources": sources, "dropped": dropped, **again}
+    sources = [{name: getattr(source, name) for name in wanted} for source in manifest.sources]
+    dropped = {reason: rows for reason, rows in manifest.dropped.items() if rows}
+    return {"sources": sources, "dropped": dropped, "upsampling": manifest.upsampling, "replay": manifest.replay}
 
 
-def _lineage(manifest: Facts) -> Facts:
-    parents = [_picked(parent, ("stage", "adapter_sha256")) for parent in manifest.get("parents") or [] if parent]
-    merge = _picked(manifest.get("merge"), ("max_abs_diff", "kl", "seconds", "peak_rss_bytes"))
-    return {"parents": parents, "merge": merge, "adapter_sha256": manifest.get("adapter_sha256")}
+def _lineage(manifest: Manifest) -> Facts:
+    parents = [{"stage": parent.stage, "adapter_sha256": parent.adapter_sha256} for parent in manifest.parents]
+    merge = _picked(manifest.merge, ("max_abs_diff", "kl", "seconds", "peak_rss_bytes"))
+    return {"parents": parents, "merge": merge, "adapter_sha256": manifest.adapter_sha256}
 
 
-def _settings(manifest: Facts) -> dict[str, Facts]:
+def _settings(manifest: Manifest) -> dict[str, Facts]:
     """Every recorded setting but those whose name says secret (HF_TOKEN, not SFT_GEN_MAX_NEW_TOKENS)."""
-    recorded = manifest.get("settings") or {}
-    shown = {name: entry for name, entry in recorded.items() if not SECRET_WORDS & set(name.upper().split("_"))}
     return {
-        name: {"value": recordable(entry.get("value")), "origin": entry.get("origin")}
-        for name, entry in sorted(shown.items())
-        if isinstance(entry, dict)
+        name: {"value": recordable(record.value), "origin": record.origin}
+        for name, record in sorted(manifest.settings.items())
+        if not SECRET_WORDS & set(name.upper().split("_"))
     }
 
 
@@ -189,7 +188,7 @@ def _changed_settings(folder: Path, settings: dict[str, Facts]) -> list[Facts] |
     found = re.fullmatch(r"(.*_stage)(\d+)", folder.name)
     if not found:
         return None
-    before = _settings(read_object(folder.with_name(f"{found.group(1)}{int(found.group(2)) - 1}") / paths.MANIFEST, []))
+    before = _settings(_manifest(folder.with_name(f"{found.group(1)}{int(found.group(2)) - 1}"), []))
     return differing({"before": before, "now": settings}) if before else None
 
 

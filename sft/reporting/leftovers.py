@@ -27,5 +27,5 @@ def look_after(stage: Stage) -> None:
         from sft.reporting.tracker import end_run
 
         record = read_object(left_open, [])
-        if end_run(str(record.get("uri")), record.get("run_id") or stage.manifest.get("mlflow_run_id")):
+        if end_run(str(record.get("uri")), record.get("run_id") or stage.manifest.mlflow_run_id):
             left_open.unlink(missing_ok=True)

@@ -46,13 +46,13 @@ def tracked(stage: Stage, mix: Mix) -> Iterator[Tracker | None]:
 def start_tracking(stage: Stage, mix: Mix) -> Tracker:
     """The stage's MLflow run with its parameters and tags."""
     settings = stage.settings
-    known = stage.manifest.get("mlflow_run_id")
+    known = stage.manifest.mlflow_run_id
     json_files.write_json(stage.folder / paths.OPEN_RUN, {"uri": settings.mlflow_tracking_uri, "run_id": known})
     tracker = Tracker(settings, stage.folder, run_id=known, say=say)
     values = {name: record["value"] for name, record in settings.record().items()}
     tracker.log_parameters(values | {"train_rows": len(mix.train), "val_rows": len(mix.val)})
     tracker.log_tags({"ladder": str(settings.out_lora_dir), "stage": str(stage.number)} | lineage_tags(stage))
-    tracker.log_sources(stage.manifest["sources"])
+    tracker.log_sources(stage.manifest.sources)
     return tracker
 
 
@@ -61,8 +61,8 @@ def lineage_tags(stage: Stage) -> dict[str, str]:
     tags = {"lineage.base_model": hide_secrets(str(stage.settings.base_model))}
     for parent in stage.parents:
         tags[f"lineage.parent.stage_{parent.stage}"] = parent.adapter_sha256
-    for number, source in enumerate(stage.manifest["sources"], 1):
-        tags[f"lineage.dataset.{number}"] = f"{hide_secrets(source['id'])} {source.get('fingerprint') or 'unknown'}"
+    for number, source in enumerate(stage.manifest.sources, 1):
+        tags[f"lineage.dataset.{number}"] = f"{hide_secrets(source.id)} {source.fingerprint or 'unknown'}"
     return tags
 
 
@@ -77,7 +77,7 @@ class RunRecord:
         json_files.append_line(self.stage.folder / paths.METRICS, json_files.json_text(record, indent=None))
         if self.tracker:
             self.tracker.log_metrics(record)
-            if self.tracker.run_id and self.stage.manifest.get("mlflow_run_id") != self.tracker.run_id:
+            if self.tracker.run_id and self.stage.manifest.mlflow_run_id != self.tracker.run_id:
                 self.stage.update(mlflow_run_id=self.tracker.run_id)  # a killed run goes on in the same one
 
     def samples(self, samples: list[dict[str, Any]], *, step: int, steps: int) -> None:

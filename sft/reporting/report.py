@@ -44,13 +44,14 @@ from sft.storage.json_files import Facts, write_json
 
 if TYPE_CHECKING:
     from sft.settings import Settings
+    from sft.stages.manifest import Manifest
     from sft.stages.stage import Stage
 
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(folder: Path, language: str = "auto", *, manifest: Facts | None = None) -> Path:
+def write_report(folder: Path, language: str = "auto", *, manifest: Manifest | None = None) -> Path:
     """Writes report.html and report.json into a stage's folder and returns the path of the page. `language`: that of
     the page's fixed texts, as in SFT_REPORT_LANGUAGE; report.json is the same in any. `manifest`: as in stage_facts."""
     facts = stage_facts(folder, manifest)
@@ -92,9 +93,9 @@ def score_table(folders: Sequence[Path]) -> str:
     return aligned([["model", *columns], *rows])
 
 
-def forgetting_table(manifest: Mapping[str, Any]) -> str:
+def forgetting_table(manifest: Manifest) -> str:
     """Plain text: models by stages' tasks, "!" at what fell by more than the margin, then what it was; "" without."""
-    matrix = forgetting.Matrix.read(manifest.get("forgetting"))
+    matrix = forgetting.Matrix.read(manifest.forgetting)
     if not matrix:
         return ""
     found = forgetting.drops(matrix)
@@ -202,11 +203,11 @@ def close_stage(stage: Stage, tracker: Tracker | None) -> None:
     manifest, report = stage.manifest, stage.folder / paths.REPORT
     if tracker:
         headline = stage_lead(stage_facts(stage.folder), spoken(stage.settings.report_language)["_"])
-        tracker.log_tags({"lineage.adapter": manifest["adapter_sha256"], NOTE_TAG: " ".join(headline)})
+        tracker.log_tags({"lineage.adapter": str(manifest.adapter_sha256), NOTE_TAG: " ".join(headline)})
         for path in (stage.folder / paths.MANIFEST, report, stage.folder / paths.REPORT_FACTS):
             tracker.log_artifact(path)
-    metrics = manifest["metrics"]
-    figures = [f"{manifest['steps']} steps", f"{manifest['metrics'].get('tokens', 0):,} tokens"]
+    metrics = manifest.metrics
+    figures = [f"{manifest.steps} steps", f"{metrics.get('tokens', 0):,} tokens"]
     shown = {"loss": "loss", "eval_loss": "eval loss", "gen_score": "gen_score"}
     figures += [f"{text} {metrics[name]:.4f}" for name, text in shown.items() if metrics.get(name) is not None]
     print(f"\nStage {stage.number} is complete: {', '.join(figures)}")

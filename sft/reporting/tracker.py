@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
     from sft.settings import Settings
+    from sft.settings.values import SourceRecord
 
 # MLflow's own limits (mlflow/utils/validation.py); longer values are cut, the manifest artifact has them whole.
 VALUE_LIMIT = 500
@@ -34,7 +35,7 @@ REQUEST_SECONDS = "10"
 CLOSING_SECONDS = 20.0
 # After a failure the server is left alone this long; what came meanwhile waits.
 RETRY_SECONDS = 30.0
-MOST_TRIES = 3
+MOST_TRIES = 3  # of one call while the server answers: then it is refused, and would hold up the others for ever
 # A record is of one kind; kind and step tell whether a server has it.
 KINDS = ("loss", "eval_loss", "gen_score")
 NAME_LIMIT = 250
@@ -139,7 +140,7 @@ class Tracker:
     def log_tags(self, tags: dict[str, str]) -> None:
         self.calls.put(lambda client: self._send_tags(client, tags))
 
-    def log_sources(self, sources: list[dict[str, Any]]) -> None:
+    def log_sources(self, sources: list[SourceRecord]) -> None:
         """The stage's sources (manifest records) as the run's data sets, each with its fingerprint as digest."""
         self.calls.put(lambda client: self._send_sources(client, sources))
 
@@ -287,14 +288,14 @@ class Tracker:
         for name, value in tags.items():
             client.set_tag(self.run_id, name, value[:5000])
 
-    def _send_sources(self, client: MlflowClient, sources: list[dict[str, Any]]) -> None:
+    def _send_sources(self, client: MlflowClient, sources: list[SourceRecord]) -> None:
         from mlflow.entities import Dataset, DatasetInput
 
         inputs = []
         for source in sources:
-            kind, _, digest = (source.get("fingerprint") or "unknown").partition(":")
-            about = {"uri": source["id"], "split": source["split"], "weight": source["weight"]}
-            name = Path(source["id"]).name
+            kind, _, digest = (source.fingerprint or "unknown").partition(":")
+            about = {"uri": source.id, "split": source.split, "weight": source.weight}
+            name = Path(source.id).name
             inputs.append(
                 DatasetInput(Dataset(name, (digest or kind)[:36], kind, json_files.json_text(about, indent=None)))
             )

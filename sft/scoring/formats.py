@@ -21,7 +21,7 @@ from defusedxml.expatreader import create_parser
 FORMATS = ("json", "yaml", "toml", "xml", "csv")
 MAX_PAYLOAD = 100_000  # characters; the slowest reader needs 0.3 s for the worst of that length
 MAX_DEPTH = 100  # levels; readers and walks recurse, and Python ends at 1,000 frames
-MAX_NODES = 20_000
+MAX_NODES = 20_000  # what aliases make of a payload counts as well
 MAX_ALIASES = 20  # of nested ones each may multiply what stands before it
 MAX_MERGED = 300_000  # n aliases used in merge keys (`<<`) multiply a mapping by at most 3^(n/3)
 MAX_NUMBER = 1_000  # characters; YAML's base-60 numbers are quadratic to read

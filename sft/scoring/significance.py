@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-DRAWS, LEVEL, SEED = 10_000, 0.95, 3407
+DRAWS, LEVEL, SEED = 10_000, 0.95, 3407  # draws: an interval's ends are exact to 3 % of a standard error
 FEWEST = 6  # all five of five better is chance in 1 of 16 comparisons of equals
 _AT_ONCE = 5_000_000  # drawn numbers held in memory
 

@@ -36,14 +36,10 @@ def resume_neutral(*starts: Mapping[str, Any]) -> frozenset[str]:
     """Settings that a stage may be given anew when it goes on, beside those that never matter.
 
     They only choose what is evaluated; that reaches the weights where an evaluation ends training or lowers the rate.
-    `starts`: the settings as the manifest records them, of then and of now.
+    `starts`: the values by name as the manifest records them, of then and of now.
     """
-
-    def value(start: Mapping[str, Any], name: str) -> Any:
-        return start.get(name, {}).get("value")
-
     for start in starts:
-        patience, scheduler = value(start, "SFT_EARLY_STOPPING_PATIENCE"), value(start, "SFT_LR_SCHEDULER")
+        patience, scheduler = start.get("SFT_EARLY_STOPPING_PATIENCE"), start.get("SFT_LR_SCHEDULER")
         if (isinstance(patience, int) and patience > 0) or scheduler in BY_EVALUATION:
             return frozenset()
     return _EVALUATING

@@ -332,5 +332,23 @@ class Source(BaseModel):
     encoding: Annotated[str, AfterValidator(check_encoding)] | None = None
 
 
+# What a file of this program says; of whatever else stands there (of other versions) nothing is lost.
+RECORD = ConfigDict(strict=True, extra="allow")
+
+
+class SourceRecord(BaseModel):
+    """A source as stage.json lists it: what was asked for, what was counted (None before), what it is known by."""
+
+    model_config = RECORD
+
+    id: str
+    split: str = "train"
+    weight: float = 1.0
+    rows: int | None = None
+    drawn: int | None = None
+    fingerprint: str | None = None
+    validation_rows: int | None = None
+
+
 Mix = Annotated[tuple[Source, ...], BeforeValidator(parse_mix)]
 IdOrMix = Annotated[tuple[Source, ...], BeforeValidator(parse_id_or_mix)]

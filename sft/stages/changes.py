@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.settings.rules import RESULT_NEUTRAL, resume_neutral
+from sft.settings.values import SourceRecord
 from sft.stages.fingerprints import is_same, is_unresolved, model_fingerprint, source_fingerprint
+from sft.stages.manifest import Manifest, ParentRecord
 from sft.storage.seals import content_fingerprint
 
 if TYPE_CHECKING:
@@ -44,13 +46,15 @@ def _file_of(value: Any) -> Path | None:
     return next((Path(place) for place in places if place and Path(place).is_file()), None)
 
 
-def source_record(source: "Source") -> dict[str, Any]:
+def source_record(source: "Source") -> SourceRecord:
     """A source as the manifest lists it before its rows have been counted; without fingerprint if it isn't there."""
-    fixed = {"id": source.id, "split": source.split, "weight": source.weight}
-    return fixed | {"rows": None, "drawn": None, "fingerprint": source_fingerprint(source)}
+    content = source_fingerprint(source)
+    return SourceRecord(
+        id=source.id, split=source.split, weight=source.weight, rows=None, drawn=None, fingerprint=content
+    )
 
 
-def counted_sources(start: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def counted_sources(start: Sequence[SourceRecord], counted: Sequence[SourceRecord]) -> list[SourceRecord]:
     """One record per source of the settings: the counts of those that were loaded, no rows for the others.
 
     `counted` has the loaded ones in the order of the settings, and after them any that the settings don't list.
@@ -58,31 +62,33 @@ def counted_sources(start: Sequence[Mapping[str, Any]], counted: Sequence[Mappin
     """
     waiting, records = list(counted), []
     for source in start:
-        if waiting and all(waiting[0][key] == source[key] for key in ("id", "split", "weight")):
-            records.append({**source, **waiting.pop(0), "fingerprint": source["fingerprint"]})
+        if waiting and all(getattr(waiting[0], key) == getattr(source, key) for key in ("id", "split", "weight")):
+            records.append(waiting.pop(0).model_copy(update={"fingerprint": source.fingerprint}))
         else:
-            unknown = is_unresolved(source["fingerprint"])
-            absent = {"rows": 0, "drawn": 0, "fingerprint": None if unknown else source["fingerprint"]}
-            records.append({**source, **absent})
-    return [*records, *(dict(record) for record in waiting)]
+            content = None if is_unresolved(source.fingerprint) else source.fingerprint
+            records.append(source.model_copy(update={"rows": 0, "drawn": 0, "fingerprint": content}))
+    return [*records, *waiting]
 
 
-def other_rows(manifest: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+def other_rows(manifest: Manifest, now: Manifest) -> list[str]:
     """What was counted differently when the stage started, as "what: old → new"; nothing where nothing was counted."""
     found = []
     for name in ("train_rows", "val_rows"):
-        if name in rows and manifest.get(name) not in (None, rows[name]):
-            found.append(f"{name}: {manifest[name]} → {rows[name]}")
-    for before, after in zip(manifest["sources"], rows.get("sources", ()), strict=False):
-        if before.get("rows") not in (None, after["rows"]):
-            found.append(f"data {after['id']}: {before['rows']} rows → {after['rows']} rows")
-    then, now = manifest.get("tokens") or {}, rows.get("tokens") or {}
-    if then.get("total") and now and not found and any(then.get(key) != now.get(key) for key in ("total", "trained")):
-        found.append(f"tokens: {then['total']} ({then['trained']} trained) → {now['total']} ({now['trained']} trained)")
+        before, after = getattr(manifest, name), getattr(now, name)
+        if None not in (before, after) and before != after:
+            found.append(f"{name}: {before} → {after}")
+    for old, new in zip(manifest.sources, now.sources, strict=False):
+        if None not in (old.rows, new.rows) and old.rows != new.rows:
+            found.append(f"data {new.id}: {old.rows} rows → {new.rows} rows")
+    (total, trained), (total_now, trained_now) = (
+        (each.tokens.get("total"), each.tokens.get("trained")) for each in (manifest, now)
+    )
+    if total and total_now and not found and (total, trained) != (total_now, trained_now):
+        found.append(f"tokens: {total} ({trained} trained) → {total_now} ({trained_now} trained)")
     return found
 
 
-def changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bool) -> list[str]:
+def changes(manifest: Manifest, now: Manifest, *, resuming: bool) -> list[str]:
     """Each difference that can change the result, as "what: old → new". `now`: the manifest a start would write now.
 
     A stage that goes on (`resuming`) needs all it had; one that is complete does not miss data that has vanished.
@@ -93,11 +99,11 @@ def changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bo
         *_model_changes(manifest, now),
         *(text for name in _OTHER_DATA for text in _data_changes(name, manifest, now, resuming=resuming)),
         *_data_changes("", manifest, now, resuming=resuming),
-        *_parent_changes(manifest["parents"], now["parents"]),
+        *_parent_changes(manifest.parents, now.parents),
     ]
 
 
-def gone_inputs(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def gone_inputs(manifest: Manifest, now: Manifest) -> list[str]:
     """Ids of data that was there last time and is not any more."""
     pairs = (pair for name in ("", *_OTHER_DATA) for pair in zip(_data(name, manifest), _data(name, now), strict=False))
     return [new.id for old, new in pairs if _is_gone(old, new)]
@@ -113,40 +119,37 @@ class _Data:
     fingerprint: str | None
 
 
-def _data(name: str, manifest: Mapping[str, Any]) -> list[_Data]:
+def _data(name: str, manifest: Manifest) -> list[_Data]:
     """The data sets of a setting, "" for those trained on, by their place in it."""
     if not name:
-        name = "SFT_DATASET_MIX" if _value(manifest, "SFT_DATASET_MIX") else "SFT_DATASET_ID"
+        name = "SFT_DATASET_MIX" if manifest.values().get("SFT_DATASET_MIX") else "SFT_DATASET_ID"
         named = recorded_sources(manifest)
-        prints = recorded_prints(named, manifest["sources"])
+        prints = recorded_prints(named, manifest.sources)
     else:
-        named = _value(manifest, name) or []
+        named = manifest.values().get(name) or []
         # Manifests written before places were counted name the id instead.
         keys = [(f"{name} {place}", f"{name} {each['id']}") for place, each in enumerate(named, 1)]
-        prints = [manifest["inputs"].get(key, manifest["inputs"].get(other)) for key, other in keys]
+        prints = [manifest.inputs.get(key, manifest.inputs.get(other)) for key, other in keys]
     options = [{key: value for key, value in each.items() if key != "id"} for each in named]
     return [_Data(name, str(n["id"]), o, p) for n, o, p in zip(named, options, prints, strict=True)]
 
 
-def _value(manifest: Mapping[str, Any], name: str) -> Any:
-    return manifest["settings"].get(name, {}).get("value")
-
-
-def recorded_sources(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def recorded_sources(manifest: Manifest) -> list[Mapping[str, Any]]:
     """What a manifest's settings name to be trained on: the keys of each source."""
-    one = {"id": _value(manifest, "SFT_DATASET_ID"), "split": _value(manifest, "SFT_DATASET_SPLIT") or "train"}
-    return _value(manifest, "SFT_DATASET_MIX") or [one]
+    values = manifest.values()
+    one = {"id": values.get("SFT_DATASET_ID"), "split": values.get("SFT_DATASET_SPLIT") or "train"}
+    return values.get("SFT_DATASET_MIX") or [one]
 
 
-def recorded_prints(named: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+def recorded_prints(named: Sequence[Mapping[str, Any]], records: Sequence[SourceRecord]) -> list[str | None]:
     """By place. A manifest of before listed only what could be loaded: there each takes the next of its id."""
     if len(records) == len(named):
-        return [record["fingerprint"] for record in records]
+        return [record.fingerprint for record in records]
     waiting = list(records)
-    return [waiting.pop(0)["fingerprint"] if waiting and waiting[0]["id"] == each["id"] else None for each in named]
+    return [waiting.pop(0).fingerprint if waiting and waiting[0].id == each["id"] else None for each in named]
 
 
-def _data_changes(name: str, manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bool) -> Iterator[str]:
+def _data_changes(name: str, manifest: Manifest, now: Manifest, *, resuming: bool) -> Iterator[str]:
     old, new = _data(name, manifest), _data(name, now)
     if len(old) != len(new):
         setting = (new or old)[0].setting
@@ -183,33 +186,33 @@ def short(fingerprint: str | None) -> str:
     return f"{kind}:{digest[:12]}" if kind in ("sha256", "folder", "model") else f"{fingerprint or 'not there'}"[:80]
 
 
-def _settings_changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bool) -> Iterator[str]:
-    old, new = manifest["settings"], now["settings"]
-    neutral = _COMPARED_APART | (resume_neutral(old, new) if resuming else frozenset())
+def _settings_changes(manifest: Manifest, now: Manifest, *, resuming: bool) -> Iterator[str]:
+    old, new = manifest.settings, now.settings
+    neutral = _COMPARED_APART | (resume_neutral(manifest.values(), now.values()) if resuming else frozenset())
     for name, record in new.items():
         # A setting younger than the manifest changes something only where it is set.
-        before = old[name]["value"] if name in old else record["value"] if record["origin"] == "default" else None
-        prints = manifest["inputs"].get(name), now["inputs"].get(name)
+        before = old[name].value if name in old else record.value if record.origin == "default" else None
+        prints = manifest.inputs.get(name), now.inputs.get(name)
         if name in neutral or (prints[0] and prints[0] == prints[1]):
             continue
-        if before != record["value"]:
-            yield f"{name}: {_shown(before)} → {_shown(record['value'])}"
+        if before != record.value:
+            yield f"{name}: {_shown(before)} → {_shown(record.value)}"
         elif prints[0] != prints[1]:
             yield f"{name}: content {short(prints[0])} → {short(prints[1])}"
 
 
-def _product(settings: Mapping[str, Any]) -> int | None:
-    values = [settings[name]["value"] for name in _BATCH if name in settings]
-    return values[0] * values[1] if len(values) == 2 and all(isinstance(value, int) for value in values) else None
+def _product(manifest: Manifest) -> int | None:
+    size, steps = (manifest.values().get(name) for name in _BATCH)
+    return size * steps if isinstance(size, int) and isinstance(steps, int) else None
 
 
-def _batch_changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resuming: bool) -> list[str]:
+def _batch_changes(manifest: Manifest, now: Manifest, *, resuming: bool) -> list[str]:
     """Micro-batch, accumulation and processes may trade against each other as long as a step sees the same rows.
 
     A completed stage may also be looked at with another number of processes than it was trained with.
     """
-    before, after = _product(manifest["settings"]), _product(now["settings"])
-    old, new = manifest["inputs"].get(_GLOBAL_BATCH), now["inputs"].get(_GLOBAL_BATCH)
+    before, after = _product(manifest), _product(now)
+    old, new = manifest.inputs.get(_GLOBAL_BATCH), now.inputs.get(_GLOBAL_BATCH)
     if (old and old == new) or (before == after and not (resuming and old and new)):
         return []
     if before == after:
@@ -217,18 +220,18 @@ def _batch_changes(manifest: Mapping[str, Any], now: Mapping[str, Any], *, resum
     return [f"{' × '.join(_BATCH)}: {before} → {after}"]
 
 
-def _model_changes(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    old, new = manifest["inputs"].get("SFT_BASE_MODEL"), now["inputs"]["SFT_BASE_MODEL"]
+def _model_changes(manifest: Manifest, now: Manifest) -> list[str]:
+    old, new = manifest.inputs.get("SFT_BASE_MODEL"), now.inputs["SFT_BASE_MODEL"]
     if old is None or old == new:
         return []
-    renamed = manifest["base_model"] != now["base_model"]
-    names = f"{manifest['base_model']} → {now['base_model']}"
+    renamed = manifest.base_model != now.base_model
+    names = f"{manifest.base_model} → {now.base_model}"
     return [f"SFT_BASE_MODEL: {names if renamed else f'content {short(old)} → {short(new)}'}"]
 
 
-def _parent_changes(old: Sequence[Any], new: Sequence[Any]) -> list[str]:
-    before = {parent["stage"]: parent["adapter_sha256"] for parent in old}
-    after = {parent["stage"]: parent["adapter_sha256"] for parent in new}
+def _parent_changes(old: Sequence[ParentRecord], new: Sequence[ParentRecord]) -> list[str]:
+    before = {parent.stage: parent.adapter_sha256 for parent in old}
+    after = {parent.stage: parent.adapter_sha256 for parent in new}
     return [
         f"stage {stage}'s adapter: {(before.get(stage) or 'none')[:12]} → {(after.get(stage) or 'none')[:12]}"
         for stage in sorted(before.keys() | after.keys())

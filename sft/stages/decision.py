@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sft.stages import checkpoints
 from sft.stages.changes import changes, gone_inputs
 from sft.stages.lineage import holds_nothing, result_sha256
-from sft.stages.manifest import read_manifest
+from sft.stages.manifest import Manifest, read_manifest
 from sft.stages.paths import MANIFEST, METRICS
 from sft.storage.json_files import DamagedFile
 from sft.storage.seals import MARK
@@ -25,7 +25,7 @@ class Verdict:
     decision: Decision = "fresh"
     changed: list[str] = field(default_factory=list)
     checkpoint: Path | None = None
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=Manifest)
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     broken: list[tuple[Path, list[str]]] = field(default_factory=list)
@@ -55,7 +55,7 @@ def unwritable(folder: Path) -> Path | None:
     return next((place for place in places if not os.access(place, os.W_OK | os.X_OK)), None)
 
 
-def decide(folder: Path, start: Mapping[str, Any], *, damaged: Collection[str] | None, again: str) -> Verdict:
+def decide(folder: Path, start: Manifest, *, damaged: Collection[str] | None, again: str) -> Verdict:
     """Judge the folder of a stage for a start whose manifest would be `start`.
 
     `damaged`: checkpoints that another process found so; None reads them through. `again`: the command that trains the
@@ -64,7 +64,7 @@ def decide(folder: Path, start: Mapping[str, Any], *, damaged: Collection[str] |
     verdict = Verdict(existed=folder.is_dir())
     if holds_nothing(folder):
         return verdict
-    number = start["stage"]
+    number = start.stage
     remedy = f"{again} moves it aside and trains again"
     try:
         manifest = read_manifest(folder, number)
@@ -76,7 +76,7 @@ def decide(folder: Path, start: Mapping[str, Any], *, damaged: Collection[str] |
         )
         return verdict.refuse(f"{place}, so it is not overwritten; choose another name, or {remedy}")
     verdict.manifest = manifest
-    complete = manifest["status"] == "complete"
+    complete = manifest.status == "complete"
     _find_checkpoint(verdict, folder, damaged=() if complete else damaged)
     verdict.changed = changes(manifest, start, resuming=not complete)
     return (_judge_complete if complete else _judge_unfinished)(verdict, folder, start, remedy=remedy)
@@ -91,20 +91,20 @@ def _find_checkpoint(verdict: Verdict, folder: Path, *, damaged: Collection[str]
         verdict.checkpoint = checkpoints.newest_sealed(folder, without=damaged)
 
 
-def _judge_complete(verdict: Verdict, folder: Path, start: Mapping[str, Any], *, remedy: str) -> Verdict:
+def _judge_complete(verdict: Verdict, folder: Path, start: Manifest, *, remedy: str) -> Verdict:
     verdict.decision = "complete"
     gone = gone_inputs(verdict.manifest, start)
     verdict.warnings = [f"[WARNING] {name} is gone: not compared with what was trained on" for name in gone]
     if verdict.changed:
-        return _refuse_changed(verdict, f"{folder}: stage {start['stage']} is complete", remedy)
+        return _refuse_changed(verdict, f"{folder}: stage {start.stage} is complete", remedy)
     result = result_sha256(folder)
-    if result is None or result[1] != verdict.manifest["adapter_sha256"]:
+    if result is None or result[1] != verdict.manifest.adapter_sha256:
         what = f"its weights are not those that {MANIFEST} lists (damaged or replaced)"
         return verdict.refuse(f"{folder}: {what}; {remedy}")
     return verdict
 
 
-def _judge_unfinished(verdict: Verdict, folder: Path, start: Mapping[str, Any], *, remedy: str) -> Verdict:
+def _judge_unfinished(verdict: Verdict, folder: Path, start: Manifest, *, remedy: str) -> Verdict:
     if not verdict.changed:
         verdict.decision = "resume"
         metrics = folder / METRICS
@@ -112,7 +112,7 @@ def _judge_unfinished(verdict: Verdict, folder: Path, start: Mapping[str, Any], 
             what = f"is not what it was at {verdict.checkpoint.name}; figures of the steps before it may be missing"
             verdict.warnings.append(f"[WARNING] {metrics}: {what}")
     elif verdict.checkpoint or verdict.broken:
-        return _refuse_changed(verdict, f"{folder}: stage {start['stage']} is partly trained", remedy)
+        return _refuse_changed(verdict, f"{folder}: stage {start.stage} is partly trained", remedy)
     # Else: without a checkpoint nothing would be mixed or lost, so corrected settings simply start the stage.
     return verdict
 

@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sft.errors import Problems
 from sft.stages import paths
-from sft.stages.manifest import read_manifest
+from sft.stages.manifest import Manifest, ParentRecord, read_manifest
 from sft.storage.json_files import DamagedFile
 from sft.storage.lock import current_holder
 from sft.storage.seals import damage, is_sealed, sha256
@@ -61,7 +61,7 @@ def find_lineage(settings: "Settings", inputs: Mapping[str, str]) -> Lineage:
     """The parents of a stage and everything wrong with them. Writes nothing; reads every parent's weights once."""
     lineage = Lineage()
     results: list[Parent] = []
-    recorded: dict[int, list[Any]] = {}
+    recorded: dict[int, list[ParentRecord]] = {}
     absent = []
     for number in range(1, settings.stage):
         folder = paths.stage_folder(settings.out_lora_dir, number)
@@ -82,7 +82,7 @@ def find_lineage(settings: "Settings", inputs: Mapping[str, str]) -> Lineage:
             )
         else:
             lineage.problems += _other_base(folder, manifest, settings=settings, inputs=inputs)
-            recorded[number] = manifest["parents"]
+            recorded[number] = manifest.parents
     lineage.parents = since_last_model(results)
     _report_absent(lineage, absent, settings)
     if not lineage.problems:
@@ -109,28 +109,28 @@ def _report_absent(lineage: Lineage, absent: list[int], settings: "Settings") ->
             lineage.warnings.append(f"[WARNING] {text}")
 
 
-def _finished_manifest(folder: Path, number: int, settings: "Settings") -> dict[str, Any] | None:
+def _finished_manifest(folder: Path, number: int, settings: "Settings") -> Manifest | None:
     again = settings.command(stage=number)
     try:
         manifest = read_manifest(folder, number)
     except DamagedFile as error:
         raise Problems([f"{error}; run {again} --fresh"]) from error
-    if manifest is None or manifest["status"] == "complete":
+    if manifest is None or manifest.status == "complete":
         return manifest
     holder = current_holder(paths.lock_path(folder))
     if holder:
         raise Problems([f"{folder}: stage {number} is still being trained by {holder}; wait until it ends"])
-    state = "failed" if manifest["status"] == "failed" else "was stopped before its end"
+    state = "failed" if manifest.status == "failed" else "was stopped before its end"
     raise Problems([f"{folder}: stage {number} {state}; run {again} again"])
 
 
-def _verified(folder: Path, number: int, manifest: Mapping[str, Any] | None, *, again: str) -> Parent:
+def _verified(folder: Path, number: int, manifest: Manifest | None, *, again: str) -> Parent:
     result = result_sha256(folder)
     if result is None:
         pickled = f", only {paths.ADAPTER_PICKLE}, a pickle, and no pickle is ever loaded"
         there = pickled if (folder / paths.ADAPTER_PICKLE).exists() else ""
         raise Problems([f"{folder}: holds no {paths.ADAPTER_CONFIG} with {paths.ADAPTER}{there}; {again}"])
-    if manifest is not None and manifest["adapter_sha256"] != result[1]:
+    if manifest is not None and manifest.adapter_sha256 != result[1]:
         what = f"its weights are not those that {paths.MANIFEST} lists (damaged or replaced)"
         raise Problems([f"{folder}: {what}; {again}"])
     return Parent(number, folder, result[1], result[0])
@@ -142,23 +142,21 @@ def _damaged_beside(folder: Path) -> list[str]:
     return [f"[WARNING] {folder}: damaged since it was completed: {fault}" for fault in faults]
 
 
-def _other_base(
-    folder: Path, manifest: Mapping[str, Any], *, settings: "Settings", inputs: Mapping[str, str]
-) -> list[str]:
-    before, old_name = manifest["inputs"].get("SFT_BASE_MODEL"), manifest["base_model"]
+def _other_base(folder: Path, manifest: Manifest, *, settings: "Settings", inputs: Mapping[str, str]) -> list[str]:
+    before, old_name = manifest.inputs.get("SFT_BASE_MODEL"), manifest.base_model
     if before == inputs["SFT_BASE_MODEL"] if before else old_name == settings.base_model:
         return []
     how = f"was trained on {old_name}" if old_name != settings.base_model else "was trained before this model changed"
     return [f"SFT_BASE_MODEL={settings.base_model}: {folder} {how}; all stages of a ladder need one base model"]
 
 
-def _outdated(results: list[Parent], recorded: Mapping[int, list[Any]], settings: "Settings") -> list[str]:
+def _outdated(results: list[Parent], recorded: Mapping[int, list[ParentRecord]], settings: "Settings") -> list[str]:
     """Parents that were trained on other stages than those there are now. A whole model does not miss its parents."""
     problems = []
     for parent in (parent for parent in results if parent.stage in recorded):
         before = [each for each in results if each.stage < parent.stage]
         there = {each.stage for each in before}
-        then = {(each["stage"], each["adapter_sha256"]) for each in recorded[parent.stage]}
+        then = {(each.stage, each.adapter_sha256) for each in recorded[parent.stage]}
         if parent.kind == "model":
             then = {(number, digest) for number, digest in then if number in there}
         now = {(each.stage, each.adapter_sha256) for each in since_last_model(before)}

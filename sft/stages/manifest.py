@@ -4,62 +4,116 @@ import hashlib
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from sft.settings.values import RECORD, SourceRecord
 from sft.stages.paths import MANIFEST
-from sft.storage.json_files import DamagedFile, json_text, read_json
+from sft.storage.json_files import DamagedFile, json_text, plain, read_json
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class ParentRecord(BaseModel):
+    """The result of an earlier stage, as the stage was made from it."""
 
+    model_config = RECORD
 
-class _Parent(_Record):
     stage: int
     adapter_sha256: str
 
 
-class _Source(_Record):
-    id: str
-    fingerprint: str | None
+class SettingRecord(BaseModel):
+    """A setting's value as JSON, and where it was said."""
 
+    model_config = RECORD
 
-class _Setting(_Record):
     value: Any
     origin: str
 
 
-class _Manifest(_Record):
-    stage: int
-    status: Literal["running", "complete", "failed"]
-    base_model: str
-    parents: list[_Parent]
-    settings: dict[str, _Setting]
-    sources: list[_Source]
-    inputs: dict[str, str]
-    adapter_sha256: str | None
+class Manifest(BaseModel):
+    """stage.json, key by key in the order of the file; None where nothing is known yet. `stage` 0: there is none."""
+
+    model_config = RECORD
+
+    stage: int = 0
+    status: Literal["running", "complete", "failed"] = "running"
+    base_model: str = ""
+    parents: list[ParentRecord] = []
+    settings: dict[str, SettingRecord] = {}
+    sources: list[SourceRecord] = []
+    inputs: dict[str, str] = {}
+    train_rows: int | None = None
+    val_rows: int | None = None
+    dropped: dict[str, int] = {}
+    replay: list[dict[str, Any]] = []
+    tokens: dict[str, int | None] = {"total": None, "trained": None}
+    steps: int | None = None
+    metrics: dict[str, Any] = {}
+    merge: dict[str, Any] | None = None
+    adapter_sha256: str | None = None
+    versions: dict[str, str | None] = {}
+    mlflow_run_id: str | None = None
+    started: str | None = None
+    finished: str | None = None
+    upsampling: list[dict[str, Any]] = []
+    masked_loss: dict[str, Any] | None = None
+    forgetting: dict[str, Any] | None = None
+    gate: dict[str, Any] | None = None
+    error: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What is written: the keys that were set."""
+        return self.model_dump(exclude_unset=True)
+
+    def changed(self, **fields: Any) -> Self:
+        """With these keys set, to their values as JSON has them."""
+        kept = {name: value for name, value in self if name in self.model_fields_set}
+        return self.model_validate(kept | plain(fields))
+
+    def values(self) -> dict[str, Any]:
+        """The settings' values by name."""
+        return {name: record.value for name, record in self.settings.items()}
 
 
-def read_manifest(folder: Path, number: int) -> dict[str, Any] | None:
+_NEEDED = ("stage", "status", "base_model", "parents", "settings", "sources", "inputs", "adapter_sha256")
+_SOMETIMES = {"upsampling", "masked_loss", "forgetting", "gate", "error"}  # not written before they are set
+
+
+def blank_manifest() -> Manifest:
+    """Every key that all stages have, without a value where only training can give one."""
+    return Manifest.model_validate(Manifest().model_dump(exclude=_SOMETIMES))
+
+
+def read_manifest(folder: Path, number: int) -> Manifest | None:
     """The manifest of stage `number`, None where there is no stage.json. Raises DamagedFile naming what is wrong."""
     path = folder / MANIFEST
     try:
-        manifest = read_json(path)
-        _Manifest.model_validate(manifest)
+        record = read_json(path)
+        manifest = Manifest.model_validate(record)
     except FileNotFoundError:
         return None
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole of it"
         raise DamagedFile(f"{path}: damaged at {place}") from error
-    if not is_intact(manifest):
+    if missing := [name for name in _NEEDED if name not in manifest.model_fields_set]:
+        raise DamagedFile(f"{path}: damaged at {missing[0]}")
+    if not is_intact(record):
         raise DamagedFile(f"{path}: damaged, its content is not what was written")
-    if manifest["stage"] != number:
-        raise DamagedFile(f"{path}: is the manifest of stage {manifest['stage']}, not of stage {number}")
+    if manifest.stage != number:
+        raise DamagedFile(f"{path}: is the manifest of stage {manifest.stage}, not of stage {number}")
     return manifest
+
+
+def readable_parts(record: dict[str, Any]) -> Manifest:
+    """For a report, which shows what it can: a manifest without the keys whose values can't be used."""
+    try:
+        return Manifest.model_validate(record)
+    except ValidationError as error:
+        damaged = {each["loc"][0] for each in error.errors()}
+        return Manifest.model_validate({name: value for name, value in record.items() if name not in damaged})
 
 
 def with_digest(record: dict[str, Any]) -> dict[str, Any]:
@@ -82,13 +136,3 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def blank_manifest() -> dict[str, Any]:
-    """Every key of a manifest, without a value where only training can give one."""
-    return {
-        "stage": None, "status": "running", "base_model": None, "parents": [], "settings": {}, "sources": [],
-        "inputs": {}, "train_rows": None, "val_rows": None, "dropped": {}, "replay": [],
-        "tokens": {"total": None, "trained": None}, "steps": None, "metrics": {}, "merge": None, "adapter_sha256": None,
-        "versions": {}, "mlflow_run_id": None, "started": None, "finished": None,
-    }  # fmt: skip

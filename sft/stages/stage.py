@@ -18,7 +18,7 @@ from sft.stages import checkpoints, paths
 from sft.stages.changes import counted_sources, other_rows, source_record, stage_inputs
 from sft.stages.decision import Decision, Verdict, decide, traces, unwritable
 from sft.stages.lineage import Lineage, Parent, find_lineage, holds_nothing, result_sha256
-from sft.stages.manifest import blank_manifest, versions, with_digest
+from sft.stages.manifest import Manifest, ParentRecord, blank_manifest, versions, with_digest
 from sft.storage.atomic import clear_leftovers, set_aside, sync_tree, write_text
 from sft.storage.json_files import write_json
 from sft.storage.lock import Lock, current_holder
@@ -40,12 +40,12 @@ class Stage:
     processes: int | None = None
     main_process: bool = True
     verdict: Verdict = field(default_factory=Verdict)
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=Manifest)
     moved: dict[Path, Path] = field(default_factory=dict)  # what `begin` set aside, by where it was
     damaged: Collection[str] | None = None  # names of checkpoints the main process found so; None reads them through
     _lineage: Lineage = field(default_factory=Lineage, repr=False)
     _seen: set[tuple[str, int]] = field(default_factory=set, repr=False)
-    _start: dict[str, Any] = field(default_factory=dict, repr=False)
+    _start: Manifest = field(default_factory=Manifest, repr=False)
     _lock: Lock | None = field(default=None, repr=False)
     _begun: bool = field(default=False, repr=False)
     _supersedes: bool = field(default=False, repr=False)
@@ -105,7 +105,7 @@ class Stage:
     def start_fingerprint(self) -> str:
         """What the content of `start_model` is known by."""
         whole = [parent.adapter_sha256 for parent in self.parents if parent.kind == "model"]
-        return f"model:{whole[-1]}" if whole else str(self._start["inputs"]["SFT_BASE_MODEL"])
+        return f"model:{whole[-1]}" if whole else self._start.inputs["SFT_BASE_MODEL"]
 
     @property
     def adapters(self) -> tuple[Parent, ...]:
@@ -156,14 +156,14 @@ class Stage:
         """Lineage and fingerprints: read once, they don't depend on the stage's own folder."""
         inputs = stage_inputs(self.settings, self.processes)
         self._lineage = find_lineage(self.settings, inputs)
-        self._start = blank_manifest() | {
-            "stage": self.number,
-            "base_model": self.settings.base_model,
-            "parents": [{"stage": parent.stage, "adapter_sha256": parent.adapter_sha256} for parent in self.parents],
-            "settings": self.settings.record(),
-            "sources": [source_record(source) for source in self.settings.sources],
-            "inputs": inputs,
-        }
+        self._start = blank_manifest().changed(
+            stage=self.number,
+            base_model=self.settings.base_model,
+            parents=[ParentRecord(stage=each.stage, adapter_sha256=each.adapter_sha256) for each in self.parents],
+            settings=self.settings.record(),
+            sources=[source_record(source) for source in self.settings.sources],
+            inputs=inputs,
+        )
 
     def _raise_problems(self) -> None:
         if self.problems:
@@ -216,13 +216,14 @@ class Stage:
         `rows`: what was counted of the rows (sources, train_rows, val_rows, tokens). Raises Problems where a checkpoint
         was trained on others, whatever made the difference: a data set out of reach, other libraries.
         """
+        start = self._start.changed(**rows)
         if "sources" in rows:
-            rows["sources"] = counted_sources(self._start["sources"], rows["sources"])
-        if self.decision == "resume" and self.checkpoint and (different := other_rows(self.manifest, rows)):
+            start = start.changed(sources=counted_sources(self._start.sources, start.sources))
+        if self.decision == "resume" and self.checkpoint and (different := other_rows(self.manifest, start)):
             raise Problems([self._rows_refusal(different)])
         kept = ("started", "mlflow_run_id", "merge") if self.decision == "resume" else ()
-        earlier = {name: self.manifest[name] for name in kept if self.manifest.get(name)}
-        self.manifest = self._start | {"versions": versions(), "started": _now()} | rows | earlier
+        earlier = {name: value for name in kept if (value := getattr(self.manifest, name))}
+        self.manifest = start.changed(**{"versions": versions(), "started": _now()} | earlier)
         self._begun = True
         if self.main_process:
             if self._supersedes:
@@ -241,16 +242,14 @@ class Stage:
 
     def _save(self) -> None:
         if self.main_process:
-            write_json(self.folder / paths.MANIFEST, with_digest(self.manifest))
+            write_json(self.folder / paths.MANIFEST, with_digest(self.manifest.record()))
 
     def update(self, **fields: Any) -> None:
-        """Set keys of the manifest on disk. `sources` stays one record per source of the settings."""
-        if "sources" in fields:
-            fields["sources"] = counted_sources(self._start["sources"], fields["sources"])
-        self.manifest |= fields
+        """Set keys of the manifest on disk."""
+        self.manifest = self.manifest.changed(**fields)
         self._save()
 
-    def complete(self, *, report: Callable[[dict[str, Any]], object] | None = None, **fields: Any) -> None:
+    def complete(self, *, report: Callable[[Manifest], object] | None = None, **fields: Any) -> None:
         """Record the result. Everything else in the folder is on the disk before the status says so.
 
         `report` is called with the finished manifest before it is written: a complete stage has its report. Logs of
@@ -265,14 +264,14 @@ class Stage:
         seal(self.folder, among=paths.SEALED)
         finished = {**fields, "adapter_sha256": result[1], "status": "complete", "finished": _now()}
         if report:
-            report(self.manifest | finished)
+            report(self.manifest.changed(**finished))
         for log in self.folder.glob(paths.ERROR_LOGS):
             log.unlink(missing_ok=True)
         self.update(**finished)
 
     def fail(self, reason: str) -> None:
         """Record that the stage failed and why. It resumes from its last checkpoint when started again."""
-        if self.manifest:
+        if self.manifest.stage:
             self.update(status="failed", finished=_now(), error=plainly(reason))
 
     def write_error_log(self, text: str) -> Path | None:
@@ -302,7 +301,7 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A stop (SystemExit, KeyboardInterrupt) leaves the stage running: it resumes. A full disk can't take the note.
-        if isinstance(error, Exception) and self._lock and self.manifest.get("status") == "running":
+        if isinstance(error, Exception) and self._lock and self.manifest.status == "running":
             with contextlib.suppress(OSError):
                 self.fail(f"{type(error).__name__}: {error}")
         if isinstance(error, Exception) and not isinstance(error, Problems) and self._writes():

@@ -32,7 +32,7 @@ def status_lines(stage: "Stage") -> list[str]:
 
 
 def _epoch(stage: "Stage") -> float:
-    recorded = (stage.manifest.get("metrics") or {}).get("epoch") if stage.decision == "complete" else None
+    recorded = stage.manifest.metrics.get("epoch") if stage.decision == "complete" else None
     epoch = trainer_state(stage.checkpoint).get("epoch") if stage.checkpoint and recorded is None else recorded
     return round(float(epoch), 2) if isinstance(epoch, int | float) else float(stage.settings.epochs)
 

@@ -11,7 +11,7 @@ from sft.stages import paths
 from sft.stages.changes import recorded_prints, recorded_sources, short
 from sft.stages.fingerprints import is_same, source_fingerprint
 from sft.stages.lineage import holds_nothing
-from sft.stages.manifest import read_manifest
+from sft.stages.manifest import Manifest, read_manifest
 from sft.storage.json_files import DamagedFile
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def taught_before(settings: Settings, coming: Sequence[Settings] = ()) -> list[T
                 unclear = True  # the lineage says so
                 continue
             problems += _changed(manifest, folder, number, settings)
-            unclear |= manifest is not None and manifest["status"] != "complete"
+            unclear |= manifest is not None and manifest.status != "complete"
             found += [_taught(number, manifest, settings)] if manifest is not None else []
     if not found and not problems and not unclear:
         there = paths.stage_folder(settings.out_lora_dir, settings.stage - 1)
@@ -82,30 +82,29 @@ def _split_off(evaluated: Any) -> dict[str, float]:
     return {"val_ratio": 0.0} if evaluated else {}
 
 
-def _taught(number: int, manifest: Mapping[str, Any], settings: Settings) -> Taught:
-    recorded, fields = manifest["settings"], Settings.model_fields
+def _taught(number: int, manifest: Manifest, settings: Settings) -> Taught:
+    recorded, fields = manifest.values(), Settings.model_fields
     attributes = {name: _attribute(name) for name in _DRAWING}
     values = {
-        attribute: recorded[name]["value"] if name in recorded else fields[attribute].default
+        attribute: recorded[name] if name in recorded else fields[attribute].default
         for name, attribute in attributes.items()
     }
-    evaluated = recorded.get("SFT_EVAL_DATASET", {}).get("value")
     sources = tuple(Source(**each) for each, _ in _trained_on(manifest))
-    return Taught(number, sources, _drawing(settings, values | _split_off(evaluated)))
+    return Taught(number, sources, _drawing(settings, values | _split_off(recorded.get("SFT_EVAL_DATASET"))))
 
 
-def _trained_on(manifest: Mapping[str, Any]) -> "Iterator[tuple[Mapping[str, Any], str]]":
+def _trained_on(manifest: Manifest) -> "Iterator[tuple[Mapping[str, Any], str]]":
     """The sources of a manifest that rows were read from, as its settings name them, and their fingerprints. One that
     could not be loaded then has no rows, or no fingerprint."""
     named = recorded_sources(manifest)
-    records = manifest["sources"]
-    counted = [record.get("rows") for record in records] if len(records) == len(named) else [None] * len(named)
+    records = manifest.sources
+    counted = [record.rows for record in records] if len(records) == len(named) else [None] * len(named)
     for each, rows, found in zip(named, counted, recorded_prints(named, records), strict=True):
         if found is not None and rows != 0:
             yield each, found
 
 
-def _changed(manifest: Mapping[str, Any] | None, folder: Path, number: int, settings: Settings) -> list[str]:
+def _changed(manifest: Manifest | None, folder: Path, number: int, settings: Settings) -> list[str]:
     """What is wrong with the data of an earlier stage now."""
     given, off = _given(settings), "or set SFT_REPLAY=0"
     if manifest is None:

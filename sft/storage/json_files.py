@@ -37,11 +37,6 @@ def json_text(payload: Any, *, indent: int | None = 2) -> str:
     return json.dumps(plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def as_read(payload: Any) -> Any:
-    """The payload as it would be read back from a file."""
-    return json.loads(json_text(payload))
-
-
 def write_json(path: Path, payload: Any) -> None:
     """Replace the file by a JSON document in one step (utf-8, indented; NaN and infinity become null)."""
     write_text(path, json_text(payload) + "\n")

@@ -2,6 +2,10 @@
 
 The lock is flock on a file beside the output. Forked children (data workers) share it, started programs don't.
 Where a file system has no locks, a file created for the purpose names the holder instead.
+
+Why not filelock (4.2.11 tried, docs/log.md): it closes the descriptor in forked children, so that workers of a killed
+run no longer keep the stage; where NFS answers ENOLCK or ENOTSUP it raises (it knows ENOSYS alone); and it can't be
+asked who holds a lock without making the file.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,42 +138,23 @@ def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return batch
 
 
-class EpochBatches(Sampler[list[int]]):
-    """Keys of this rank's micro-batches for one epoch.
+@dataclass(frozen=True)
+class Order:
+    """The order of `num` items in every epoch, a pure function of seed and epoch.
 
-    The order is a pure function of (seed, epoch). Micro-step k of all ranks together is rows k*W*B to (k+1)*W*B of it:
-    the same global batch whatever the number of processes W, and nothing is repeated to fill up the last one.
-    With `lengths` rows of similar length are put into the same global batch (`group`: its size in rows). With `blocks`
-    (a number per item) items are only shuffled among those with their number, and numbers come in ascending order.
+    With `lengths` items of similar length are put into the same global batch (`group`: its size in items). With
+    `blocks` (a number per item) they are only shuffled among those with their number, and numbers ascend.
     """
 
-    def __init__(
-        self,
-        num: int,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        ranks: int = 1,
-        lengths: Sequence[int] | None = None,
-        group: int = 1,
-        blocks: np.ndarray | None = None,
-    ) -> None:
-        self.num, self.batch_size, self.seed = num, batch_size, seed
-        self.rank, self.ranks = rank, ranks
-        self.lengths = None if lengths is None else np.asarray(lengths)
-        self.group, self.blocks = group, blocks
-        self.epoch = 0
+    num: int
+    seed: int
+    lengths: np.ndarray | None = None
+    group: int = 1
+    blocks: np.ndarray | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.num // (self.batch_size * self.ranks))
-
-    def order(self) -> np.ndarray:
-        """Item positions in this epoch's order, shape (num,)."""
-        random = np.random.default_rng([self.seed, self.epoch])
+    def of(self, epoch: int) -> np.ndarray:
+        """Item positions, shape (num,)."""
+        random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(self.num)
         if self.blocks is not None:
             return order[np.argsort(self.blocks[order], kind="stable")]
@@ -186,10 +168,28 @@ class EpochBatches(Sampler[list[int]]):
         groups = order[:whole].reshape(-1, self.group)
         return np.concatenate([groups[random.permutation(len(groups))].ravel(), order[whole:]])
 
+
+class EpochBatches(Sampler[list[int]]):
+    """Keys of this rank's micro-batches for one epoch.
+
+    Micro-step k of all ranks together is items k*W*B to (k+1)*W*B of the order: the same global batch whatever the
+    number of processes W, and nothing is repeated to fill up the last one.
+    """
+
+    def __init__(self, order: Order, *, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
+        self.order, self.batch_size, self.rank, self.ranks = order, batch_size, rank, ranks
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.order.num // (self.batch_size * self.ranks))
+
     def __iter__(self) -> Iterator[list[int]]:
-        keys = self.order() + self.epoch * self.num
+        keys = self.order.of(self.epoch) + self.epoch * self.order.num
         together = self.batch_size * self.ranks
-        for start in range(0, self.num, together):
+        for start in range(0, len(keys), together):
             share = np.array_split(keys[start : start + together], self.ranks)
             yield share[self.rank].tolist()
 
@@ -231,7 +231,7 @@ def packs_of(rows: datasets.Dataset, settings: Settings) -> list[list[int]] | No
 def blocks_of(
     rows: datasets.Dataset, settings: Settings, packs: Sequence[Sequence[int]] | None = None
 ) -> np.ndarray | None:
-    """What SFT_SHUFFLE keeps in order, as `EpochBatches` takes it; None where all is mixed."""
+    """What SFT_SHUFFLE keeps in order, as `Order` takes it; None where all is mixed."""
     if settings.shuffle == "mix":
         return None
     if settings.shuffle == "none":
@@ -245,25 +245,29 @@ def _blocks(rows: datasets.Dataset) -> np.ndarray:
     return np.maximum.accumulate(np.asarray(rows["source"][:])).clip(min=0)
 
 
+def order_of(
+    rows: datasets.Dataset, settings: Settings, packs: Sequence[Sequence[int]] | None, *, processes: int
+) -> Order:
+    """The order that SFT_SHUFFLE and SFT_GROUP_BY_LENGTH ask for; packs are about equally long already."""
+    return Order(
+        len(rows) if packs is None else len(packs),
+        settings.seed,
+        lengths=np.asarray(rows["length"][:]) if settings.group_by_length and packs is None else None,
+        group=settings.per_device_train_bs * processes * settings.grad_accum,
+        blocks=blocks_of(rows, settings, packs),
+    )
+
+
 def largest_items(rows: datasets.Dataset, settings: Settings, *, processes: int | None = None) -> list[int]:
     """Rows of the micro-batch with most tokens."""
     processes = processes or launched().processes
     lengths, packs = np.asarray(rows["length"][:]), packs_of(rows, settings)
     sizes = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
     together = settings.per_device_train_bs * processes
-    grouped = sizes if settings.group_by_length and packs is None else None
-    batches = EpochBatches(
-        len(sizes),
-        batch_size=settings.per_device_train_bs,
-        seed=settings.seed,
-        lengths=None if grouped is None else grouped.tolist(),
-        group=together * settings.grad_accum,
-        blocks=blocks_of(rows, settings, packs),
-    )
+    in_order = order_of(rows, settings, packs, processes=processes)
     best: np.ndarray = np.zeros(0, np.int64)
     for epoch in range(min(_EPOCHS, max(1, int(np.ceil(settings.epochs))))):
-        batches.set_epoch(epoch)
-        order = batches.order()
+        order = in_order.of(epoch)
         whole = len(order) // together * together
         found = order[:whole].reshape(-1, settings.per_device_train_bs) if whole else order[None]
         largest = found[sizes[found].sum(axis=1).argmax()]

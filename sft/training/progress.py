@@ -48,9 +48,7 @@ class Metrics(TrainerCallback):
         self.last = (now, tokens)
         return (tokens - before) / max(now - then, 1e-9)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation's time is not training time."""
-        self.last = (time.monotonic(), state.num_input_tokens_seen)
+    on_evaluate = on_train_begin  # an evaluation's time is not training time
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "train_runtime" in logs:

@@ -35,7 +35,7 @@ from sft.stages import paths
 from sft.stages.checkpoints import metrics_mark, rotate
 from sft.storage import json_files
 from sft.training.arguments import reduce_in_float32, steps_to_schedule
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, blocks_of, join_rows
+from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, order_of
 from sft.training.callbacks import StageRhythm
 from sft.training.loss import (
     LossScale,
@@ -137,18 +137,12 @@ class StagedTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> EpochLoader:
         """This rank's loader. It is not given to accelerate: it shards by rank itself, without repeating rows."""
-        args = self.args
-        rows = self.train_dataset
-        lengths = rows.rows["length"] if self.settings.group_by_length and rows.packs is None else None
+        args, rows = self.args, self.train_dataset
         batches = EpochBatches(
-            len(rows),
+            order_of(rows.rows, self.settings, rows.packs, processes=args.world_size),
             batch_size=args.per_device_train_batch_size,
-            seed=args.seed,
             rank=args.process_index,
             ranks=args.world_size,
-            lengths=lengths,
-            group=args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            blocks=blocks_of(rows.rows, self.settings, rows.packs),
         )
         return EpochLoader(
             rows,

@@ -36,7 +36,7 @@ __all__ = ["MASKED", "chat_template_for", "label", "preview"]
 
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
 VERSION = 5
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 512  # handed to a process at once
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"

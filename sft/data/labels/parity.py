@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sft.settings import Settings
 
-_ROWS_COMPARED = 20
+_ROWS_COMPARED = 20  # spread over a source: each is rendered once more
 _SHOWN = 8  # tokens to either side of a difference
 
 

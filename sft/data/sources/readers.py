@@ -18,7 +18,7 @@ from sft.data.sources.shapes import MEDIA
 __all__ = ["ROWS_AT_ONCE", "SourceError", "read_file", "tables_to_rows"]
 
 _BLANK = re.compile(r"[ \t\r\n]*")
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 1000  # rows of a table in memory
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
