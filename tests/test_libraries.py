@@ -86,7 +86,7 @@ TEXTS = {
     ("datasets:Dataset", "self._fingerprint"): "the name of prepared rows",
     ("transformers:PretrainedConfig", "_name_or_path"): "the folder that was loaded, for the format it was merged in",
     ("transformers.integrations.moe", "_is_expert_parallel"): "experts that other processes hold",
-    ("torch.distributed.tensor:DTensor", "_local_tensor"): "this rank's part of a gradient",
+    ("torch.distributed.tensor._api", "_local_tensor"): "this rank's part of a gradient",
     ("bitsandbytes.nn:Linear4bit", "support_avx512bf16_for_cpu"): "switched off: packed weights can't be trained on",
     ("deepspeed.runtime.zero.partition_parameters", "ds_tensor"): "this rank's part of a weight under ZeRO-3",
 }
