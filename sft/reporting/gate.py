@@ -21,7 +21,8 @@ def judge_stage(settings: Settings) -> dict[str, Any]:
     verdict: dict[str, Any] = {}
     if launched().rank == 0:
         folder = paths.stage_folder(settings.out_lora_dir, settings.stage)
-        matrix = Matrix.read((read_manifest(folder, settings.stage) or {}).get("forgetting"))
+        manifest = read_manifest(folder, settings.stage)
+        matrix = Matrix.read(manifest.forgetting) if manifest else None
         if matrix:
             matrix.margin = settings.forgetting_margin
         gate = judge(matrix, settings.stage)
