@@ -210,13 +210,18 @@ def train(stage: Stage, trainer: StagedTrainer) -> None:
 
 
 def say_best(folder: Path) -> None:
-    """Where the best model is and how good, if there is one."""
+    """Where the best model is and how good, if there is one, and whether it is more than chance that it is not the
+    last."""
+    from sft.reporting.scores import best_against_last
+
     notices: list[str] = []
     best = json_files.read_object(folder / paths.BEST_MODEL / paths.BEST_RECORD, notices)
     if best:
         say(f"Best model saved to {folder / paths.BEST_MODEL} (step {best['step']})")
         if best["best_perplexity"] is not None:
             say(f"Best perplexity: {best['best_perplexity']:.4f}")
+        if found := best_against_last(folder, best):
+            say(f"Best model against the last evaluation's: {found.sentence()}")
 
 
 def finish(

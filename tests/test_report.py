@@ -218,6 +218,31 @@ def test_the_top_of_the_page_says_what_happened(folders):
     assert facts["lead"][0] in Page(page).text
 
 
+@pytest.mark.parametrize(
+    ("lowest", "english", "word"),
+    [
+        (0.5, "The difference is real (95 % interval +0.500 to +0.500 over 8 questions).", "とはいえません"),
+        (1.0, "The difference is within noise (95 % interval +0.000 to +0.000 over 8 questions).", "範囲内です"),
+    ],
+)
+def test_the_best_model_is_held_against_the_last_by_their_answers(folders, lowest, english, word):
+    """Question by question, in both languages: eight that scored 1.0 at step 10 and less, or the same, at step 30."""
+    best = {"best_metric": 1.0, "best_metric_name": "gen_score", "best_model_checkpoint": "checkpoint-10", "step": 10}
+    (folders[1] / "best_model").mkdir()
+    (folders[1] / "best_model" / "best_model_info.json").write_text(json.dumps(best))
+    for step, score in ((10, 1.0), (30, lowest)):
+        lines = "".join(json.dumps(sample(f"answer {number}", score)) + "\n" for number in range(8))
+        (folders[1] / f"gen_samples_step{step}.jsonl").write_text(lines)
+        (folders[1] / f"gen_metrics_step{step}.json").write_text(json.dumps({"gen_score": score}))
+    facts = read(folders[1])[0]
+    assert facts["lead"][1].endswith(english)
+    assert facts["best"]["against_last"]["mean"] == pytest.approx(1.0 - lowest)
+    assert word in write_report(folders[1], "ja").read_text(encoding="utf-8")
+    best["step"] = 30  # the last itself: nothing to compare
+    (folders[1] / "best_model" / "best_model_info.json").write_text(json.dumps(best))
+    assert read(folders[1])[0]["best"] == best
+
+
 def test_cells_carry_intervals_where_the_questions_are_known(folders):
     """The change from the model above with its interval, in facts and page; none for the first model."""
     asked = {

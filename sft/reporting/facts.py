@@ -13,6 +13,7 @@ from typing import Any
 from sft.reporting.language import english
 from sft.reporting.lead import stage_lead
 from sft.reporting.scores import (
+    best_against_last,
     compared_scores,
     matrix_facts,
     read_answers,
@@ -40,7 +41,7 @@ def stage_facts(folder: Path, manifest: Manifest | None = None) -> Facts:
     evaluations = read_evaluations(folder, lines, notices)
     settings = _settings(manifest)
     facts = _header(folder, manifest, lines) | {
-        "best": read_object(folder / paths.BEST_MODEL / paths.BEST_RECORD, notices) or None,
+        "best": _best(folder, notices),
         "curves": _curves(lines, evaluations),
         "scores": compared_scores(evaluations),
         "forgetting": matrix_facts(forgetting.Matrix.read(manifest.forgetting)),
@@ -59,6 +60,12 @@ def stage_facts(folder: Path, manifest: Manifest | None = None) -> Facts:
 
 def _manifest(folder: Path, notices: list[str]) -> Manifest:
     return readable_parts(read_object(folder / paths.MANIFEST, notices))
+
+
+def _best(folder: Path, notices: list[str]) -> Facts | None:
+    best = read_object(folder / paths.BEST_MODEL / paths.BEST_RECORD, notices)
+    found = best_against_last(folder, best)
+    return best | ({"against_last": found._asdict() | {"real": found.real}} if found else {}) or None
 
 
 def ladder_facts(folders: Sequence[Path]) -> Facts:

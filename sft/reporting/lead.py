@@ -72,4 +72,11 @@ def _best(facts: Facts, say: Say) -> str:
     last = (facts["curves"].get(name) or [[None, value]])[-1]
     if last[0] in (None, best.get("step")):
         return sentence
-    return f"{sentence} {say('The last evaluation had {last}.', last=figure(last[1]))}"
+    sentence += " " + say("The last evaluation had {last}.", last=figure(last[1]))
+    found = best.get("against_last")
+    if not found:
+        return sentence
+    real = "The difference is real" if found["real"] else "The difference is within noise"
+    text = f"{real} (95 % interval {{low}} to {{high}} over {{count}} questions)."
+    ends = {name: f"{found[name]:+.3f}" for name in ("low", "high")}
+    return f"{sentence} {say(text, **ends, count=found['questions'])}"

@@ -10,6 +10,7 @@ from sft.scoring import forgetting
 from sft.scoring.faults import FAULTS, counted
 from sft.scoring.formats import FORMATS
 from sft.scoring.metrics import metric_direction
+from sft.scoring.significance import Difference, paired_difference
 from sft.stages import paths
 from sft.storage.json_files import Facts, is_number, read_object, read_records
 
@@ -120,6 +121,20 @@ def _change(matrix: forgetting.Matrix, model: str, tasks: str) -> Facts | None:
     before = [name for name in matrix.models[: matrix.models.index(model)] if matrix.cell(name, tasks) is not None]
     found = matrix.difference(before[-1], model, tasks) if before else None
     return found and {"since": before[-1], "real": found.real} | found._asdict()
+
+
+def best_against_last(folder: Path, best: Mapping[str, Any]) -> Difference | None:
+    """How much better the best model answered than that of the last evaluation, question by question; None where they
+    are the same or the metric is no score of single answers."""
+    metric, _, task = str(best.get("best_metric_name")).partition("/")
+    files = dict(_numbered(folder, paths.GEN_SAMPLES, "jsonl"))
+    if metric != "gen_score" or best.get("step") not in files or best["step"] == max(files):
+        return None
+    last, chosen = (
+        [s["score"] for s in read_records(files[step]) if is_number(s.get("score")) and task in ("", s.get("task"))]
+        for step in (max(files), best["step"])
+    )
+    return paired_difference(last, chosen) if last and len(last) == len(chosen) else None
 
 
 def read_answers(folder: Path, notices: list[str]) -> Facts | None:
