@@ -14,7 +14,7 @@ from pathlib import Path
 from sft.distributed.launch import launched
 from sft.distributed.signals import STOP, Stopped
 from sft.environment import required, untested_versions
-from sft.errors import Problems, RunFailed, hide_secrets, plainly, started_as
+from sft.errors import STARTED_AS, Problems, RunFailed, hide_secrets, plainly
 from sft.planning.document import Document, print_documents
 from sft.settings import Settings, load_settings
 
@@ -31,7 +31,7 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "unexpected pos",
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=started_as().removeprefix("python "),
+        prog=STARTED_AS.removeprefix("python "),
         description="Staged LoRA fine-tuning driven by env files.",
         epilog=EPILOG,
     )

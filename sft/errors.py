@@ -1,7 +1,6 @@
 """The two ways a run ends badly, and words that messages share; train.py turns the ends into exit codes."""
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,10 +20,11 @@ class RunFailed(Exception):
     """The run failed for a reason outside the settings (exit code 1). The message is plain and ends with advice."""
 
 
-def started_as() -> str:
-    """What a person types to start a stage: the installed command where that is how this process was started."""
-    return "staged-sft" if Path(sys.argv[0]).stem.startswith("staged-sft") else "python train.py"
-
+_HERE = Path(__file__).resolve().parents[1]
+REPOSITORY = _HERE if (_HERE / "train.py").is_file() else None
+"""The repository this runs from; None where the package was installed and stands among others."""
+STARTED_AS = "python train.py" if REPOSITORY else "staged-sft"
+"""What a person types to start a stage."""
 
 SECRET_NAME = re.compile(r"TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 """In a name: its value is nobody's business."""

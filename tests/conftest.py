@@ -1,12 +1,17 @@
 """What all tests share: a cache folder of their own, and tokenizers small enough to read."""
 
 import os
+import stat
+import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 # Before datasets is imported: prepared rows of tests never land in the person's cache.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="staged_sft_tests_")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -86,3 +91,18 @@ def make_settings(tmp_path: Any) -> Callable[..., Any]:
         return Settings(stage=1, env_dir=tmp_path, base_model="owner/tiny", out_lora_dir=tmp_path / "out", **attributes)
 
     return make
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """A folder with the installed commands of this very checkout, and `staged_sft` to import."""
+    folder = tmp_path / "installed"
+    folder.mkdir()
+    (folder / "staged_sft").symlink_to(ROOT)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name, target in project["scripts"].items():
+        module, _, function = target.partition(":")
+        path = folder / name
+        path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return folder

@@ -6,17 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from sft.errors import Problems
 from sft.merging.probe import store_probe
 from sft.programs.command_line import run_program
+from sft.programs.export import check_repository
 from sft.stages.fingerprints import model_fingerprint
 from sft.stages.lineage import result_sha256
 from sft.stages.manifest import blank_manifest
@@ -243,6 +247,37 @@ def test_folders_without_a_result_are_refused(export, tmp_path, name):
     assert code == 2
     assert err.count("\n") == 1
     assert "--checkpoint_dir" in err
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"auth": {"accessToken": {"role": "read"}}}, "may only read"),
+        (HfHubHTTPError("401", response=SimpleNamespace(status_code=401, headers={}, request=None)), "does not know"),
+        ({"auth": {"accessToken": {"role": "write"}}}, ""),
+        ({"auth": {"accessToken": {"role": "fineGrained"}}}, ""),
+        ({"name": "someone"}, ""),
+        (ConnectionError("gone"), ""),
+    ],
+)
+def test_a_token_that_cannot_write_is_said_before_the_merge(monkeypatch, answer, reason):
+    """One line with the page where another is made; what the hub does not tell is left to the upload."""
+
+    def whoami(self):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("sft.programs.export.HfApi.whoami", whoami)
+    monkeypatch.setattr("sft.programs.export.get_token", lambda: "token")
+    if not reason:
+        check_repository("me/model", offline=False)
+        return
+    with pytest.raises(Problems) as found:
+        check_repository("me/model", offline=False)
+    (text,) = found.value.problems
+    assert reason in text
+    assert "HF_TOKEN" in text
 
 
 def test_a_push_that_cannot_work_is_refused_before_merging(export, ladder):

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,10 +21,17 @@ from sft.settings import load_settings
 from sft.settings.schema import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# The programs of the installed commands but staged-sft itself, which is train.py.
+INSTALLED = {
+    name: target.partition(":")[0].removeprefix("staged_sft.").replace(".", "/") + ".py"
+    for name, target in PROJECT["scripts"].items()
+    if name != "staged-sft"
+}
 SHARED = ROOT.parent / "shared" / "data"
 GUIDE = ROOT / "official_content" / "TRAINING_GUIDE.md"
 TYPED = [ROOT / "README.md", GUIDE, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "guide.md"]
-PAGES = [*TYPED, ROOT / "CHANGELOG.md", ROOT / "docs" / "log.md"]
+PAGES = [*TYPED, ROOT / "docs" / "gpu_machines.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "log.md"]
 ASSIGNMENT = re.compile(r"^([A-Z][A-Z0-9_]*)=", re.MULTILINE)
 HEREDOC = re.compile(r"^cat > (\S+) <<'EOF'\n(.*?)^EOF\n", re.MULTILINE | re.DOTALL)
 # Written for the reader's own files and results.
@@ -116,14 +124,19 @@ def test_every_command_starts_a_program_that_is_there(words: list[str]):
         assert "train.py" in rest
     elif head.endswith(".sh"):
         assert os.access(ROOT / head, os.X_OK)
+    elif head == "pip":
+        (what,) = after(words, "install")
+        assert what.startswith(".[")
+        assert set(re.findall(r"\w+", what)) <= set(PROJECT["optional-dependencies"])
     else:
-        assert head in ("source", "mkdir", "mlflow")
+        assert head in ("source", "mkdir", "mlflow", *PROJECT["scripts"])
 
 
 def test_every_flag_of_train_py_exists():
     """Also values: settings named by --set, folders by --env-dir, a stage's number, a range or all."""
     known = flags_of(cli.parser())
-    seen = [after(words, "train.py") for words in all_commands() if "train.py" in words]
+    starts = ("train.py", "staged-sft")
+    seen = [after(words, start) for words in all_commands() for start in starts if start in words]
     assert len(seen) > 15
     assert {word for words in seen for word in words if word.startswith("--")} <= known
     for words in seen:
@@ -145,8 +158,9 @@ def test_every_flag_of_the_other_programs_is_in_their_help():
     """For instance --source-path of prepare_custom_dataset.py."""
     used = set()
     for words in all_commands():
-        for program in set(words) & set(programs()):
-            used |= {(program, word) for word in after(words, program) if word.startswith("--")}
+        for name in set(words) & {*programs(), *INSTALLED}:
+            program = INSTALLED.get(name, name)
+            used |= {(program, word) for word in after(words, name) if word.startswith("--")}
     assert len(used) > 10
     assert [(program, flag) for program, flag in sorted(used) if flag not in help_of(program)] == []
 
@@ -309,3 +323,34 @@ def test_check_of_the_embedded_ladder():
     done = run("train.py", "--check", "--stage", "all", "--set", "SFT_REPORT_TO=none")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^Stage (\d):", done.stdout, re.MULTILINE) == ["1", "2", "3"]
+
+
+def test_the_pictures_are_small_and_of_one_width():
+    """Made by docs/pictures/take.py; under 200 kB each, so that the page loads at once."""
+    pictures = sorted((ROOT / "docs" / "pictures").glob("*.png"))
+    assert [path.name for path in pictures] == ["matrix.png", "report.png"]
+    assert [path.name for path in pictures if path.stat().st_size >= 200_000] == []
+    widths = {int.from_bytes(path.read_bytes()[16:20], "big") for path in pictures}
+    assert len(widths) == 1
+
+
+@pytest.mark.slow
+def test_the_first_screen_of_the_readme_is_typed(commands: Path, tmp_path: Path):
+    """Its block line by line in an empty folder but for the installation, with the embedded model in place of a 4B one
+    and three steps; `staged-sft-demo` writes what the next block trains."""
+    rows = (ROOT / "official_content" / "demo" / "data" / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "rows.jsonl").write_text("\n".join(rows[:60]) + "\n", encoding="utf-8")
+    first, second = (each for each in blocks(PAGES[0], "bash") if "staged-sft" in each)
+    script = "set -ex\n" + first.replace("pip install '.[gpu]'\n", "") + second.partition("\n")[0]
+    chosen = {"SFT_BASE_MODEL": str(ROOT / "official_content" / "demo" / "model"), "SFT_MAX_STEPS": "3"}
+    chosen |= {"SFT_GENERAL_EVAL": "0", "SFT_REPORT_TO": "none", "SFT_MAX_SEQ_LEN": "512"}
+    paths = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": f"{commands}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=550, input="name is Sora\n",
+        env=os.environ | chosen | paths,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "my_stage1" / "report.html").is_file()
+    assert (tmp_path / "outputs" / "my_stage1" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "stage3.env").is_file()

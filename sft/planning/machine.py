@@ -20,9 +20,9 @@ from urllib.request import Request, urlopen
 
 from sft.distributed.launch import launched
 from sft.environment import answer_within, gpus_hidden, hub_address, hub_is_off, silence_libraries, triton_missing
-from sft.errors import Problems, hide_secrets
+from sft.errors import REPOSITORY, Problems, hide_secrets
 from sft.settings import Settings
-from sft.settings.schema import REPOSITORY, tracking_uri
+from sft.settings.schema import tracking_uri
 
 State = Literal["ok", "warning", "broken"]
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "mlflow")
@@ -207,6 +207,9 @@ def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bo
 
 def no_gpu(torch: Any) -> Finding:
     """There is none, or the person has hidden it."""
+    if torch.backends.mps.is_available():
+        found = f"Apple's GPU (MPS) is left alone, nothing was tried on it: training runs on {os.cpu_count()} CPU cores"
+        return Finding("GPU", "ok", found)
     why = " (hidden by CUDA_VISIBLE_DEVICES)" if gpus_hidden() else ""
     why = why or ("" if torch.version.cuda else " (this torch is built for the CPU alone)")
     return Finding("GPU", "ok", f"none{why}: training runs on {os.cpu_count()} CPU cores, in float32 by default")

@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
+_NEW_TOKEN = "make one with write access on https://huggingface.co/settings/tokens and set it as HF_TOKEN"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -228,7 +230,8 @@ KEPT_HERE = [MERGE_RECORD, MARK]
 
 
 def check_repository(name: str, *, offline: bool) -> None:
-    """Problems that are better said before a long merge: a name that is none, no token, no network."""
+    """Problems that are better said before a long merge: a name that is none, no network, no token, one that only reads
+    or that the hub does not know."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -236,7 +239,18 @@ def check_repository(name: str, *, offline: bool) -> None:
     if offline:
         raise Problems([f"--push {name}: the hub can't be reached from here; leave --push away and upload later"])
     if get_token() is None:
-        raise Problems([f"--push {name}: there is no hub token; run official_content/configure_huggingface.sh first"])
+        remedy = "run official_content/configure_huggingface.sh or hf auth login first, or set HF_TOKEN"
+        raise Problems([f"--push {name}: there is no hub token; {remedy}"])
+    try:
+        role = HfApi().whoami()["auth"]["accessToken"]["role"]
+    except KeyError:
+        return
+    except hub_errors() as error:
+        if getattr(getattr(error, "response", None), "status_code", 0) == 401:
+            raise Problems([f"--push {name}: the hub does not know this token; {_NEW_TOKEN}"]) from error
+        return  # what else there is to say, the upload says
+    if role == "read":
+        raise Problems([f"--push {name}: this hub token may only read; {_NEW_TOKEN}"])
 
 
 def upload(folder: Path, name: str, *, private: bool) -> str:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from sft.distributed.launch import launched
 from sft.environment import person_language
-from sft.errors import hide_secrets
+from sft.errors import REPOSITORY, hide_secrets
 from sft.reporting import plots
 from sft.reporting.facts import ladder_facts, ladder_matrix, stage_facts
 from sft.reporting.language import Say, say_in
@@ -37,7 +37,6 @@ from sft.reporting.text import (
 )
 from sft.reporting.tracker import NOTE_TAG, Tracker
 from sft.scoring import forgetting
-from sft.settings.schema import REPOSITORY
 from sft.stages import paths
 from sft.storage.atomic import write_text
 from sft.storage.json_files import Facts, write_json

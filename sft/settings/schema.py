@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from sft.errors import Problems, hide_secrets, started_as
+from sft.errors import REPOSITORY, STARTED_AS, Problems, hide_secrets
 from sft.scoring.metrics import EXTRACTION_FIELDS, FORGETTING_MARGIN
 from sft.scoring.payload import DEFAULT_MARKERS
 from sft.settings import values
@@ -33,10 +33,6 @@ from sft.settings.values import (
     Source,
     Switch,
 )
-
-_HERE = Path(__file__).resolve().parents[2]
-REPOSITORY = _HERE if (_HERE / "train.py").is_file() else None
-"""The repository this runs from; None where the package was installed and stands among others."""
 
 
 def setting(default: Any, sentence: str) -> Any:
@@ -263,7 +259,7 @@ class Settings(BaseModel):
         where = () if self.env_dir == Path() else ("--env-dir", str(self.env_dir))
         sets = [word for each in self.overrides for word in ("--set", hide_secrets(each))]
         words = ["--stage", str(stage or self.stage), *where, *sets, *options]
-        return f"{started_as()} {shlex.join(words)}"
+        return f"{STARTED_AS} {shlex.join(words)}"
 
     def export_passthrough(self) -> None:
         """Puts what an env file says for other programs (HF_HOME, CUDA_VISIBLE_DEVICES, ...) into the environment."""

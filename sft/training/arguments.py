@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
+from sft.errors import REPOSITORY
 from sft.models.model import compute_dtype
 from sft.settings.rules import FLOORS
 
@@ -128,10 +129,11 @@ def use_one_gpu(arguments: TrainingArguments) -> None:
 @cache
 def say_unused(gpus: int) -> None:
     """Once, however many stages there are."""
-    say(
-        f"{gpus} GPUs are visible, this run uses 1; all of them: accelerate launch --config_file "
-        f"configs/accelerate/ddp.yaml --num_processes {gpus} train.py ..."
-    )
+    how, program = "--multi_gpu", "-m staged_sft.train"
+    if REPOSITORY:
+        how, program = "--config_file configs/accelerate/ddp.yaml", "train.py"
+    launch = f"accelerate launch {how} --num_processes {gpus} {program} ..."
+    say(f"{gpus} GPUs are visible, this run uses 1; all of them: {launch}")
 
 
 def reduce_in_float32(accelerator: Accelerator) -> None:

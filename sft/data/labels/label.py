@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -185,12 +186,13 @@ def cores() -> int:
 
 
 def in_order(work: Callable[[Any], Any], items: Sequence[Any], *, processes: int) -> Iterator[Any]:
-    """`work(item)` for every item, in order. Processes are forked, so that `work` may be any function.
+    """`work(item)` for every item, in order. Processes are forked, so that `work` may be any function; on macOS, whose
+    libraries do not survive a fork, there is one process.
 
     Raises:
         RunFailed: a process was killed.
     """
-    if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
+    if processes <= 1 or sys.platform == "darwin" or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, items)
         return
     # The tokenizers library reads this when it is forked: unset it warns, and its threads do not survive a fork.
