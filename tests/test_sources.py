@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sft.data.sources.load import Rows, load_source
 from sft.data.sources.readers import SourceError
-from sft.data.sources.shapes import content_hash, read_messages, shape_of, task_key
+from sft.data.sources.shapes import content_hash, read_messages, shape_of, task_key, tools_of
 from sft.data.sources.turns import Dropped
 from sft.errors import Problems
 from sft.settings import Source
@@ -113,7 +113,7 @@ def test_each_shape_becomes_messages(row: dict[str, Any], expected: list[dict[st
         ({"messages": [PAIR[0], {"role": "assistent", "content": "Bye"}]}, 'unknown role "assistent"'),
         ({"messages": ["Hi", "Bye"]}, "a turn of messages is text, no object with role and content"),
         ({"messages": "Hi"}, "messages is text that is no JSON"),
-        ({"messages": str(PAIR)}, "messages is Python's repr and no JSON: write it with json.dumps"),
+        ({"messages": str(PAIR)}, "messages is text that is no JSON but Python's repr: use json.dumps"),
         ({"messages": {"role": "user"}}, "messages is an object and no list"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, PAIR[1]]},
@@ -138,6 +138,8 @@ def test_each_shape_becomes_messages(row: dict[str, Any], expected: list[dict[st
         ({"title": "T", "abstract": "A", "paths": [[1]]}, "a name in paths is a number"),
         ({"text": ""}, "empty answer"),
         ({"text": 1}, "text is a number"),
+        ({"messages": [PAIR[0], {"role": "assistant", "content": "<think>\nr\n</think>\n\n"}]}, "empty answer"),
+        ({"messages": PAIR, "tools": "[{'name': 'f'}]"}, "tools that are no JSON but Python's repr: use json.dumps"),
     ],
 )
 def test_a_row_without_an_answer_is_dropped_with_its_reason(row: dict[str, Any], expected: str):
@@ -146,6 +148,7 @@ def test_a_row_without_an_answer_is_dropped_with_its_reason(row: dict[str, Any],
     assert shape is not None
     with pytest.raises(Dropped) as caught:
         read_messages(row, shape)
+        tools_of(row, shape)
     assert str(caught.value) == expected
 
 
@@ -190,9 +193,10 @@ def test_turns_after_the_last_answer_are_left_out_and_counted(tmp_path: Path):
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "folder"])
 def test_what_nobody_reads_is_named(tmp_path: Path, ending: str):
-    """Columns and keys of turns with text; not numbers, not empty text, not what is read."""
+    """Columns and keys of turns with text or that may be flags; not other numbers, not empty text, not what is read."""
     turns = [PAIR[0] | {"thoughts": "T", "id": 1}, PAIR[1] | {"thoughts": "", "id": 2}]
     row = {"messages": turns, "source": "web", "score": 0.5, "note": " ", "tags": ["x"], "pack": "hard", "system": "S"}
+    row |= {"label": False, "loss_weight": 0, "": "7"}  # preferences, weights of rows, the numbers of pandas' rows
     table = [row | {"source": ""}, row]
     path = tmp_path / f"rows.{ending}"
     if ending == "jsonl":
@@ -202,7 +206,7 @@ def test_what_nobody_reads_is_named(tmp_path: Path, ending: str):
     else:
         datasets.Dataset.from_list(table).save_to_disk(path)
     unread = load(path).unread
-    assert set(unread) - {"note"} == {"messages.thoughts", "source", "tags"}
+    assert set(unread) - {"note"} == {"label", "loss_weight", "messages.thoughts", "source", "tags"}
 
 
 def test_a_text_column_beside_an_answer_is_no_plain_text(tmp_path: Path):
@@ -245,7 +249,24 @@ def test_unknown_columns_name_what_there_is_and_what_is_known(tmp_path: Path):
     text = reason(write_lines(tmp_path / "rows.jsonl", {"question": "a", "answer": "b"}))
     assert "its columns are question, answer" in text
     assert "messages; conversations; instruction/input/output" in text
-    assert '"columns": {"prompt": "..."' in text
+    assert '"columns": {"prompt": "question", "completion": "answer"}' in text
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        (
+            {"Instruction": "a", "Input": "", "OUTPUT": "b"},
+            '{"input": "Input", "instruction": "Instruction", "output": ',
+        ),
+        ({"query": "a", "response": "b"}, '{"prompt": "query", "completion": "response"}'),
+        ({"Problem": "a", "steps": "b", "Solution": "c"}, '{"prompt": "Problem", "completion": "Solution"}'),
+        ({"source": "a", "label": 1}, '{"prompt": "source", "completion": "..."}'),
+    ],
+)
+def test_unknown_columns_get_the_mapping_that_is_likely(row: dict[str, Any], mapping: str, tmp_path: Path):
+    """Ours in capitals, and names that others use for question and answer."""
+    assert f'with "columns": {mapping}' in reason(write_lines(tmp_path / "rows.jsonl", row))
 
 
 def test_columns_are_mapped(tmp_path: Path):
@@ -468,7 +489,19 @@ def test_columns_of_any_kind_beside_the_wanted_ones(tmp_path: Path):
         ("a.json", b'[{"text": "a"},\n', "line 2: broken JSON"),
         ("a.json", b'[{"text": "a"}', "broken JSON (a comma or the end"),
         ("a.json", b"[1, 2]", "row 1: a row is an object with columns, this is int"),
-        ("a.json", b'{"data": [{"text": "a"}]}', "one JSON value where a list of rows belongs"),
+        (
+            "a.json",
+            b'{"data": [{"text": "a"}]}',
+            "one JSON value where a list of rows belongs: [{...}, {...}]; the list",
+        ),
+        ("a.json", b'{"version": 1, "data": [{"text": "a"}]}', 'the list under "data" may be it'),
+        ("a.json", b'{"prompt": {"0": "q"}, "completion": {"0": "a"}}', 'with to_json(orient="records")'),
+        ("a.json", b'{"prompt": ["q"], "completion": ["a"]}', "these are columns: pandas writes rows with to_json"),
+        ("a.jsonl", b'{\n "text": "a"\n}\n', "column 2); a row of .jsonl stands on one line"),
+        ("a.jsonl", b'{"text": "a"},\n{"text": "b"}\n', "lines of rows have no commas between them: remove it"),
+        ("a.jsonl", b"{'text': 'a'}\n", "it is Python's repr; write it with json.dumps"),
+        ("a.jsonl", b"\n\n <html>", "a web page and not the data; download the file itself"),
+        ("a.json", b"<!doctype HTML>", "a web page and not the data; download the file itself"),
         ("a.json", b'{"text": "a"}\n{"text": \n', "line 2: broken JSON"),
         ("a.csv", b'prompt,completion\na,b\na,"b\n', "line 3: broken CSV"),
         ("a.csv", b"prompt,completion\na,b\na,b,c\n", "line 3: more fields than the 2 columns"),

@@ -94,6 +94,14 @@ def test_calls_made_at_once_are_one_turn():
         (assistant(content="a", thinking=["r"]), '"thinking" of a turn is no text'),
         (assistant(content="a", train="maybe"), '"train" of a turn is neither true nor false'),
         (assistant(content="a", weight=[0]), '"weight" of a turn is neither true nor false'),
+        ({"role": "tool", "content": float("nan")}, "the content of a turn is NaN"),
+        ({"role": "tool", "content": None}, "the content of a turn is missing"),
+        ({"role": "user", "content": [{"data": "q"}]}, "the content of a turn has a part without a type"),
+        (assistant(tool_calls="[{'name': 'f'}]"), "tool calls that are no JSON but Python's repr: use json.dumps"),
+        (
+            assistant(tool_calls=[{"name": "f", "arguments": "{'x': 1}"}]),
+            "a tool call whose arguments are no JSON but Python's repr: use json.dumps",
+        ),
         (assistant(content="a", loss_weight=0.5), '"loss_weight" of a turn is neither 0 nor 1: .*'),
         (
             assistant(content=[{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"}]),
@@ -115,6 +123,16 @@ def test_tools_are_a_list_or_its_text():
     for value in ("tools", {"name": "f"}, 7, [7]):
         with pytest.raises(Dropped, match="tools that are no"):
             read_tools(value)
+
+
+def test_the_functions_of_openais_older_form_are_tools(tmp_path: Path):
+    """As function_call is a call; a `tools` column goes before."""
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "q"}, assistant(function_call=LOOK_UP["function"])]
+    path.write_text(json.dumps({"messages": turns, "functions": [TOOL["function"]]}), encoding="utf-8")
+    rows = load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
+    assert unpacked(rows.dataset["messages"][0], rows.dataset["extras"][0])[1] == [TOOL]
+    assert rows.unread == ()
 
 
 def test_rows_keep_their_tools_and_say_where_they_stood(tmp_path: Path):
@@ -153,6 +171,16 @@ def test_a_conversation_whose_every_answer_is_marked_as_context_is_dropped(tmp_p
         (assistant(content="a", weight="0"), assistant(content="a", trained=False)),
         (assistant(content="a", training=False), assistant(content="a", trained=False)),
         (assistant(content="a", loss_weight=0.0), assistant(content="a", trained=False)),
+        (assistant(content="a", train="no"), assistant(content="a", trained=False)),
+        ({"from": "tool_calls", "value": json.dumps([LOOK_UP])}, assistant(tool_calls=[LOOK_UP])),
+        ({"from": "Function-Call", "value": json.dumps(LOOK_UP)}, assistant(tool_calls=[LOOK_UP])),
+        ({"from": "function_response", "value": "7"}, {"role": "tool", "content": "7"}),
+        ({"role": "tool-result", "content": 7}, {"role": "tool", "content": "7"}),
+        ({"role": "tool", "content": [1, {"a": None}]}, {"role": "tool", "content": '[1, {"a": null}]'}),
+        ({"role": "tool", "content": []}, {"role": "tool", "content": "[]"}),
+        ({"role": "tool", "content": False}, {"role": "tool", "content": "false"}),
+        ({"role": "tool", "content": [{"type": "text", "text": "7"}]}, {"role": "tool", "content": "7"}),
+        ({"role": "user", "content": [{"text": "q"}]}, {"role": "user", "content": "q"}),
         (assistant(content="a", loss_weight=1.0), assistant(content="a")),
         (assistant(content=[{"type": "text", "value": "a"}, {"type": "text", "text": "b"}]), assistant(content="ab")),
         (assistant(content=[{"type": "text", "text": None, "value": "a"}]), assistant(content="a")),

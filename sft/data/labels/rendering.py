@@ -9,7 +9,7 @@ from typing import Literal
 from sft.data.labels.spans import located, reasoning_of, thoughts_apart
 from sft.data.labels.template import NO_TEMPLATE, TEMPLATE_ERRORS, Chat, ChatTemplate, Span, said
 from sft.data.labels.tokens import NO_ENDS, PlainEnds
-from sft.data.sources.turns import TEXT_ROLE, Dropped, Message
+from sft.data.sources.turns import TEXT_ROLE, Dropped, Message, is_empty
 from sft.errors import Problems
 
 REWRITTEN = "turn rewritten by the template"
@@ -136,7 +136,7 @@ def _rendered(
 
 def _is_trained(message: Message) -> bool:
     """Neither marked as context nor empty: nobody is to learn to say nothing."""
-    return message.get("trained", True) and bool(message["content"].strip() or "tool_calls" in message)
+    return message.get("trained", True) and not is_empty(message)
 
 
 def _trimmed(template: ChatTemplate, text: str, span: Span | None) -> Span | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,10 @@ _ANSWERS = frozenset(
 _PLAIN = frozenset({"empty answer", "no answer", "over-long", "fully masked", "duplicate"})
 _PREFERENCES = frozenset({"chosen", "rejected"})
 _FLAG_NAME = re.compile("train|loss|mask|weight", re.IGNORECASE)
+_ASKED_AND_SAID = (
+    ("prompt", "question", "query", "problem", "instruction", "input", "source"),
+    ("completion", "answer", "response", "output", "solution", "answers", "target", "reply", "chosen"),
+)
 _WITH_TURNS = ("messages", "conversations", "prompt", "completion")
 
 
@@ -144,7 +149,7 @@ class Columns:
             known = "; ".join(shape.name for shape in SHAPES)
             raise SourceError(
                 f"its columns are {there}, which is none of the known shapes ({known}); "
-                f'say which column is which with "columns": {{"prompt": "...", "completion": "..."}}{self._hint()}'
+                f'say which column is which with "columns": {_likely(self._first)}{self._hint()}'
             )
 
     def _hint(self) -> str:
@@ -166,12 +171,22 @@ class Columns:
     def _look_for_unread(self, row: Row, columns: tuple[str, ...], shape: Shape) -> None:
         left = self._left[columns]
         if left:
-            found = [name for name in left if name in self.unread or _has_text(row[name])]
+            found = [n for n in left if n in self.unread or (n and (_has_text(row[n]) or _is_flag(n, row[n])))]
             self.unread.update(found)
             self._left[columns] = [name for name in left if name not in found]
         for column in _WITH_TURNS:
             if column in shape.required and isinstance(row[column], list):
                 self.unread.update(f"{column}.{key}" for turn in row[column] for key in _unread_keys(turn))
+
+
+def _likely(row: Row) -> str:
+    """A mapping for columns of known names in capitals, or of names that others use for question and answer."""
+    named = {str(name).strip().lower(): name for name in row}
+    shape = shape_of(named)
+    if shape is not None:
+        return json.dumps({ours: named[ours] for ours in sorted(shape.columns & named.keys())}, ensure_ascii=False)
+    found = [next((named[name] for name in names if name in named), "...") for names in _ASKED_AND_SAID]
+    return json.dumps(dict(zip(("prompt", "completion"), found, strict=True)), ensure_ascii=False)
 
 
 def _unread_keys(turn: Any) -> Iterator[str]:
@@ -180,7 +195,7 @@ def _unread_keys(turn: Any) -> Iterator[str]:
 
 
 def _is_flag(key: Any, value: Any) -> bool:
-    """Whether a key may say that a turn is not to be trained."""
+    """Whether a key may say that a turn, or a column that a row, is not to be trained."""
     return isinstance(value, bool) or (value is not None and bool(_FLAG_NAME.search(str(key))))
 
 

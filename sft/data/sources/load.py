@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Part of every fingerprint, by which stages know their data again: raise it only when rows mean something else.
 VERSION = 3
 # Part of a cache's name besides: raise it when rows are kept in another form, and old caches are left alone.
-_FORM = 5
+_FORM = 6
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),

@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from sft.data.sources.files import SourceError, kind_of_file
 from sft.data.sources.shapes import MEDIA
+from sft.data.sources.turns import is_repr
 
 __all__ = ["ROWS_AT_ONCE", "SourceError", "read_file", "tables_to_rows"]
 
@@ -47,7 +48,7 @@ _OTHERS = {
     b"\x28\xb5\x2f\xfd": "packed by zstd; name it {name}.zst",
     b"PAR1": "a Parquet file; name it .parquet",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
-    b"<!DOCTYPE": "a web page and not the data; download the file itself",
+    b"<!doctype": "a web page and not the data; download the file itself",
     b"<html": "a web page and not the data; download the file itself",
 }
 
@@ -58,7 +59,8 @@ def _refuse_others(path: Path, kind: str, packed: str | None) -> None:
         start = file.read(64)
     if start.startswith(b"version ") and b"git-lfs" in start:
         raise SourceError(f"{path}: a Git LFS pointer and not the data; run git lfs pull in that folder")
-    found = next((text for mark, text in _OTHERS.items() if start.startswith(mark)), None)
+    page = start.lstrip().lower()
+    found = next((text for mark, text in _OTHERS.items() if start.startswith(mark) or page.startswith(mark)), None)
     if found and not packed and kind != ".parquet":
         raise SourceError(f"{path}: {found.format(name=path.name)}")
 
@@ -160,7 +162,14 @@ def _fault(error: json.JSONDecodeError) -> str:
     """What is broken at that place, in words."""
     if error.doc.startswith(("//", "/*", "#"), error.pos):
         return f"a comment (column {error.colno}), which JSON does not have; remove it"
-    return f"broken JSON ({error.msg}, column {error.colno})"
+    broken = f"broken JSON ({error.msg}, column {error.colno})"
+    if is_repr(error.doc):
+        return f"{broken}: it is Python's repr; write it with json.dumps"
+    if error.msg == "Extra data" and error.doc.startswith(",", error.pos):
+        return f"{broken}; lines of rows have no commas between them: remove it, or put [ and ] around all"
+    if error.doc.strip() == "{":
+        return f"{broken}; a row of .jsonl stands on one line"
+    return broken
 
 
 def _object(row: Any, path: TextFile, place: str) -> dict[str, Any]:
@@ -177,18 +186,30 @@ def _read_json(path: TextFile) -> Iterator[dict[str, Any]]:
         yield from _json_array(path, text, start + 1)
     elif len(text) == start:
         return
-    elif _is_one_value(text, start):
-        raise SourceError(f"{path}: one JSON value where a list of rows belongs: [{{...}}, {{...}}]")
+    elif (value := _one_value(text, start)) is not None:
+        raise SourceError(f"{path}: one JSON value where a list of rows belongs: [{{...}}, {{...}}]{_place(value)}")
     else:
         yield from _json_lines(path, text.split("\n"))
 
 
-def _is_one_value(text: str, start: int) -> bool:
+def _one_value(text: str, start: int) -> Any:
+    """What the text is as a whole; None where it is several values or none."""
     try:
-        _, end = json.JSONDecoder().raw_decode(text, start)
+        value, end = json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError:
-        return False
-    return _after_blank(text, end) == len(text)
+        return None
+    return value if _after_blank(text, end) == len(text) else None
+
+
+def _place(value: Any) -> str:
+    """Where in a value the rows seem to be, for people."""
+    if not isinstance(value, dict):
+        return ""
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    if lists:
+        return f'; the list under "{lists[0]}" may be it'
+    columns = len(value) > 1 and all(isinstance(inner, list | dict) for inner in value.values())
+    return '; these are columns: pandas writes rows with to_json(orient="records")' if columns else ""
 
 
 def _after_blank(text: str, position: int) -> int:

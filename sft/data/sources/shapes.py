@@ -15,6 +15,7 @@ from sft.data.sources.turns import (
     Message,
     Tools,
     answer_of,
+    is_empty,
     kind_of,
     list_of,
     read_tools,
@@ -67,7 +68,7 @@ def read_messages(row: Row, shape: Shape, noted: Counter[str] | None = None) -> 
     if closing and noted is not None:
         noted["turns after the last answer left out"] += 1
     last = messages[-1]
-    if not last["content"].strip() and "tool_calls" not in last:
+    if is_empty(last):
         raise Dropped("empty answer")
     if not any(message.get("trained", message["role"] in ("assistant", TEXT_ROLE)) for message in messages):
         raise Dropped("no answer that is to be trained")
@@ -86,7 +87,7 @@ def _up_to_answer(messages: list[Message]) -> tuple[list[Message], bool]:
 
 def tools_of(row: Row, shape: Shape) -> Tools:
     """The tools the row's conversation may call. Raises Dropped when they cannot be read."""
-    return read_tools(row.get("tools")) if "tools" in shape.optional else []
+    return read_tools(row.get("tools") or row.get("functions")) if "tools" in shape.optional else []
 
 
 def paths_of(row: Row, shape: Shape) -> list[list[str]] | None:
@@ -214,8 +215,8 @@ _PAIR_KEYS = (
 )
 # In order of preference where a row has the columns of several.
 SHAPES = (
-    _shape("messages", _from_messages, "messages", "system tools"),
-    _shape("conversations", _from_conversations, "conversations", "system tools"),
+    _shape("messages", _from_messages, "messages", "system tools functions"),
+    _shape("conversations", _from_conversations, "conversations", "system tools functions"),
     _shape("instruction/input/output", _from_instruction, "instruction output", "input context history system"),
     _shape("instruction/input/response", _from_instruction, "instruction response", "input context history system"),
     _shape("prompt/completion", _from_prompt, "prompt completion", "system tools"),

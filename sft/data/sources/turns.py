@@ -17,16 +17,17 @@ _ROLES = {
     "ai": "assistant", "chatbot": "assistant", "llm": "assistant",
     "user": "user", "human": "user", "prompter": "user",
     "system": "system", "developer": "system",
-    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool", "ipython": "tool",
+    "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool",
+    "tool_response": "tool", "tool_result": "tool", "function_response": "tool", "function_result": "tool",
 }  # fmt: skip
 # Roles of a turn that is nothing but a call: its text is the call, or a list of calls, as JSON.
-_CALL_ROLES = ("function_call", "tool_call")
+_CALL_ROLES = ("function_call", "tool_call", "function_calls", "tool_calls")
 # Types of content parts that are text: OpenAI's two interfaces, under "text", and LLaMA-Factory's, under "value".
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _FLAGS = ("train", "training", "trained", "weight", "loss_weight", "loss")
 _WEIGHTS = ("weight", "loss_weight")
-_SAID = {"true": True, "false": False, "1": True, "0": False}
+_SAID = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 # Every key of a turn that is read here.
 TURN_KEYS = frozenset(
     {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *_REASONING, *_FLAGS}
@@ -68,7 +69,7 @@ def turn_of(role: Any, content: Any, what: str = "the content of a turn") -> Mes
     """A message with this text. Raises Dropped when role or text is none; `what` is the text in a reason."""
     if not isinstance(role, str):
         raise Dropped(f"the role of a turn is {kind_of(role)}")
-    if (known := _ROLES.get(role.strip().lower())) is None:
+    if (known := _ROLES.get(_plain(role))) is None:
         raise Dropped(f"unknown role {json.dumps(role[:_SHOWN], ensure_ascii=False)}")
     return {"role": known, "content": answer_of(content, what) if known == "assistant" else text_of(content, what)}
 
@@ -121,14 +122,24 @@ def answer_of(value: Any, what: str) -> str:
 
 def list_of(value: Any, what: str) -> list[Any]:
     """A list, also when a table without nesting (CSV) holds it as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith(("[{'", "['", "[[")) and "'" in value:
-        value = _json(value, f"{what} is Python's repr and no JSON: write it with json.dumps")
     value = _json(value, f"{what} is text that is no JSON")
     if value is None:
         return []
     if not isinstance(value, list):
         raise Dropped(f"{what} is {kind_of(value)} and no list")
     return value
+
+
+def is_repr(text: str) -> bool:
+    """Whether text looks like what Python shows of lists and objects, with single quotes."""
+    return text.lstrip().startswith(("[{'", "['", "[[", "{'")) and "'" in text
+
+
+def is_empty(message: Message) -> bool:
+    """Whether an answer says nothing: neither a text, behind its think block, nor a call."""
+    text = message["content"].strip()
+    only_thoughts = text.endswith("</think>") and text.startswith("<think>") and text.count("<think>") == 1
+    return (not text or only_thoughts) and "tool_calls" not in message
 
 
 def kind_of(value: Any) -> str:
@@ -148,13 +159,15 @@ def _json(value: Any, reason: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:  # ValueError: also whole numbers of more than 4,300 digits
-        raise Dropped(reason) from error
+        raise Dropped(f"{reason} but Python's repr: use json.dumps" if is_repr(value) else reason) from error
 
 
 def _part_text(part: Mapping[str, Any], what: str) -> str:
     """The text of a part; a part that is an image, a sound or anything else is named by its type."""
     kind = part.get("type")
-    if kind not in _TEXT_PARTS:
+    if kind is None and "text" not in part:
+        raise Dropped(f"{what} has a part without a type")
+    if kind not in (None, *_TEXT_PARTS):
         raise Dropped(
             f"{what} has a part of type {json.dumps(str(kind)[:_SHOWN], ensure_ascii=False)}, which is no text"
         )
@@ -170,7 +183,12 @@ def _either(turn: Mapping[str, Any], key: str, other: str) -> Any:
 
 
 def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS
+    return isinstance(part, Mapping) and part.get("type", "text" if "text" in part else None) in _TEXT_PARTS
+
+
+def _plain(role: Any) -> str:
+    """A role as the tables here have it: "Function-Call " is function_call."""
+    return str(role).strip().lower().replace("-", "_")
 
 
 def _role(turn: Mapping[str, Any]) -> Any:
@@ -178,7 +196,7 @@ def _role(turn: Mapping[str, Any]) -> Any:
 
 
 def _is_call(turn: Mapping[str, Any]) -> bool:
-    return str(_role(turn)).strip().lower() in _CALL_ROLES
+    return _plain(_role(turn)) in _CALL_ROLES
 
 
 def _read(turn: Mapping[str, Any]) -> Message:
@@ -188,7 +206,7 @@ def _read(turn: Mapping[str, Any]) -> Message:
     calls = _calls(turn.get("tool_calls") or turn.get("function_call"))
     if content is None and calls:
         content = ""
-    elif isinstance(content, Mapping) and _ROLES.get(str(role).strip().lower()) == "tool":
+    elif _ROLES.get(_plain(role)) == "tool" and _is_value(content):
         content = json.dumps(content, ensure_ascii=False)  # a tool's answer that was not written down as text
     message = turn_of(role, content)
     if len(turn) == 2 and not calls:
@@ -196,6 +214,13 @@ def _read(turn: Mapping[str, Any]) -> Message:
     if message["role"] == "assistant":
         message |= ({"tool_calls": calls} if calls else {}) | _reasoning(turn) | _flagged(turn)
     return message | {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+
+
+def _is_value(content: Any) -> bool:
+    """Whether a tool's answer is a value of JSON, neither text nor the parts of one; NaN is none."""
+    if isinstance(content, list):
+        return not content or not all(map(_is_text_part, content))
+    return content is not None and not isinstance(content, str) and content == content
 
 
 def _call_alone(content: Any) -> Message:
