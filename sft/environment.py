@@ -56,6 +56,9 @@ def silence_libraries() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "BITSANDBYTES_NOWELCOME": "1",
         "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+        # Threads that wait give their core away. Spinning, as OpenMP does by itself, two threads on two busy cores took
+        # 20 times as long (docs/log.md). It is read when torch is imported.
+        "OMP_WAIT_POLICY": "passive",
     }.items():
         os.environ.setdefault(name, value)
     # Every micro-batch has another length: blocks that can grow leave no holes. torch reads it when it is imported.

@@ -1,6 +1,8 @@
 """What a stage's settings become for the Trainer, on machines with several GPUs and under FSDP2."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +83,21 @@ def test_models_are_loaded_onto_their_device(tmp_path, monkeypatch, gpu, shardin
     settings = make_settings(tmp_path, dtype="bfloat16", **({"load_in_4bit": 1} if bits else {}))
     models.load_model("somewhere", settings)
     assert asked.get("device_map") == ({"": device} if placed else None)
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_give_their_core_away(given: str | None, then: str):
+    """Said before torch, and so OpenMP, is loaded; a person's own choice stays. In a program of its own."""
+    code = (
+        "import sys, os; from sft.environment import silence_libraries as s; s(); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environ |= {"OMP_WAIT_POLICY": given} if given else {}
+    loaded = "; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code + loaded], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [then, "False"]
 
 
 def test_memory_grows_in_blocks_unless_the_person_says_otherwise(monkeypatch):
