@@ -27,7 +27,7 @@ $(VENV)/.bench: $(VENV)/.deepspeed
 	$(PIP) -e '.[bench]'
 	touch $@
 
-.PHONY: demo test check format bench bench-full torture audit clean
+.PHONY: demo test check format bench bench-full torture audit release-check clean
 demo: install
 	$(BIN)/python train.py --stage all
 
@@ -55,5 +55,9 @@ torture: install-deepspeed
 audit: install
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
+# Source distribution, wheel and SBOM in dist/, each held to what an index and a reader need.
+release-check: install
+	$(BIN)/python -m tests.release
+
 clean:
-	rm -rf outputs results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist outputs results .pytest_cache .mypy_cache .ruff_cache .hypothesis

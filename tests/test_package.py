@@ -1,8 +1,8 @@
 """The package: what is in the wheel, that it is built from its own source distribution, and that it works alone."""
 
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.release import archive_problems, build, clean_environment, readme_problems, sbom, texts_of, version_problems
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 COMMANDS = PROJECT["scripts"]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "results", "datasets", "mlruns"
-)
 TOOLS = pytest.mark.skipif(
     find_spec("setuptools") is None or find_spec("pip") is None, reason="make install brings the tools that build"
 )
@@ -29,11 +28,8 @@ TOOLS = pytest.mark.skipif(
 
 def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     """In the folder, without the repository on the path and without a network for pip."""
-    unwanted = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MLFLOW_TRACKING_URI"}
-    environment = {name: value for name, value in os.environ.items() if name not in unwanted} | {"PIP_NO_INDEX": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=500, env=environment
-    )
+    words = list(map(str, command))
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=500, env=clean_environment())
 
 
 def succeeded(folder: Path, *command: str | Path) -> str:
@@ -76,17 +72,14 @@ def test_the_extras_are_those_of_the_contract():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the unpacked source distribution of a copy of this checkout, with the tools that are installed."""
-    folder = tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
-    sdist = "from setuptools import build_meta; build_meta.build_sdist('..')"
-    succeeded(folder / "source", sys.executable, "-c", sdist)
-    (packed,) = folder.glob("staged_sft-*.tar.gz")
-    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", folder]
-    succeeded(folder, sys.executable, "-m", "pip", "wheel", "--quiet", *options, packed)
-    (found,) = folder.glob("staged_sft-*.whl")
-    return found
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Source distribution of a copy of this checkout and the wheel made from it, by the tools that are installed."""
+    return build(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="module")
+def wheel(built: tuple[Path, Path]) -> Path:
+    return built[1]
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +163,47 @@ def test_the_demo_is_not_written_over_other_files(tmp_path: Path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == "[ERROR] stage2.env: is there and is another file; name another folder\n"
+
+
+# The release
+
+
+@pytest.mark.slow
+@TOOLS
+def test_a_release_would_be_taken(built: tuple[Path, Path]):
+    """Metadata as an index reads it, licence, README and version of both archives: nothing to complain about."""
+    sdist, wheel = built
+    texts = texts_of(sdist, wheel)
+    assert [problem for name, found in texts.items() for problem in archive_problems(name, found)] == []
+    assert list(version_problems(wheel.name, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))) == []
+    broken = {"METADATA": next(iter(texts[wheel.name].values())).replace("Apache-2.0", "None of yours")}
+    assert list(archive_problems("broken", broken)) != []
+
+
+def test_a_readme_that_would_not_render_is_named():
+    """An open fence, a table without its blank line, a picture that is not there, a link with a space in its target."""
+    good = "# A\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```\nx\n```\n"
+    assert list(readme_problems(good)) == []
+    faults = {
+        "a code block is not closed": good + "```\n",
+        "1 of 2 tables are read as tables": good + "```\n|---|---|\n```\n",
+        "the picture none.png is not there": good + "![x](none.png)\n",
+        "'[x](a b)' is shown as it is typed": good + "[x](a b)\n",
+    }
+    assert {text: list(readme_problems(text)) for text in faults.values()} == {
+        text: [fault] for fault, text in faults.items()
+    }
+    assert list(version_problems("staged_sft-0.2.0-py3-none-any.whl", "# C\n\n## 0.1.0\n")) != []
+
+
+def test_the_sbom_names_every_pinned_package():
+    """Name, version and address of each in valid CycloneDX; a licence where an installed package states one."""
+    found = json.loads(sbom("# note\ntorch==2.13.0\nPyYAML==6.0.3\nnot_here==1.0\n"))
+    listed = {part["name"]: part["purl"] for part in found["components"]}
+    assert listed == {
+        "torch": "pkg:pypi/torch@2.13.0", "PyYAML": "pkg:pypi/pyyaml@6.0.3", "not_here": "pkg:pypi/not-here@1.0",
+    }  # fmt: skip
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    whole = json.loads(sbom(pins))["components"]
+    assert len(whole) == pins.count("==")
+    assert sum("licenses" in part for part in whole) > 20
