@@ -17,7 +17,8 @@ from tests.tiny import tokenizer
 def settings(**values):
     plain = {
         "gen_eval": "structured", "gen_eval_samples": 3, "seed": 7, "gen_max_new_tokens": 8, "gen_batch_size": 2,
-        "extraction_fields": ("name",), "output_markers": ("Output:",), "template_options": {}}  # fmt: skip
+        "extraction_fields": ("name",), "output_markers": ("Output:",), "template_options": {},
+        "json_schema": None}  # fmt: skip
     return SimpleNamespace(**plain | values)
 
 

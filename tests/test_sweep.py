@@ -26,7 +26,7 @@ from tests.tiny import CHATML, run_train, write_model, write_rows, write_stage
 # Settings whose type takes any text: names that people give, and those whose wrong values stand further below.
 FREE = {
     "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI", "SFT_RUN_NAME", "SFT_MODEL_REVISION",
-    "SFT_ATTN", "SFT_CHAT_TEMPLATE", "SFT_DATASET_SPLIT", "SFT_METRIC_FOR_BEST",
+    "SFT_ATTN", "SFT_CHAT_TEMPLATE", "SFT_DATASET_SPLIT", "SFT_METRIC_FOR_BEST", "SFT_GEN_EVAL", "SFT_JSON_SCHEMA",
 }  # fmt: skip
 BEGINS = ("[ERROR]", "[WARNING] Failed to parse")
 
@@ -187,7 +187,7 @@ def rows(setting: str, content: bytes, name: str = "wrong.jsonl", **settings: An
     """A data file that holds this."""
 
     def change(folder: Path) -> dict[str, Any]:
-        (folder / name).write_bytes(content)
+        (folder / name.partition(":")[0]).write_bytes(content)
         return {setting: folder / name} | settings
 
     return change
@@ -199,6 +199,16 @@ def mixed(*sources: dict[str, Any], **settings: Any) -> Change:
     def change(folder: Path) -> dict[str, Any]:
         mix = [{"id": str(folder / "rows.jsonl")} | source for source in sources]
         return {"SFT_DATASET_MIX": json.dumps(mix)} | settings
+
+    return change
+
+
+def measure(text: str, **settings: Any) -> Change:
+    """A measure of one's own, of this text."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        (folder / "own.py").write_text(text)
+        return GEN | {"SFT_GEN_EVAL": f"{folder / 'own.py'}:score"} | settings
 
     return change
 
@@ -357,6 +367,24 @@ REFUSED: dict[str, Change] = {
     "upsampling-to-nothing": plain(SFT_USE_UPSAMPLING=1, SFT_UPSAMPLE_RULES='{"text_to_json": 0}'),
     "replay-of-nothing": plain(SFT_REPLAY=0.05),
     "replay-alone": plain(SFT_REPLAY=1),
+    "evaluation-unknown": plain(SFT_GEN_EVAL="structure"),
+    "measure-missing": plain(SFT_GEN_EVAL="./nowhere.py:score"),
+    "measure-without-function": measure("def other(answers, rows): return 1"),
+    "measure-is-no-function": measure("score = 3"),
+    "measure-of-bad-syntax": measure("def score(:"),
+    "measure-that-exits": measure("import sys; sys.exit(3)"),
+    "measure-of-a-missing-package": measure("import no_such_package"),
+    "measure-is-no-python": rows("SFT_GEN_EVAL", b"score", name="own.txt:score"),
+    "measure-not-chosen-by": measure("def score(answers, rows): return 1", SFT_METRIC_FOR_BEST="gen_other"),
+    "measure-of-text-chosen-by": measure("def score(answers, rows): return 'good'", SFT_METRIC_FOR_BEST="gen_score"),
+    "measure-lower-score": measure("def score(answers, rows): return 1\nscore.lower_is_better = 'score'"),
+    "schema-missing": plain(SFT_JSON_SCHEMA="./nowhere.json", **GEN),
+    "schema-of-nothing": rows("SFT_JSON_SCHEMA", b'{"type": "object"}', name="own.json"),
+    **{
+        f"schema-{kind}": rows("SFT_JSON_SCHEMA", content, name="own.json", **GEN)
+        for kind, content in {"empty": b"", "list": b"[1]", "number": b"3", "type": b'{"type": "flurb"}'}.items()
+    },
+    "schema-rate-without-schema": plain(SFT_METRIC_FOR_BEST="gen_schema_rate", **GEN),
     "gate-of-nothing": plain(SFT_GATE=1),
     "gate-of-samples": plain(SFT_GATE=1, **GEN | {"SFT_GEN_EVAL": "samples"}),
     "order-and-groups": plain(SFT_SHUFFLE="none", SFT_GROUP_BY_LENGTH=1),

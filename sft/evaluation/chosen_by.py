@@ -49,8 +49,8 @@ def measured(settings: Settings, val_rows: int, asked: list[dict[str, Any]], sou
     names |= {logged_name(f"loss/{source}") for source in sources} if len(sources) > 1 else set()
     if asked:
         perfect = [row | {"answer": row["reference"]} for row in asked]
-        fields, markers = settings.extraction_fields, settings.output_markers
-        names |= score(settings.gen_eval, perfect, fields=fields, markers=markers)[1].keys()
+        fields, markers, schema = settings.extraction_fields, settings.output_markers, settings.json_schema
+        names |= score(settings.gen_eval, perfect, fields=fields, markers=markers, schema=schema)[1].keys()
     return names
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from sft.data.labels.template import NO_TEMPLATE, TEMPLATE_ERRORS, Chat, chats_of, said, template_of
+from sft.distributed import ranks
 from sft.errors import Problems
 from sft.evaluation.answers import Answer, generate_answers
+from sft.scoring import own
 from sft.scoring.score import score
 from sft.settings.schema import NAMES
 from sft.stages import paths
@@ -22,7 +25,7 @@ _JUDGED_BY = ("SFT_GEN_EVAL", "SFT_GEN_MAX_NEW_TOKENS", "SFT_EXTRACTION_FIELDS",
 
 if TYPE_CHECKING:
     import datasets
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
     from sft.data.sources.turns import Message
@@ -88,6 +91,7 @@ class GenerationEvaluation:
         recorded = manifest.values()
         judged_by = {name: recorded[name] for name in _JUDGED_BY if name in recorded}
         changed = {NAMES[name]: tuple(v) if isinstance(v, list) else v for name, v in judged_by.items()}
+        changed["json_schema"] = None  # it is no part of the matrix
         return GenerationEvaluation(self.settings.model_copy(update=changed), self.folder, self.tokenizer, self.rows)
 
     def answer(
@@ -114,13 +118,22 @@ class GenerationEvaluation:
     def score(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> tuple[list[dict], dict[str, float]]:
         """Each row with its answer, score and faults, and the metrics over all."""
         answered = [row | {"answer": each.text, "cut": each.cut} for row, each in zip(rows, answers, strict=True)]
-        scores, metrics = score(
+        if own.parts_of(self.kind):  # a function may see time or chance: all ranks take what it tells the main process
+            main = PartialState().is_main_process
+            scores, metrics = ranks.from_main(self._scored(answered) if main else None)
+        else:
+            scores, metrics = self._scored(answered)
+        return [row | found for row, found in zip(answered, scores, strict=True)], metrics
+
+    def _scored(self, answered: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        return score(
             self.kind,
-            [{name: row[name] for name in ("task", "answer", "cut", "reference")} for row in answered],
+            answered,
             fields=self.settings.extraction_fields,
             markers=self.settings.output_markers,
+            schema=self.settings.json_schema,
+            complain=tqdm.write,
         )
-        return [row | found for row, found in zip(answered, scores, strict=True)], metrics
 
     def run(
         self,
@@ -155,6 +168,8 @@ def show_samples(samples: Sequence[dict[str, Any]], count: int, title: str) -> N
         tqdm.write(f"  answered {sample['answer'].strip().replace(chr(10), ' ⏎ ')[:150] or '(nothing)'}")
         tqdm.write(f"  wanted   {sample['reference'].strip().replace(chr(10), ' ⏎ ')[:150]}")
         faults = f"   ({', '.join(sample['faults'])})" if sample.get("faults") else ""
+        if sample.get("schema_error"):
+            tqdm.write(f"  schema   {sample['schema_error']}")
         tqdm.write(f"  score    {score:.2f}{faults}\n" if score is not None else "")
 
 

@@ -26,6 +26,7 @@ from sft.merging.weights import read_header, shard_paths
 from sft.models.fitness import blank, model_problems
 from sft.models.model import LOAD_ERRORS, OTHER_SIZES, cut_away, lacking, load_config, load_problem, unfit
 from sft.planning.machine import machine_problems
+from sft.scoring.own import MeasureError, load_own
 from sft.stages.launch_checks import launch_problems
 from sft.stages.safety_copy import mirror_problems
 
@@ -60,6 +61,7 @@ def refusals(settings: Settings) -> list[str]:
         *caches,
         *damaged,
         *(unfit or fit),
+        *measure_problems(settings),
         *([] if caches else question_problems(settings)),
     ]
 
@@ -192,6 +194,14 @@ def _quantised_problems(config: PretrainedConfig, folder: Path) -> Iterator[str]
         AutoHfQuantizer.from_config(stored, pre_quantized=True).validate_environment(device_map={"": "cpu"})
     except (ImportError, RuntimeError) as error:
         yield from load_problem("the model", str(folder), error).problems
+
+
+def measure_problems(settings: Settings) -> Iterator[str]:
+    """A measure of one's own that can't be asked: its file is run here for the first time."""
+    try:
+        load_own(settings.gen_eval)
+    except MeasureError as error:
+        yield f"SFT_GEN_EVAL={settings.gen_eval}: {error}"
 
 
 def question_problems(settings: Settings) -> Iterator[str]:

@@ -63,8 +63,9 @@ def _best(facts: Facts, say: Say) -> str:
     name, value, checkpoint = (best.get(key) for key in ("best_metric_name", "best_metric", "best_model_checkpoint"))
     if not isinstance(name, str) or value is None or not checkpoint:
         return ""
-    try:
-        way = "highest" if metric_direction(name) else "lowest"
+    greater = best.get("greater_is_better")
+    try:  # records of before don't say which way is better
+        way = "highest" if (metric_direction(name) if greater is None else greater) else "lowest"
     except ValueError:
         return ""
     text = f"Best model: {{checkpoint}}, where {{metric}} was {way} ({{value}})."

@@ -173,4 +173,5 @@ def _sample(sample: Facts) -> Facts:
     texts = {"prompt": text, "answer": sample.get("answer"), "reference": sample.get("reference")}
     shown = {name: short("" if value is None else str(value), LONGEST_ANSWER) for name, value in texts.items()}
     known = [name for name in sample.get("faults") or () if name in FAULTS]
-    return {"task": sample.get("task") or "", "score": sample.get("score"), "faults": known} | shown
+    judged = {name: sample.get(name) for name in ("score", "schema_error")}
+    return {"task": sample.get("task") or "", "faults": known} | judged | shown

@@ -1,5 +1,9 @@
 """The names of all metrics a stage can be chosen by, and which way is better. Nothing else in the house lists them."""
 
+from collections.abc import Collection
+
+KINDS = ("none", "samples", "structured", "extraction")
+"""What is built in of SFT_GEN_EVAL."""
 LOSS_METRICS = ("loss", "perplexity")
 STRUCTURED_FIELDS = {
     "gen_parse_rate": "parses",
@@ -26,19 +30,24 @@ EXTRACTION_FIELDS = (
 )  # fmt: skip
 # Scores of 64 sampled answers move by about 0.03 between equally good models; less than this is not a loss.
 FORGETTING_MARGIN = 0.05
-NAMES = (*LOSS_METRICS, *STRUCTURED_METRICS, *EXTRACTION_METRICS)
+SCHEMA_METRICS = ("gen_schema_rate",)
+NAMES = (*LOSS_METRICS, *STRUCTURED_METRICS, *EXTRACTION_METRICS, *SCHEMA_METRICS)
 """Every metric that can choose the best model, without "eval_" and without a "/part"."""
 
 _LOWER_IS_BETTER = {*LOSS_METRICS, "gen_fp_rate_on_negative"}
 
 
-def metric_direction(name: str) -> bool:
+def metric_direction(name: str, own_lower: Collection[str] | None = None) -> bool:
     """Whether greater is better for a metric we log, with or without "eval_" and a "/part".
+
+    `own_lower`: where a measure of one's own is logged as well, those of its names for which less is better.
 
     Raises:
         ValueError: nothing logs a metric of that name.
     """
     plain, slash, part = name.removeprefix("eval_").partition("/")
+    if own_lower is not None and name.startswith("gen_") and plain not in NAMES:
+        return name not in own_lower
     parted = plain == "loss" or plain.startswith("gen_")
     if plain not in NAMES or (slash and not (part and parted)):
         raise ValueError(f"{name} is not a metric that is logged")

@@ -1,14 +1,14 @@
 """Answers in, numbers out: one entry for every kind of generation evaluation (SFT_GEN_EVAL)."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from sft.scoring import edges, extraction, structured
+from sft.scoring import edges, extraction, json_schema, own, structured
 from sft.scoring.faults import faults_of_extraction
+from sft.scoring.metrics import KINDS
 from sft.scoring.payload import DEFAULT_MARKERS
-
-KINDS = ("none", "samples", "structured", "extraction")
 
 _Scored = tuple[list[dict[str, Any]], dict[str, float]]
 
@@ -19,6 +19,8 @@ def score(
     *,
     markers: Sequence[str] = DEFAULT_MARKERS,
     fields: Sequence[str] = (),
+    schema: Path | None = None,
+    complain: Callable[[str], object] = lambda text: None,
 ) -> _Scored:
     """Score rows of `answer`, `reference` and, optional, `task` (the task key) and `paths` (StructEval's key paths).
 
@@ -26,7 +28,9 @@ def score(
     `score`, within [0, 1] or None where the kind does not judge the row, and `faults` where they are looked for; and
     the metrics. Every kind that judges gives `gen_score` (mean of the rows' scores, also per task) and
     `gen_samples` (rows judged). Under `structured` a row whose task names a format is judged by it, one whose reference
-    is lines of `A -> B` by its edges, any other not at all. `none` and `samples` judge nothing.
+    is lines of `A -> B` by its edges, any other not at all. `none` and `samples` judge nothing. `path.py:function` is a
+    measure of one's own: it gives the metrics, and what is wrong with it is told to `complain`. With a `schema` rows
+    that ask for JSON, or for no format, have `schema_error`: None where the answer holds to it.
     """
     if kind == "extraction":
         pairs = [(row["answer"], row["reference"]) for row in rows]
@@ -37,9 +41,41 @@ def score(
         scores, metrics = _score_structured(rows, markers)
     elif kind in KINDS:
         scores, metrics = [{"score": None} for _ in rows], {}
+    elif own.parts_of(kind):
+        scores, metrics = [{"score": None} for _ in rows], _own_metrics(kind, rows, complain)
     else:
         raise ValueError(f"{kind!r} is not a kind of generation evaluation: {', '.join(KINDS)}")
+    if schema and kind != "none":
+        metrics |= _hold_to_schema(schema, rows, scores, markers)
     return scores, metrics | _mean_scores(rows, scores)
+
+
+def _own_metrics(kind: str, rows: Sequence[Mapping[str, Any]], complain: Callable[[str], object]) -> dict[str, float]:
+    known = ("task", "prompt", "reference", "extras")
+    questions = [{name: row[name] for name in known if name in row} for row in rows]
+    try:
+        loaded = own.load_own(kind)
+        assert loaded is not None
+        measured = own.measure(loaded, [row["answer"] for row in rows], questions)
+    except own.MeasureError as error:
+        measured = own.Measured({}, [str(error)])
+    for text in measured.complaints:
+        complain(f"[WARNING] SFT_GEN_EVAL={kind}: {text}; left out of this evaluation")
+    return measured.metrics
+
+
+def _hold_to_schema(
+    path: Path, rows: Sequence[Mapping[str, Any]], scores: Sequence[dict[str, Any]], markers: Sequence[str]
+) -> dict[str, float]:
+    """Writes `schema_error` into the rows' scores; the share of answers without one, over all and per task."""
+    validator, held = json_schema.load_schema(path), defaultdict[str, list[bool]](list)
+    for row, result in zip(rows, scores, strict=True):
+        task = row.get("task") or ""
+        if structured.target_format(task) in (None, "json"):
+            result["schema_error"] = json_schema.first_error(validator, row["answer"], markers)
+            for name in {json_schema.METRIC, f"{json_schema.METRIC}/{task}" if task else json_schema.METRIC}:
+                held[name].append(result["schema_error"] is None)
+    return {name: sum(each) / len(each) for name, each in sorted(held.items())}
 
 
 def _score_structured(rows: Sequence[Mapping[str, Any]], markers: Sequence[str]) -> _Scored:

@@ -6,7 +6,7 @@ from pydantic.fields import FieldInfo
 
 from sft.settings.mistakes import literals
 from sft.settings.schema import NAMES, Settings
-from sft.settings.values import ATTENTION, CHAT_TEMPLATES, TRACKERS
+from sft.settings.values import ATTENTION, CHAT_TEMPLATES, GEN_EVALS, TRACKERS
 
 _GROUPS = {
     "SFT_BASE_MODEL": "Model",
@@ -45,7 +45,9 @@ _SPECIAL = {
     "SFT_UPSAMPLE_RULES": "JSON object",
     "SFT_MAX_STEPS": "-1 or whole number ≥ 1",
     "SFT_EARLY_STOPPING_PATIENCE": "-1 or whole number ≥ 1",
+    "SFT_GEN_EVAL": f"{', '.join(GEN_EVALS)} or path/to/metric.py:function",
     "SFT_GEN_EVAL_DATASET": _ID_OR_LIST,
+    "SFT_JSON_SCHEMA": "path",
     "SFT_REPORT_TO": ", ".join(TRACKERS),
 }
 """Values that a type does not tell."""

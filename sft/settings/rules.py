@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.scoring.metrics import EXTRACTION_METRICS, STRUCTURED_METRICS, metric_direction
+from sft.scoring.metrics import EXTRACTION_METRICS, SCHEMA_METRICS, STRUCTURED_METRICS, metric_direction
 from sft.scoring.metrics import NAMES as METRICS
+from sft.scoring.own import parts_of
 from sft.settings.values import is_there, one_of
 
 NO_FOLDER = "there is no such folder; correct the path, or give a hub id such as org/model"
@@ -111,6 +112,9 @@ def _evaluation_rules(settings: Any) -> Iterator[Conflict]:
         text = f"there is nothing to compare: SFT_GEN_EVAL={settings.gen_eval} scores no answers and SFT_GENERAL_EVAL=0"
         remedy = "set SFT_GEN_EVAL=structured or another that scores, or SFT_GENERAL_EVAL=1"
         yield Conflict(("SFT_GATE", "SFT_GEN_EVAL", "SFT_GENERAL_EVAL"), f"{text} asks no questions; {remedy}")
+    if settings.json_schema and settings.gen_eval == "none":
+        text = "no answers are generated that could be held to it; set SFT_GEN_EVAL=samples or another, or leave it out"
+        yield Conflict(("SFT_JSON_SCHEMA", "SFT_GEN_EVAL"), text)
     if settings.val_ratio > 0 or settings.eval_dataset:
         return
     remedy = "set SFT_VAL_RATIO above 0, or SFT_EVAL_DATASET"
@@ -128,14 +132,18 @@ def _evaluation_rules(settings: Any) -> Iterator[Conflict]:
 def _metric_rule(settings: Any) -> Iterator[Conflict]:
     names = ("SFT_METRIC_FOR_BEST", "SFT_GEN_EVAL")
     plain = settings.metric_for_best.removeprefix("eval_").split("/")[0]
+    own = parts_of(settings.gen_eval) is not None
     try:
-        metric_direction(settings.metric_for_best)
+        metric_direction(settings.metric_for_best, () if own else None)  # which way is asked where the file may be run
     except ValueError:
         yield Conflict(names[:1], one_of(settings.metric_for_best, ("eval_loss", *METRICS)))
         return
     for mode, metrics in (("structured", STRUCTURED_METRICS), ("extraction", EXTRACTION_METRICS)):
-        if plain in metrics and settings.gen_eval != mode:
+        if plain in metrics and settings.gen_eval != mode and not own:
             yield Conflict(names, f"is computed only with SFT_GEN_EVAL={mode}; set that, or take eval_loss")
+    if plain in SCHEMA_METRICS and not settings.json_schema and not own:
+        names = ("SFT_METRIC_FOR_BEST", "SFT_JSON_SCHEMA")
+        yield Conflict(names, "is computed only with SFT_JSON_SCHEMA; set that, or take eval_loss")
 
 
 def _output_rules(out: Path, stage: int) -> Iterator[Conflict]:

@@ -198,9 +198,13 @@ class Settings(BaseModel):
         "eval_loss", "Metric that chooses the best model: eval_loss, eval_loss/<source>, perplexity or a gen_ metric."
     )
 
-    gen_eval: Literal["none", "samples", "structured", "extraction"] = setting(
+    gen_eval: Annotated[str, AfterValidator(values.check_gen_eval)] = setting(
         "none",
-        "Generate answers at every evaluation and score them as structured output or extraction, or only show them.",
+        "Generate answers at every evaluation and score them as structured output or extraction or by a function of"
+        " your own, or only show them.",
+    )
+    json_schema: Annotated[Path, BeforeValidator(values.check_json_schema)] | None = setting(
+        None, "File with a JSON Schema that generated answers are held to (gen_schema_rate)."
     )
     general_eval: Switch = setting(
         True,

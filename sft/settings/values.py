@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from sft.errors import hide_secrets
+from sft.scoring.metrics import KINDS as GEN_EVALS
+from sft.scoring.own import parts_of
 from sft.settings.env_file import closest, printable
 
 ATTENTION = (
@@ -260,6 +262,30 @@ def check_chat_template(value: str, info: ValidationInfo) -> str:
         raise ValueError(one_of(value, CHAT_TEMPLATES, also="the path of a .jinja file"))
     if not (is_there(Path(path)) and Path(path).is_file()):
         raise ValueError("is no file; correct the path of the .jinja file")
+    return path
+
+
+def check_gen_eval(value: str, info: ValidationInfo) -> str:
+    """A kind of evaluation, or file and function of a measure of one's own: the file is there."""
+    found = parts_of(value)
+    if found is None:
+        if value in GEN_EVALS:
+            return value
+        raise ValueError(one_of(value, GEN_EVALS, also="path/to/metric.py:function"))
+    path = Path(str(expand(str(found[0]), info)))
+    if not (is_there(path) and path.is_file()):
+        raise ValueError(f"there is no file {path}; write path/to/metric.py:function")
+    return f"{path}:{found[1]}"
+
+
+def check_json_schema(value: Any, info: ValidationInfo) -> Path:
+    """A file that holds a JSON Schema."""
+    path = Path(str(expand(value, info)))
+    if not (is_there(path) and path.is_file()):
+        raise ValueError("is no file; correct the path of the JSON Schema")
+    from sft.scoring.json_schema import load_schema  # imports parsers that --help does without
+
+    load_schema(path)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ class StageRhythm(TrainerCallback):
     Args:
         metric: SFT_METRIC_FOR_BEST.
         patience: evaluations without improvement after which training stops; none where it is not positive.
+        own_lower: as `metric_direction` takes it.
     """
 
-    def __init__(self, metric: str, patience: int) -> None:
-        self.metric, self.greater, self.patience = logged_name(metric), metric_direction(metric), patience
+    def __init__(self, metric: str, patience: int, own_lower: Collection[str] | None = None) -> None:
+        self.metric, self.greater, self.patience = logged_name(metric), metric_direction(metric, own_lower), patience
         self.best: float | None = None
         self.best_step = 0
         self.improved = False  # by the last evaluation

@@ -30,6 +30,7 @@ from sft.models.model import (
     preserved_random_state,
 )
 from sft.models.targets import adapter_config
+from sft.scoring.own import lower_is_better
 from sft.settings.rules import warmup_remark
 from sft.stages import paths
 from sft.stages.checkpoints import metrics_mark, rotate
@@ -126,7 +127,8 @@ class StagedTrainer(SFTTrainer):
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         alpha = settings.neftune_noise_alpha
         self.noise = RowNoise(model.get_input_embeddings(), alpha, settings.seed) if alpha else None
-        self.rhythm = StageRhythm(settings.metric_for_best, settings.early_stopping_patience)
+        own_lower = lower_is_better(settings.gen_eval)
+        self.rhythm = StageRhythm(settings.metric_for_best, settings.early_stopping_patience, own_lower)
         self.gradient_rows = GradientRows()
         self.add_callback(self.rhythm)
         self.add_callback(self.gradient_rows)
@@ -354,7 +356,7 @@ class StagedTrainer(SFTTrainer):
                 self.accelerator.unwrap_model(self.model).config.save_pretrained(folder)
                 record = best_model_record(
                     metrics, self.settings.metric_for_best, metrics[self.rhythm.metric], self.state.global_step
-                )
+                ) | {"greater_is_better": self.rhythm.greater}
                 json_files.write_json(folder / paths.BEST_RECORD, record)
 
     def _get_output_dir(self, trial: Any) -> str:
