@@ -18,7 +18,8 @@ PLAIN = [{"task": None, "prompt": [], "reference": "some words"}]
 
 def settings(**more: Any) -> SimpleNamespace:
     return SimpleNamespace(**{
-        "gen_eval": "structured", "gen_eval_sources": (), "gen_eval_samples": 4, "seed": 0, "extraction_fields": (), "json_schema": None,
+        "gen_eval": "structured", "gen_eval_sources": (), "gen_eval_samples": 4, "seed": 0, "extraction_fields": (),
+        "json_schema": None,
         "output_markers": ("Output:",), "metric_for_best": "eval_loss", "early_stopping_patience": -1, "origins": {},
         "lr_scheduler": "cosine",
     } | more)  # fmt: skip

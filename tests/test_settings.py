@@ -557,7 +557,7 @@ def test_metric_directions():
         "eval_gen_parse_rate": True, "gen_offender_presence_recall": True,
         "gen_field_exact_match_rate/person_name": True,
     }  # fmt: skip
-    for unknown in ("accuracy", "loss/x", "", "eval_"):
+    for unknown in ("accuracy", "perplexity/x", "loss/", "", "eval_"):
         with pytest.raises(ValueError, match="is not a metric that is logged"):
             metric_direction(unknown)
 
