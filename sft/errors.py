@@ -26,6 +26,11 @@ REPOSITORY = _HERE if (_HERE / "train.py").is_file() else None
 STARTED_AS = "python train.py" if REPOSITORY else "staged-sft"
 """What a person types to start a stage."""
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 SECRET_NAME = re.compile(r"TOKEN|KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 """In a name: its value is nobody's business."""
 # A password of an address, an access token (16 characters: shorter ones are words), a query that is named like one.

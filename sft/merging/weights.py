@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sft.errors import Problems, RunFailed, hub_errors
+from sft.errors import Problems, RunFailed, first_line, hub_errors
 from sft.settings.rules import is_missing_folder
 
 DTYPES = {
@@ -191,7 +191,7 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
         if not list(snapshot.glob("*.safetensors")):
             snapshot = Path(snapshot_download(base, revision=revision, allow_patterns=[*TEXTS, "pytorch_model*.bin"]))
     except hub_errors() as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         remedy = "put a model folder there, or check the hub id, the network and the token"
         raise Problems(
             [f"SFT_BASE_MODEL={base}: is no folder here and not to be had from the hub ({reason}); {remedy}"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed.launch import launched
 from sft.models.attention import NAME, RowsUnknown, row_ends, row_lengths
 from sft.models.stand_in import stand_ins
@@ -78,7 +79,7 @@ class Isolation:
         rows = zip(*(tensor.split(lengths, dim=1) for tensor in joined.values()), strict=True)
         passes = [inputs | dict(zip(joined, row, strict=True)) for row in rows]
         nothing = {name: torch.zeros_like(tensor[:, :2]) for name, tensor in joined.items() if name != "labels"}
-        nothing["labels"] = torch.full_like(nothing["input_ids"], -100)
+        nothing["labels"] = torch.full_like(nothing["input_ids"], MASKED)
         return passes + [inputs | nothing] * (at_least - len(passes))
 
     def handed(self, lengths: list[int], ends: torch.Tensor) -> dict[str, Any]:

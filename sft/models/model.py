@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from sft.data.labels.template import chat_template_for
 from sft.distributed.launch import launched
-from sft.errors import Problems
+from sft.errors import Problems, first_line
 from sft.models.saved import keep_saved_exact
 from sft.settings.rules import NO_FOLDER, is_missing_folder
 
@@ -73,7 +73,7 @@ def keep_adapters_exact(model: torch.nn.Module) -> None:
 def load_problem(what: str, name: str, error: Exception) -> Problems:
     """One plain message for a model that can't be loaded, saying which of the usual reasons it is."""
     text = f"{type(error).__name__} {error}".lower()
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if "trust_remote_code" in text:
         remedy = "the model brings code of its own: read it, then set SFT_TRUST_REMOTE_CODE=1"
     elif Path(name).expanduser().exists():

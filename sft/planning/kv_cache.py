@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sft.data.masked_loss.edge_mask import MASKED
+
 if TYPE_CHECKING:
     import datasets
     import torch
@@ -51,7 +53,7 @@ def longest_prompt(val: datasets.Dataset, settings: Settings) -> int:
 
 def _last_answer(labels: np.ndarray) -> int:
     """Where the last unbroken run of trained tokens begins."""
-    trained = np.flatnonzero(labels != -100)
+    trained = np.flatnonzero(labels != MASKED)
     if not len(trained):
         return len(labels)
     breaks = np.flatnonzero(np.diff(trained) > 1)

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import torch
 
+from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed.launch import Launched, launched
 from sft.errors import RunFailed
 from sft.models.model import compute_dtype
@@ -218,7 +219,7 @@ def largest_batch(rows: datasets.Dataset, settings: Settings) -> BatchShape:
     """The micro-batch with most tokens in the first epochs: their order is known beforehand."""
     numbers = largest_items(rows, settings)
     chosen = rows.select(numbers)
-    trained = sum(int((np.asarray(labels[1:]) != -100).sum()) for labels in chosen["labels"])
+    trained = sum(int((np.asarray(labels[1:]) != MASKED).sum()) for labels in chosen["labels"])
     return BatchShape(int(np.sum(chosen["length"])), max(trained, 1), rows=len(numbers))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed.launch import launched
 from sft.models.isolation import Isolation, keep_rows_apart
 from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers, weight_dtype
@@ -137,7 +138,7 @@ def timed_passes(model: torch.nn.Module, passes: list[dict[str, Any]], dtype: to
 
 def cpu_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Loss of the trained tokens; where the model can, only their positions go through the output head."""
-    targets = (inputs["labels"][0] != -100).nonzero()[:, 0]
+    targets = (inputs["labels"][0] != MASKED).nonzero()[:, 0]
     bare: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = {name: value for name, value in inputs.items() if name != "labels"}
     if "logits_to_keep" in inspect.signature(type(bare).forward).parameters:

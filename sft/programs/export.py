@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from sft.errors import Problems, RunFailed, hub_errors
+from sft.errors import Problems, RunFailed, first_line, hub_errors
 from sft.merging.merge import Ingredients, MergeRecord, merge
 from sft.merging.parents import with_adapters
 from sft.merging.probe import judge, precision, probe_ids, probe_logits, shows_adapter, verdict, verify
@@ -199,11 +199,11 @@ def export(origin: Origin, target: Path) -> MergeRecord:
 def _verified(origin: Origin, folder: Path) -> dict[str, float]:
     """The figures of the comparison with the stage's own probe, or with base + adapters loaded for it here."""
     if origin.probe:
-        return verify(_load(folder, origin), origin.probe)
+        return verify(load_plainly(folder, origin), origin.probe)
     prompts = probe_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=origin.trust_remote_code))
     dtype = read_json(folder / MODEL_CONFIG).get("dtype")
     with_adapter, without, stored_precision = _reference(origin, prompts, dtype)
-    merged = _load(folder, origin)
+    merged = load_plainly(folder, origin)
     precisions = {stored_precision, precision(merged)}
     return judge(with_adapter, without, probe_logits(merged, prompts), precisions=precisions)
 
@@ -211,14 +211,15 @@ def _verified(origin: Origin, folder: Path) -> dict[str, float]:
 def _reference(origin: Origin, prompts: list[list[int]], dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Logits with the last adapter on and off, on the base with the earlier ones folded in by PEFT; number format."""
     base, _ = model_folder(origin.base, origin.settings.get("SFT_MODEL_REVISION"))
-    model = _load(base, origin, dtype)
+    model = load_plainly(base, origin, dtype)
     model = with_adapters(model, origin.adapters)
     with_adapter = probe_logits(model, prompts)
     with model.disable_adapter():
         return with_adapter, probe_logits(model, prompts), precision(model)
 
 
-def _load(folder: Path, origin: Origin, dtype: str | None = None) -> Any:
+def load_plainly(folder: Path, origin: Origin, dtype: str | None = None) -> Any:
+    """The model in a folder as transformers loads it, in its own number format or another."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=origin.trust_remote_code
     )
@@ -260,7 +261,7 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
         repository = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository.repo_id, ignore_patterns=KEPT_HERE)
     except hub_errors() as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise RunFailed(
             f"The upload to {name} failed: {reason}. The model is complete in {folder}; try again."
         ) from error

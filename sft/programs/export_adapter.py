@@ -3,11 +3,9 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sft.errors import Problems
@@ -15,7 +13,7 @@ from sft.merging.combine import Combined, combine
 from sft.merging.parents import with_adapters
 from sft.merging.probe import compare, probe_ids, probe_logits
 from sft.merging.weights import model_folder
-from sft.programs.export import TOKENIZER_FILES, Origin
+from sft.programs.export import TOKENIZER_FILES, Origin, load_plainly
 from sft.stages.paths import MERGE_RECORD
 from sft.storage import atomic, json_files
 
@@ -75,15 +73,9 @@ def _compared(origin: Origin, folder: Path) -> dict[str, float]:
         origin.tokenizer or origin.base, trust_remote_code=origin.trust_remote_code
     )
     prompts = probe_ids(tokenizer)
-
-    def base() -> Any:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=origin.trust_remote_code
-        )
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    expected = probe_logits(with_adapters(base(), origin.adapters), prompts)
-    return compare(expected, probe_logits(PeftModel.from_pretrained(base(), folder), prompts))
+    expected = probe_logits(with_adapters(load_plainly(source, origin, "float32"), origin.adapters), prompts)
+    one = PeftModel.from_pretrained(load_plainly(source, origin, "float32"), folder)
+    return compare(expected, probe_logits(one, prompts))
 
 
 def serving_notes(combined: Combined) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.environment import restored_variable
-from sft.errors import hide_secrets
+from sft.errors import first_line, hide_secrets
 from sft.stages import paths
 from sft.storage import json_files
 
@@ -213,7 +213,7 @@ class Tracker:
             call(self.client)
         except Exception as error:
             if not self.warned:
-                reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                reason = first_line(error)[:300]
                 self.say(f"[WARNING] MLflow tracking failed ({hide_secrets(reason)}); training goes on")
             self.warned = True
             return False

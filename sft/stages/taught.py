@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sft.data.taught import Taught
 from sft.errors import Problems
 from sft.settings import Settings, Source
+from sft.settings.env_file import attribute_of
 from sft.stages import paths
 from sft.stages.changes import recorded_prints, recorded_sources, short
 from sft.stages.fingerprints import is_same, source_fingerprint
@@ -69,12 +70,8 @@ def _drawing(settings: Settings, values: Mapping[str, Any]) -> Settings:
 
 
 def _to_be_taught(other: Settings, settings: Settings) -> Taught:
-    values = {name: getattr(other, name) for name in map(_attribute, _DRAWING)}
+    values = {name: getattr(other, name) for name in map(attribute_of, _DRAWING)}
     return Taught(other.stage, other.sources, _drawing(settings, values | _split_off(other.eval_dataset)))
-
-
-def _attribute(name: str) -> str:
-    return name.removeprefix("SFT_").lower()
 
 
 def _split_off(evaluated: Any) -> dict[str, float]:
@@ -84,7 +81,7 @@ def _split_off(evaluated: Any) -> dict[str, float]:
 
 def _taught(number: int, manifest: Manifest, settings: Settings) -> Taught:
     recorded, fields = manifest.values(), Settings.model_fields
-    attributes = {name: _attribute(name) for name in _DRAWING}
+    attributes = {name: attribute_of(name) for name in _DRAWING}
     values = {
         attribute: recorded[name] if name in recorded else fields[attribute].default
         for name, attribute in attributes.items()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sft.data.masked_loss.edge_mask import masked_labels, token_weights
+from sft.data.masked_loss.edge_mask import MASKED, masked_labels, token_weights
 from sft.distributed.launch import launched
 from sft.models.attention import row_ends
 
@@ -85,7 +85,7 @@ class TrainingRows(Dataset):
     def row(self, epoch: int, position: int) -> dict[str, Any]:
         row = self.rows[position]
         labels = np.asarray(row["labels"], dtype=np.int64).copy()
-        labels[0] = -100
+        labels[0] = MASKED
         ids = np.asarray(row["input_ids"], dtype=np.int64)
         example = {"position": position, "epoch": epoch, "input_ids": ids, "labels": labels}
         return (
@@ -96,7 +96,7 @@ class TrainingRows(Dataset):
         """The number of the source of every trained token of a joined batch, shape (trained tokens,), on the CPU."""
         of_rows = torch.tensor([int(self._sources[row]) if row >= 0 else 0 for row in batch["rows"]])
         row_of_token = (batch["position_ids"][0] == 0).cumsum(0) - 1
-        return of_rows[row_of_token[labels[0] != -100].cpu()]
+        return of_rows[row_of_token[labels[0] != MASKED].cpu()]
 
     def masked(
         self, mask: EdgeMask, epoch: int, position: int, row: dict[str, Any], labels: np.ndarray
@@ -109,7 +109,7 @@ class TrainingRows(Dataset):
         ids = mask.ids(position)
         spans = row["unit_starts"], row["unit_ends"]
         weights = token_weights(len(labels), *spans, mask.weights(ids))
-        expected = {"expected_tokens": float(weights[labels != -100].sum())}
+        expected = {"expected_tokens": float(weights[labels != MASKED].sum())}
         if self.mode == "weight":
             return expected | {"loss_weights": weights}
         return expected | {"labels": masked_labels(labels, *spans, mask.draw(epoch, position, ids))}
@@ -122,8 +122,8 @@ def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     tokens."""
     rows = [row for item in items for row in item]
     if not rows:
-        nothing = {"position": -1, "epoch": 0, "input_ids": np.zeros(2, np.int64), "labels": np.full(2, -100, np.int64)}
-        rows = [nothing]
+        ids = np.zeros(2, np.int64)
+        rows = [{"position": -1, "epoch": 0, "input_ids": ids, "labels": np.full_like(ids, MASKED)}]
     batch: dict[str, Any] = {
         name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None]
         for name in ("input_ids", "labels", "loss_weights")
@@ -133,7 +133,7 @@ def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     batch["row_lengths"] = [len(row["input_ids"]) for row in rows]
     batch["row_ends"] = row_ends(batch["row_lengths"])
     batch["rows"], batch["epochs"] = [row["position"] for row in rows], [row["epoch"] for row in rows]
-    trained = int((batch["labels"] != -100).sum())
+    trained = int((batch["labels"] != MASKED).sum())
     batch["num_items"] = sum(row["expected_tokens"] for row in rows) if "expected_tokens" in rows[0] else trained
     return batch
 

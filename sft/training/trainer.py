@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from sft.data.chosen import REPLAYED
+from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
@@ -206,7 +207,7 @@ class StagedTrainer(SFTTrainer):
         if labels.device.type == "cuda" or not self.keeps_logits:
             outputs = model(**inputs, labels=labels, fused_lm_head=True)
             return -outputs.log_probs[outputs.label_mask]
-        targets = (labels[0] != -100).nonzero()[:, 0]
+        targets = (labels[0] != MASKED).nonzero()[:, 0]
         logits = model(**inputs, logits_to_keep=targets - 1).logits.squeeze(0)
         return token_cross_entropy(logits, labels[0, targets])
 
@@ -224,7 +225,7 @@ class StagedTrainer(SFTTrainer):
         weights, labels = inputs.pop("loss_weights", None), inputs.pop("labels")
         losses = self.token_losses(model, inputs, labels).float()
         if weights is not None:
-            losses = losses * weights[labels != -100]
+            losses = losses * weights[labels != MASKED]
         loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1e-6)
         return loss * self.accelerator.num_processes
 
@@ -241,7 +242,7 @@ class StagedTrainer(SFTTrainer):
         """The rows of the step so that a person finds them: position, source and how the trained text begins."""
         for position in self.step_rows:
             row = self.train_dataset.rows[position]
-            trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+            trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != MASKED]
             text = self.processing_class.decode(trained[:24], skip_special_tokens=True)
             names, number = self.train_dataset.names, row["source"]
             source = "an earlier stage" if number == REPLAYED else names[number] if names else "the data"

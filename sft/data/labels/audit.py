@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sft.data.labels.masks import MASKED
 from sft.data.labels.rendering import Rendered, is_plain, render
 from sft.data.labels.template import TEMPLATE_ERRORS, Chat, ChatTemplate, chats_of, probes, template_of
 from sft.data.labels.tokens import encoder
+from sft.data.masked_loss.edge_mask import MASKED
 from sft.data.sources.load import Rows
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from sft.data.labels.masks import MASKED, label_row, schema, with_labels
+from sft.data.labels.masks import label_row, schema, with_labels
 from sft.data.labels.rendering import Rendered, render
 from sft.data.labels.template import Chat, ChatTemplate, chat_template_for, chats_of, template_of
 from sft.data.labels.tokens import Encoded, PromptBorder, encode_up_to, encoder, plain_ends
+from sft.data.masked_loss.edge_mask import MASKED
 from sft.data.sources.columns import Tally
 from sft.data.sources.load import SCHEMA, Rows
 from sft.data.sources.store import Write, key_of, stored
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from sft.settings import Settings
 
-__all__ = ["MASKED", "chat_template_for", "label", "preview"]
+__all__ = ["chat_template_for", "label", "preview"]
 
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
 VERSION = 5

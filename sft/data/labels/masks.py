@@ -17,6 +17,7 @@ from sft.data.labels.rendering import CONTEXT_LOST, Rendered
 from sft.data.labels.template import Span
 from sft.data.labels.tokens import Encoded
 from sft.data.masked_loss import edge_mask
+from sft.data.masked_loss.edge_mask import MASKED
 from sft.data.masked_loss.units import answer_units
 from sft.data.sources.load import SCHEMA
 from sft.data.sources.turns import Dropped
@@ -24,7 +25,6 @@ from sft.data.sources.turns import Dropped
 if TYPE_CHECKING:
     from sft.settings import Settings
 
-MASKED = -100  # what torch's cross entropy skips
 # Of the rows of messages; the paths have become units.
 CARRIED = SCHEMA.remove(SCHEMA.get_field_index("paths"))
 _INTEGERS = pa.list_(pa.int32())

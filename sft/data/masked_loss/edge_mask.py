@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from sft.data.draws import GAMMA, MASK, splitmix64
 from sft.data.masked_loss.units import Unit, readable_edge
 
-IGNORED = -100  # the label that torch's cross entropy skips
+MASKED = -100  # the label that torch's cross entropy skips
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]  # edges by number
 Redraw = Literal["epoch", "once"]
@@ -173,7 +173,7 @@ def masked_labels(labels: ArrayLike, starts: ArrayLike, ends: ArrayLike, masked:
     steps = np.zeros(len(covered) + 1, np.int64)
     np.add.at(steps, np.minimum(np.asarray(starts, np.int64)[chosen], len(covered)), 1)
     np.add.at(steps, np.minimum(np.asarray(ends, np.int64)[chosen], len(covered)), -1)
-    covered[np.cumsum(steps[:-1]) > 0] = IGNORED
+    covered[np.cumsum(steps[:-1]) > 0] = MASKED
     return covered
 
 
