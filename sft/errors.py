@@ -26,6 +26,7 @@ REPOSITORY = _HERE if (_HERE / "train.py").is_file() else None
 STARTED_AS = "python train.py" if REPOSITORY else "staged-sft"
 """What a person types to start a stage."""
 
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
