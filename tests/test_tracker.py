@@ -268,3 +268,31 @@ def wait_until(condition, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+def test_a_gpu_s_figures_are_recorded(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """nvidia-ml-py is declared, so that MLflow finds NVIDIA's library: utilisation, memory and power are the run's."""
+    import pynvml
+
+    answers = {
+        "nvmlInit": None,
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": "card",
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=20e9, total=80e9),
+        "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=93),
+        "nvmlDeviceGetPowerUsage": 350_000,
+        "nvmlDeviceGetEnforcedPowerLimit": 700_000,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, lambda *handle, answer=answer: answer)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    tracker = Tracker(settings(f"sqlite:///{store}"), tmp_path, run_id=None, say=print)
+    run_id = tracker.wait_for_run(60.0)
+    assert run_id
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not history(store, run_id, "system/gpu_0_power_usage_percentage"):
+        time.sleep(0.1)
+    tracker.close("FINISHED")
+    expected = {"utilization_percentage": 93, "memory_usage_percentage": 25, "power_usage_watts": 350}
+    found = {name: history(store, run_id, f"system/gpu_0_{name}")[0][1] for name in expected}
+    assert found == expected
