@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Trainer
 
 from sft.errors import RunFailed
 from sft.training.movement import GradientRows, require_moved
-from tests import tiny
+from tests import launching, lossy_save, tiny
 
 NAME = "base_model.model.layers.{}.{}.lora_B.weight"
 
@@ -35,6 +35,7 @@ def gradients(value: float, rate: float = 1e-3, rows: int = 8) -> dict[str, torc
         parameter.grad = torch.full_like(parameter, value)
     model.named_parameters = lambda: iter(parameters)  # type: ignore[method-assign]
     optimizer = SimpleNamespace(param_groups=[{"lr": rate}])
+    watch.on_step_begin(None, None, None, optimizer=optimizer)
     watch.on_pre_optimizer_step(None, None, None, model=model, optimizer=optimizer)
     return watch.rows
 
@@ -92,22 +93,25 @@ def stage(folder: Path, **settings: object) -> list[object]:
     return ["--stage", "1", "--env-dir", folder]
 
 
+@pytest.mark.slow
+def test_deepspeed_s_gradients_are_seen_as_they_arise(tmp_path: Path):
+    """One whole lora_B is written as zeros by two processes under ZeRO-2: no pattern over ranks, but it was trained."""
+    launching.need_deepspeed()
+    script = Path(__file__).with_name("lossy_save.py")
+    code, shown = launching.run("zero2", tmp_path / "two", *stage(tmp_path), script=script)
+    assert code == 1
+    assert (
+        "up_proj.lora_B.weight: rows 0 to 31 of 64 are exactly 0.0 after step 4, although they had a gradient" in shown
+    ), shown
+
+
 def test_a_stage_whose_save_lost_a_matrix_is_not_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """The library writes zeros in place of one lora_B: exit 1 at the fourth step, no result; without it 0."""
     arguments = stage(tmp_path)
-    save = Trainer._save
-
-    def lossy(self, output_dir=None, state_dict=None):
-        save(self, output_dir, state_dict)
-        path = Path(output_dir) / "adapter_model.safetensors"
-        tensors = load_file(path)
-        name = next(name for name in tensors if "up_proj.lora_B" in name)
-        save_file(tensors | {name: torch.zeros_like(tensors[name])}, path)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_save", lossy)
+        patched.setattr(Trainer, "_save", lossy_save.lossy(Trainer._save))
         assert tiny.run_train(*arguments) == 1
     shown = " ".join(capsys.readouterr().err.split())
     assert "up_proj.lora_B.weight: all rows are exactly 0.0 after step 4" in shown, shown

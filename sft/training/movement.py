@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
 
+from sft.distributed.launch import launched
 from sft.errors import RunFailed
 from sft.models.saved import saved_in_full
 from sft.stages.paths import ADAPTER
@@ -29,24 +31,41 @@ class GradientRows(TrainerCallback):
     """Which rows of each lora_B, and of matrices trained in full beside them, had a gradient (finite, not 0, at a rate
     above 0) in the first steps of this process.
 
-    Under FSDP each rank sees its own rows, the main process the first ones; under DeepSpeed, whose gradients are gone
-    by then, none.
+    Under FSDP each rank sees its own rows, the main process the first ones. DeepSpeed takes the gradients away and has
+    made the step when the Trainer asks for it: there they are seen as they arise, those of this rank's rows.
     """
 
     def __init__(self) -> None:
         self.rows: dict[str, torch.Tensor] = {}
         self.looks = 0
+        self.looking = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if launched().deepspeed:
+            for name, parameter in _watched(kwargs["model"]):
+                parameter.register_hook(partial(self._see, name))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        groups = kwargs["optimizer"].param_groups
+        self.looking = self.looks < LOOKS and any(group["lr"] > 0 for group in groups)
+        self.looks += self.looking
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.looks >= LOOKS or not any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups):
-            return
-        self.looks += 1
-        for name, parameter in kwargs["model"].named_parameters():
-            watched = _PART in name or _SAVED in name
-            if watched and parameter.grad is not None and parameter.grad.ndim > 1:
-                gradient = getattr(parameter.grad, "_local_tensor", parameter.grad)
-                found = (gradient.isfinite() & (gradient != 0)).flatten(1).any(dim=1)
-                self.rows[name] = found | self.rows[name] if name in self.rows else found
+        for name, parameter in _watched(kwargs["model"]) if self.looking else ():
+            if parameter.grad is not None:
+                self._see(name, parameter.grad)
+
+    def _see(self, name: str, gradient: torch.Tensor) -> None:
+        if self.looking and gradient.ndim > 1:
+            own = getattr(gradient, "_local_tensor", gradient)
+            found = (own.isfinite() & (own != 0)).flatten(1).any(dim=1)
+            self.rows[name] = found | self.rows[name] if name in self.rows else found
+
+
+def _watched(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (_PART in name or _SAVED in name):
+            yield name, parameter
 
 
 def beginnings(model: torch.nn.Module) -> Rows:
