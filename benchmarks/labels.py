@@ -111,7 +111,7 @@ def label_ours(model: Path, rows: Path, folder: Path) -> dict[str, Any]:
         dataset_id=str(rows),
         max_seq_len=8192,
     )
-    loaded = load_source(source, settings)
+    loaded = load_source(source)
     with Peak() as peak:
         started = time.perf_counter()
         labelled = label(loaded, tokenizer, settings)

@@ -42,7 +42,7 @@ def rows_of(tmp_path: Path) -> Any:
         path = tmp_path / "rows.jsonl"
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in chats]
         path.write_text("\n".join(lines), encoding="utf-8")
-        return load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
+        return load_source(Source(id=str(path)))
 
     return rows
 
@@ -142,7 +142,7 @@ def test_plain_text_is_trained_whole_and_ended(tmp_path: Path, make_settings: An
     """No template is needed or applied; the end of text is added once."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "One two"}\n{"text": "One<|im_end|>"}\n', encoding="utf-8")
-    rows = load_source(Source(id=str(path)), make_settings())
+    rows = load_source(Source(id=str(path)))
     dataset = label(rows, word_tokenizer(template=None), make_settings()).dataset
     assert dataset["input_ids"][:] == dataset["labels"][:] == [[12, 13, 4], [12, 4]]
 
@@ -409,7 +409,7 @@ def test_titles_with_arrows_and_newlines_are_units_as_a_whole(tmp_path: Path, ma
     paths = [["root", "x -> y", "two\nlines"], ["root", "z"]]
     rows.write_text(json.dumps({"title": "T", "abstract": "A.", "paths": paths}))
     settings, tokenizer = make_settings(masked_loss="inverse_frequency"), byte_tokenizer()
-    row = label(load_source(Source(id=str(rows)), settings), tokenizer, settings).dataset[0]
+    row = label(load_source(Source(id=str(rows))), tokenizer, settings).dataset[0]
     spans = zip(row["unit_starts"], row["unit_ends"], strict=True)
     decoded = [tokenizer.decode(row["input_ids"][start:end]).strip() for start, end in spans]
     assert decoded == ["x -> y", "two\nlines", "z"]
@@ -601,7 +601,7 @@ def test_any_text_is_trained_exactly(pairs: list[tuple[str, str]], trim: bool):
 def test_real_rows_train_the_payload_only(make_settings: Any):
     """Document 000's data: every row has one marker, and what is trained is all that follows it."""
     tokenizer = byte_tokenizer()
-    rows = load_source(Source(id=str(SHARED / "structured_cot_512_v2.jsonl"), limit=300), make_settings())
+    rows = load_source(Source(id=str(SHARED / "structured_cot_512_v2.jsonl"), limit=300))
     labelled = label(rows, tokenizer, make_settings(mask_cot=True, max_seq_len=100_000))
     assert (len(labelled.dataset), labelled.noted) == (300, {})
     for row in labelled.dataset:
@@ -632,7 +632,7 @@ def test_rows_of_unknown_words_fail_the_audit(tmp_path: Path, make_settings: Any
     texts = ["One two three", "東京 大阪 京都", "One two three", "Bye 名古屋 神戸 横浜"]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     tokenizer = word_tokenizer()
-    rows = label(load_source(Source(id=str(path)), make_settings()), tokenizer, make_settings())
+    rows = label(load_source(Source(id=str(path))), tokenizer, make_settings())
     (problem,) = audit(rows, tokenizer, make_settings())
     assert "2 rows of" in problem
     assert "are mostly <unk> (rows 1, 3): the tokenizer has no tokens for their text" in problem
@@ -653,7 +653,7 @@ def test_plain_text_begins_as_the_tokenizer_begins_it(
     rows = [{"text": text}, {"messages": exchange("Hi", "One")}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = SlowWords(tokenizer) if slow else tokenizer
-    dataset = label(load_source(Source(id=str(path)), make_settings()), words, make_settings()).dataset
+    dataset = label(load_source(Source(id=str(path))), words, make_settings()).dataset
     assert dataset["input_ids"][0] == [*([1] if added else []), 12, 13, 4]
     assert dataset["labels"][0] == [*([M] if added else []), 12, 13, 4]
     assert dataset["input_ids"][1] == [3, 6, 8, 9, 4, 8, 3, 7, 8, 12, 4, 8]

@@ -30,7 +30,7 @@ def compared(tmp_path: Path, make_settings: Any) -> Any:
     def compare(tokenizer: Any, *chats: list[dict[str, str]], **settings: Any) -> Parity:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
-        rows = label(load_source(Source(id=str(path)), None), tokenizer, make_settings(**settings))  # type: ignore[arg-type]
+        rows = label(load_source(Source(id=str(path))), tokenizer, make_settings(**settings))
         return compare_prompts(rows.dataset, tokenizer, make_settings(**settings))
 
     return compare
@@ -92,7 +92,7 @@ def test_an_answer_that_would_melt_into_the_prompt_begins_behind_it(tmp_path: Pa
     assert "\n<" in [tokenizer.decode([token]) for token in range(len(tokenizer))]
     row = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<a>1</a>"}]
     assert compared(tokenizer, row, row + row) == Parity(2)
-    rows = label(load_source(Source(id=str(tmp_path / "rows.jsonl")), None), tokenizer, make_settings())  # type: ignore[arg-type]
+    rows = label(load_source(Source(id=str(tmp_path / "rows.jsonl"))), tokenizer, make_settings())
     first, second = rows.dataset
     trained = [token for token in first["labels"] if token != -100]
     assert [tokenizer.decode([token]) for token in trained] == ["<", "a", ">", "1", "<", "/", "a", ">", "<|im_end|>"]

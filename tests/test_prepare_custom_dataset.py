@@ -129,7 +129,7 @@ def test_an_empty_input_has_no_heading(prepare):
 def test_the_folder_is_a_source_without_further_settings(prepare):
     """load_source reads the messages from it, not the text."""
     prepare("--model", "m", "--source", "json", "--source-path", "rows.json", "--max-length", "0", "--output", "made")
-    assert load_source(Source(id="made"), None).dataset["messages"][:] == MESSAGES
+    assert load_source(Source(id="made")).dataset["messages"][:] == MESSAGES
 
 
 def test_over_long_rows_are_counted_by_the_models_tokenizer(prepare, tmp_path):

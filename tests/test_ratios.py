@@ -36,7 +36,7 @@ def test_labels_cost_little_more_than_encoding(
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     rows = inputs.generated_rows(tmp_path / "rows.jsonl", 600)
     tokenizer = inputs.learnt_tokenizer(rows, 2000)
-    loaded = load_source(Source(id=str(rows)), make_settings())
+    loaded = load_source(Source(id=str(rows)))
     texts = [tokenizer.apply_chat_template(each, tokenize=False) for each in loaded.dataset["messages"]]
     ratios = []
     for version in range(3):

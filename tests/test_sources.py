@@ -25,7 +25,7 @@ PAIR = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye
 
 
 def load(path: object, **options: Any) -> Rows:
-    return load_source(Source(id=str(path), **options), None)  # type: ignore[arg-type]
+    return load_source(Source(id=str(path), **options))
 
 
 def messages(rows: Rows) -> list[list[dict[str, str]]]:
@@ -643,7 +643,7 @@ def test_a_file_that_is_something_else_than_its_name_says(tmp_path, name, conten
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(SourceError) as error:
-        load_source(Source(id=str(path)), None)
+        load_source(Source(id=str(path)))
     assert str(error.value) == f"{path}: {said}"
 
 
@@ -651,4 +651,4 @@ def test_spaces_around_the_names_of_columns_are_none_of_them(tmp_path):
     """`prompt, completion` as people type it."""
     path = tmp_path / "rows.csv"
     path.write_text("prompt, completion\nq,a\n", encoding="utf-8")
-    assert load_source(Source(id=str(path)), None).dataset["messages"][0][1]["content"] == "a"
+    assert load_source(Source(id=str(path))).dataset["messages"][0][1]["content"] == "a"

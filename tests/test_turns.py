@@ -130,7 +130,7 @@ def test_the_functions_of_openais_older_form_are_tools(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "q"}, assistant(function_call=LOOK_UP["function"])]
     path.write_text(json.dumps({"messages": turns, "functions": [TOOL["function"]]}), encoding="utf-8")
-    rows = load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
+    rows = load_source(Source(id=str(path)))
     assert unpacked(rows.dataset["messages"][0], rows.dataset["extras"][0])[1] == [TOOL]
     assert rows.unread == ()
 
@@ -142,7 +142,7 @@ def test_rows_keep_their_tools_and_say_where_they_stood(tmp_path: Path):
     calling = [plain[0], assistant(tool_calls=[LOOK_UP]), {"role": "tool", "content": "7"}, plain[1]]
     rows = [{"messages": plain}, {"messages": []}, {"messages": calling, "tools": [TOOL]}, {"messages": plain[:1]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    dataset = load_source(Source(id=str(path)), None).dataset  # type: ignore[arg-type]
+    dataset = load_source(Source(id=str(path))).dataset
     assert dataset["number"][:] == [1, 3]
     assert dataset["extras"][0] is None
     assert unpacked(dataset["messages"][1], dataset["extras"][1]) == (calling, [TOOL])
@@ -155,7 +155,7 @@ def test_a_conversation_whose_every_answer_is_marked_as_context_is_dropped(tmp_p
     path = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "q"}, assistant(content="a", train=False)]
     path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
-    rows = load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
+    rows = load_source(Source(id=str(path)))
     assert rows.dropped == {"no answer that is to be trained": 1}
 
 
@@ -197,7 +197,7 @@ def test_keys_that_may_be_flags_and_are_not_read_are_named(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "q"}, assistant(content="a", train_on=False, loss_scale=0, number=3)]
     path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
-    rows = load_source(Source(id=str(path)), None)  # type: ignore[arg-type]
+    rows = load_source(Source(id=str(path)))
     assert rows.unread == ("messages.loss_scale", "messages.train_on")
 
 
@@ -213,7 +213,7 @@ def test_keys_of_other_rows_are_no_nulls_of_a_call(tmp_path: Path):
         for call in calls
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    dataset = load_source(Source(id=str(path)), None).dataset  # type: ignore[arg-type]
+    dataset = load_source(Source(id=str(path))).dataset
     found = [unpacked(*pair) for pair in zip(dataset["messages"], dataset["extras"], strict=True)]
     assert [messages[1]["tool_calls"] for messages, _ in found] == [[_calling(call)] for call in calls]
     assert [tools for _, tools in found] == [row["tools"] for row in rows]

@@ -115,7 +115,7 @@ def require_known_tokens(
     if len(tokenizer) <= rows or settings.gen_eval == "none":
         return
     for source in settings.gen_eval_sources:
-        for position, messages in enumerate(load_source(source, settings).dataset["messages"]):
+        for position, messages in enumerate(load_source(source).dataset["messages"]):
             text = "\n".join(message["content"] for message in messages)
             highest = max(tokenizer(text, add_special_tokens=False)["input_ids"], default=0)
             if highest >= rows:

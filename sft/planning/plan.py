@@ -171,7 +171,7 @@ def answer_faults(settings: Settings) -> list[str]:
     answers: list[tuple[str, str]] = []
     for source in settings.sources:
         try:
-            rows = load_source(source, settings).dataset
+            rows = load_source(source).dataset
         except SourceError:  # said already, by whoever prepared the rows
             continue
         step = max(len(rows) * len(settings.sources) // LINTED, 1)
@@ -189,7 +189,7 @@ def add_unlabelled(plan: Plan) -> None:
     failed = []
     for source in plan.settings.sources:
         try:
-            rows = len(load_source(source, plan.settings).dataset)
+            rows = len(load_source(source).dataset)
             plan.document.sources.append(
                 SourceRecord(id=source.id, split=source.split, weight=source.weight, rows=rows)
             )

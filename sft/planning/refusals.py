@@ -210,7 +210,7 @@ def question_problems(settings: Settings) -> Iterator[str]:
     for source in settings.gen_eval_sources if settings.gen_eval != "none" else ():
         setting = "SFT_GEN_EVAL_DATASET"
         try:
-            rows = load_source(source, settings)
+            rows = load_source(source)
         except SourceError as error:
             yield f"{setting}={source.id}: {error}"
             continue

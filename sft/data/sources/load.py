@@ -27,10 +27,11 @@ from sft.data.sources.shapes import (
 )
 from sft.data.sources.store import Write, key_of, stored
 from sft.data.sources.turns import Dropped, packed
+from sft.errors import first_line
 from sft.storage.seals import xxh3
 
 if TYPE_CHECKING:
-    from sft.settings import Settings, Source
+    from sft.settings import Source
 
 # Part of every fingerprint, by which stages know their data again: raise it only when rows mean something else.
 VERSION = 3
@@ -66,13 +67,12 @@ class Rows:
     unread: tuple[str, ...] = ()
 
 
-def load_source(source: Source, settings: Settings) -> Rows:
+def load_source(source: Source) -> Rows:
     """The rows of a source as messages, in their order.
 
     Raises:
         SourceError: with the reason to show after "Failed to load <id>:".
     """
-    del settings  # nothing in the settings changes what a source holds
     identity, raw_rows = open_source(source)
     fingerprint = key_of("rows", VERSION, identity, source.limit, source.columns)
 
@@ -144,7 +144,7 @@ def _from_folder(path: Path, split: str) -> datasets.Dataset:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: {_first_line(error)}") from error
+        raise SourceError(f"{path}: {first_line(error)}") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:
@@ -156,10 +156,10 @@ def _from_hub(source: Source) -> datasets.Dataset:
     try:
         return datasets.load_dataset(source.id, name=source.name, revision=source.revision, split=source.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise SourceError(_hub_reason(source, error)) from error
+        raise SourceError(_hub_reason(error)) from error
 
 
-def _hub_reason(source: Source, error: Exception) -> str:
+def _hub_reason(error: Exception) -> str:
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -170,11 +170,7 @@ def _hub_reason(source: Source, error: Exception) -> str:
         return "there is no such file or folder here and the hub cannot be reached; check the name and the network"
     if isinstance(error, datasets.exceptions.DatasetNotFoundError | FileNotFoundError):
         return "no such file or folder here, and no such data set on the hub; check the spelling"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def _dataset_rows(dataset: datasets.Dataset, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
