@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import subprocess
 import sys
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +88,41 @@ def test_a_secret_that_is_missing_or_forbidden_is_none(monkeypatch: pytest.Monke
     assert secret("HF_TOKEN") is None
     monkeypatch.setenv("HF_TOKEN", "written")
     assert secret("HF_TOKEN") == "written"
+
+
+def test_an_install_without_a_network_is_one_line_with_what_to_do(tmp_path: Path):
+    """pip finds nothing: the cell ends with the setting that switches the network on and the other way in."""
+    venv.create(tmp_path / "fresh", with_pip=True)
+    (tmp_path / "cell.py").write_text(cell("install"), encoding="utf-8")
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [tmp_path / "fresh" / "bin" / "python", "cell.py"]
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, env=alone | offline)
+    assert done.returncode == 1
+    said = "staged-sft[gpu] was not installed: switch the Internet on in the settings, or name a wheel"
+    assert done.stderr.splitlines()[-1] == said
+
+
+@pytest.mark.parametrize("fault", [ValueError("mount failed"), None])
+def test_a_drive_that_is_not_mounted_is_said_and_nothing_is_copied_there(
+    fault: Exception | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Declined, or mounted without a folder to write to: the cell ends well, and says that there is no safety copy."""
+
+    class Drive:
+        @staticmethod
+        def mount(place: str) -> None:
+            if fault:
+                raise fault
+
+    monkeypatch.delenv("SFT_MIRROR", raising=False)
+    monkeypatch.setitem(sys.modules, "google", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=Drive))
+    names: dict = {"os": os, "sys": sys, "Path": Path}
+    exec(cell("mirror"), names)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Drive is not mounted (")
+    assert (second, names["MIRROR"]) == ("Safety copy: none; a lost session starts again", "")
 
 
 def executed(folder: Path) -> dict[str, str]:
