@@ -261,6 +261,17 @@ def test_cells_carry_intervals_where_the_questions_are_known(folders):
     assert "<small>−0.250 (" in text and "95 % interval of the loss 0." in text
 
 
+@pytest.mark.parametrize(("after", "said"), [([0.6, 0.5] * 4, " (within noise)."), ([0.9] * 8, ".")])
+def test_what_a_stage_did_is_called_chance_where_its_interval_holds_nothing(folders, after, said):
+    """Its own tasks against the model before it: +0.05 by four of eight answers that fell and four that rose, +0.40."""
+    scores = [[0.1], [0.5], [sum(after) / 8]]
+    asked = {"base": {"stage 2": [0.1] * 8}, "stage 1": {"stage 2": [0.4, 0.6] * 4}, "stage 2": {"stage 2": after}}
+    one = FORGETTING | {"tasks": ["stage 2"], "scores": scores, "by_task": {}, "by_question": asked}
+    (folders[1] / "stage.json").write_text(json.dumps(manifest(2) | {"forgetting": one}))
+    end = f"{scores[2][0]:.2f}{said}"
+    assert stage_facts(folders[1])["lead"] == [f"Stage 2 lifted its own tasks from 0.50 to {end}"]
+
+
 def test_nothing_earlier_fell(folders):
     """Said where earlier tasks were asked and none fell by more than the margin."""
     kept = FORGETTING | {"scores": [[0.1, 0.0], [0.9, 0.59], [0.9, 1.0]]}

@@ -27,7 +27,15 @@ def _outcome(facts: Facts, say: Say) -> str:
         verb = "lifted" if after > before else "lowered"
         text = f"Stage {{stage}} {verb} its own tasks from {{before}} to {{after}}"
         sentence = say(text, stage=facts["stage"], before=f"{before:.2f}", after=f"{after:.2f}")
-    return sentence + _earlier(facts, say)
+    return sentence + (say(" (within noise)") if before != after and _is_chance(facts) else "") + _earlier(facts, say)
+
+
+def _is_chance(facts: Facts) -> bool:
+    """Whether the interval of what the stage did to its own tasks holds 0; False where no interval is known."""
+    matrix, own = facts["forgetting"], f"stage {facts['stage']}"
+    row = next((row["cells"] for row in matrix["rows"] if row["model"] == own), None) if matrix else None
+    change = row[matrix["tasks"].index(own)]["change"] if row and own in matrix["tasks"] else None
+    return change is not None and not change["real"]
 
 
 def _own_scores(facts: Facts) -> tuple[float | None, float | None]:
