@@ -49,6 +49,10 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.adopt or options.drop_tries:
+        from sft.variants import change_variants
+
+        return change_variants(options)
     if options.check and not options.stage:
         from sft.planning.machine import check_machine
 
@@ -61,6 +65,10 @@ def main(options: argparse.Namespace) -> int:
 
         check(ladder, options)
         return 0
+    if options.tries:
+        from sft.variants import try_variants
+
+        return try_variants(ladder, options, train_stage)
     gates = []
     for settings in ladder:
         train_stage(settings, fresh=options.fresh)

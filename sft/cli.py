@@ -7,9 +7,11 @@ import errno
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 from sft.distributed.launch import launched
 from sft.distributed.signals import STOP, Stopped
@@ -17,6 +19,8 @@ from sft.environment import required, untested_versions
 from sft.errors import STARTED_AS, Problems, RunFailed, hide_secrets, plainly
 from sft.planning.document import Document, print_documents
 from sft.settings import Settings, load_settings
+from sft.settings.schema import NAMES
+from sft.settings.variants import incomparable, pairings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
 3 complete, but a gate failed (--gate); 1 the run failed;
@@ -51,6 +55,16 @@ def parser() -> argparse.ArgumentParser:
     add("--gate", action="store_true", help="exit code 3 where a complete stage is no better or forgot something")
     add("--strict", action="store_true", help="a missing adapter or data set is an error")
     add("--fresh", action="store_true", help="train again; the old output is moved aside, never deleted")
+    add(
+        "--try",
+        metavar="NAME=V1,V2",
+        action="append",
+        default=[],
+        dest="tries",
+        help="train the stage once per value, side by side, and rank them; repeatable: all pairs",
+    )
+    add("--adopt", metavar="NAME", help="make one of these variants the stage")
+    add("--drop-tries", metavar="NAMES", help="delete variants, named with commas between them")
     # The launcher `deepspeed` adds it; the rank is read from the environment, where every launcher says it.
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -78,16 +92,41 @@ def load_ladder(options: argparse.Namespace) -> list[Settings]:
     ladder: list[Settings] = []
     found: dict[int | None, list[str]] = {}
     for number in _numbers(options, found):
-        try:
-            switches = {"strict": options.strict, "gate": options.gate}
-            ladder.append(load_settings(number, env_dir=options.env_dir, overrides=options.overrides, **switches))
-        except Problems as problems:
-            found[number] = problems.problems
+        for tried in variants_of(number, options, found):
+            try:
+                ladder.append(load_settings(number, tried=tried, **settings_options(options)))
+            except Problems as problems:
+                found.setdefault(number, []).extend(problems.problems)
+    counts = Counter(settings.variant for settings in ladder if settings.variant)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        found[ladder[0].stage] = [f"--try: {name} is named twice; leave one out" for name in twice]
+    elif options.tries and ladder and (problem := incomparable(ladder[0])):
+        found[ladder[0].stage] = [problem]
     if found and options.json:
         print_documents([Document(number, problems=problems) for number, problems in found.items()])
     if found:
         raise Problems(dict.fromkeys(text for problems in found.values() for text in problems))
     return ladder
+
+
+def settings_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says to `load_settings`."""
+    return {name: getattr(options, name) for name in ("env_dir", "overrides", "strict", "gate")}
+
+
+def variants_of(number: int, options: argparse.Namespace, found: dict[int | None, list[str]]) -> list[tuple[str, ...]]:
+    """What each variant of a stage tries, one that tries nothing where none are asked for; problems go to `found`."""
+    if not options.tries:
+        return [()]
+    combined, problems = pairings(options.tries, NAMES, options.overrides)
+    if options.gate:
+        problems.append("--try: --gate judges a stage; adopt one of the variants, then run --stage N --gate")
+    if not re.fullmatch(r"\d+", options.stage):
+        problems = [f"--try: varies one stage; name it with --stage N (not {options.stage})"]
+    if problems:
+        found[number] = problems
+        return []
+    return combined
 
 
 def _numbers(options: argparse.Namespace, found: dict[int | None, list[str]]) -> list[int]:

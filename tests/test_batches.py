@@ -18,6 +18,7 @@ from sft.training.batches import (
     pack,
     pack_in_order,
     packs_of,
+    rows_of_tokens,
 )
 
 
@@ -58,13 +59,15 @@ def test_a_rank_without_rows_gets_masked_tokens():
     assert batch["num_items"] == 0
 
 
-def test_every_trained_token_has_its_source():
-    """Rows 0 and 2 of source 1, row 1 of source 0: two, three and one trained tokens of a joined batch."""
+def test_every_trained_token_has_its_row_and_every_row_its_source():
+    """Rows 2, 1 and 0 have three, one and two trained tokens; rows 0 and 2 are of source 1, row 1 of source 0."""
     training = TrainingRows(rows().add_column("source", [1, 0, 1]), names=["a", "b"])
-    batch = join_rows([training[0], training[1], training[2]])
-    assert training.sources_of_tokens(batch, batch["labels"]).tolist() == [1, 1, 0, 1, 1, 1]
+    batch = join_rows([training[2], training[1], training[0]])
+    assert rows_of_tokens(batch, batch["labels"]).tolist() == [2, 2, 2, 1, 0, 0]
     nothing = join_rows([])
-    assert training.sources_of_tokens(nothing, nothing["labels"]).tolist() == []
+    assert rows_of_tokens(nothing, nothing["labels"]).tolist() == []
+    sums = torch.tensor([[0.5, 2.0], [3.0, 1.0], [1.5, 3.0]])
+    assert training.sums_of_sources(sums).tolist() == [[3.0, 1.0], [2.0, 5.0]]
 
 
 def test_packs_are_items():

@@ -21,8 +21,8 @@ HEAVY = {
 LIGHT = ("sft.settings", "sft.stages", "sft.storage", "sft.scoring", "sft.cli", "sft.errors", "sft.distributed.signals")
 # From the top of the house to its ground: a wing imports only what stands after it, types included.
 WINGS = (
-    "cli", "run", "planning", "programs", "reporting", "training", "evaluation", "merging", "stages", "models",
-    "environment", "data", "distributed", "settings", "storage", "scoring", "errors",
+    "variants", "cli", "run", "planning", "programs", "reporting", "training", "evaluation", "merging", "stages",
+    "models", "environment", "data", "distributed", "settings", "storage", "scoring", "errors",
 )  # fmt: skip
 READS_ENVIRONMENT = {
     "sft.settings.schema": "the settings",
@@ -36,6 +36,7 @@ CATCHES_EVERYTHING = {
     "sft/reporting/tracker.py": "a warning; what was missed is sent later",
     "sft/models/model.py": "a problem of the tokenizer's folder: its library raises nothing but Exception",
     "sft/scoring/own.py": "a warning that names line and row: a person's own measure never ends a run",
+    "sft/variants.py": "the end of one variant, for whatever a library raised; the others go on",
     "sft/planning/plan.py": "a problem: --check --json gives its document whatever is wrong",
 }
 SILENCED_CHECKERS = 16

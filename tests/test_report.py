@@ -335,7 +335,10 @@ def test_every_fixed_text_has_its_japanese():
     """Whatever a template or the code hands to the translation is in the table, with the same places for values."""
     room = Path(report.__file__).parent
     texts = set()
-    for path in [*room.glob("templates/*.jinja"), *(room / f"{name}.py" for name in ("report", "lead", "text"))]:
+    for path in [
+        *room.glob("templates/*.jinja"),
+        *(room / f"{name}.py" for name in ("report", "lead", "text", "variants")),
+    ]:
         source = path.read_text(encoding="utf-8")
         texts |= set(re.findall(r"\b(?:_|say)\(\s*\"([^\"]+)\"", source))
     texts |= {*FAULTS, *FAULTS.values()}

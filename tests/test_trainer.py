@@ -68,7 +68,7 @@ def test_the_default_targets_reach_every_projection(tmp_path: Path):
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     settings = SimpleNamespace(
         use_lora=True, lora_target_modules=names, lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_rslora=False,
-        lora_dora=False, origins={},
+        lora_dora=False, lora_modules_to_save=(), origins={},
     )  # fmt: skip
     assert set(targets_of(model).names()) == set(names)
     adapted = get_peft_model(model, adapter_config(model, settings))
@@ -86,7 +86,7 @@ def test_leaving_casts_to_autocast_saves_memory_and_changes_no_bit(tmp_path: Pat
 
     chosen = SimpleNamespace(
         use_lora=True, lora_target_modules=["all-linear"], lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_rslora=False,
-        lora_dora=False, origins={},
+        lora_dora=False, lora_modules_to_save=(), origins={},
     )  # fmt: skip
     folder = write_model(tmp_path / "m")
     ids = torch.arange(400)[None] % 300

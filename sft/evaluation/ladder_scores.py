@@ -19,6 +19,7 @@ from sft.models.model import load_model
 from sft.scoring.forgetting import GENERAL, Matrix, TaskScores, drops
 from sft.stages import paths
 from sft.stages.manifest import Manifest, is_intact, read_manifest, with_digest
+from sft.stages.variants import siblings
 from sft.storage import json_files
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Matrix:
     """
     path = stage.folder / paths.EARLIER_SCORES
     state = PartialState()
-    known = Matrix.read(ranks.from_main(_known(path).get("scores") if state.is_main_process else None))
-    if known is not None:
-        return known
-    earlier = Matrix()
-    for name, source in earlier_models(stage).items() if not launched().splits_weights else ():
+    known = Matrix.read(
+        ranks.from_main(_found_before(stage, path.name).get("scores") if state.is_main_process else None)
+    )
+    earlier = known or Matrix()
+    for name, source in earlier_models(stage).items() if known is None and not launched().splits_weights else ():
         say(f"Scoring {name} on the rows of stage {stage.number} ...")
         model = load_model(source, stage.settings)
         answers = evaluation.answer(model, evaluation.rows, accelerator=state)
@@ -95,12 +96,26 @@ def question_scores(samples: Sequence[dict[str, Any]]) -> list[float | None]:
 
 
 def _known(path: Path) -> dict[str, Any]:
-    """What an earlier start of the stage found; {} where it is absent or damaged."""
+    """What a file of scores holds; {} where it is absent or damaged."""
     try:
         record = json_files.read_json(path)
         return record if is_intact(record) else {}
     except (FileNotFoundError, json_files.DamagedFile, TypeError):
         return {}
+
+
+def _found_before(stage: Stage, name: str) -> dict[str, Any]:
+    """What an earlier start of the stage found, or another of its variants that asked the same; {} without any."""
+    if known := _known(stage.folder / name):
+        return known
+    asked = stage.folder / paths.QUESTIONS
+    for folder in siblings(stage):
+        if not (folder / name).is_file():
+            continue
+        same = name == paths.GENERAL or asked.read_bytes() == (folder / paths.QUESTIONS).read_bytes()
+        if same and (known := _known(folder / name)):
+            return known
+    return {}
 
 
 def general_before(stage: Stage, model: Any, tokenizer: Any) -> None:
@@ -110,7 +125,8 @@ def general_before(stage: Stage, model: Any, tokenizer: Any) -> None:
     """
     asked = _previous(earlier_stages(stage)).cell(_before(stage), GENERAL) is not None
     if not asked and tokenizer.chat_template:
-        scores, right = ask_general(model, tokenizer, PartialState())
+        found = ranks.from_main(_found_before(stage, paths.GENERAL) if PartialState().is_main_process else None)
+        scores, right = (found["scores"], found["right"]) if found else ask_general(model, tokenizer, PartialState())
         if PartialState().is_main_process:
             json_files.write_json(stage.folder / paths.GENERAL, with_digest({"scores": scores, "right": right}))
 

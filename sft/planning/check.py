@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 
 from sft.distributed.launch import launched
-from sft.environment import offline_unless_reachable, silence_libraries, silence_torch
+from sft.environment import silence_torch
 from sft.errors import Problems
 from sft.planning.document import print_documents
-from sft.planning.plan import plan_stage
+from sft.planning.plan import Plan, plan_stage
 from sft.settings import Settings
+from sft.stages.opening import quiet_start
 
 
 def check(ladder: list[Settings], options: argparse.Namespace) -> None:
@@ -20,21 +21,46 @@ def check(ladder: list[Settings], options: argparse.Namespace) -> None:
     """
     if launched().rank != 0:
         return
-    silence_libraries()
-    ladder[0].export_passthrough()
-    offline_unless_reachable()
+    quiet_start(ladder[0])
     silence_torch()
     plans = []
     held: set[int] = set()
     for settings in ladder:
         plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder, held=held))
+        if settings.variant:
+            continue
         held.update(plans[-1].rows.mix.held.tolist() if plans[-1].rows else ())
         if not options.json:
             from sft.planning.tables import plan_text
 
             print(plan_text(plans[-1]), flush=True)
+    if ladder[0].variant:
+        add_variants_space(plans, fresh=options.fresh)
+        if not options.json:
+            from sft.planning.tables import variants_text
+
+            print(variants_text(plans), flush=True)
     if options.json:
         print_documents([plan.document for plan in plans])
-    found = [(plan.settings.stage, text) for plan in plans for text in plan.document.problems]
+    raise_problems(plans)
+
+
+def add_variants_space(plans: list[Plan], *, fresh: bool) -> None:
+    """Whether the disk takes all variants, where each of them alone could be trained."""
+    from sft.planning.disk import require_space_for_all
+    from sft.stages.stage import Stage
+
+    if not any(plan.document.problems for plan in plans):
+        stages = [Stage.inspect(plan.settings, fresh=fresh, processes=launched().processes) for plan in plans]
+        plans[0].attempt(require_space_for_all, stages)
+
+
+def raise_problems(plans: list[Plan]) -> None:
+    """All problems, each with the stages or variants that have it where there are several; what all variants have in
+    common, once."""
+    found: dict[str, list[str]] = {}
+    for plan in plans:
+        for text in plan.document.problems:
+            found.setdefault(text, []).append(plan.settings.variant or f"stage {plan.settings.stage}")
     if found:
-        raise Problems([f"stage {stage}: {text}" if len(plans) > 1 else text for stage, text in found])
+        raise Problems([text if len(who) == len(plans) else f"{', '.join(who)}: {text}" for text, who in found.items()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,29 @@ def require_space(stage: Stage) -> None:
             f"SFT_OUT_LORA_DIR={stage.settings.out_lora_dir}: stage {stage.number} will write up to {readable(total)} "
             f"({parts}) and {readable(free)} are free; free some space, keep fewer checkpoints "
             f"(SFT_SAVE_TOTAL_LIMIT={stage.settings.save_total_limit}), or choose a place with more room"
+        ]
+    )
+
+
+def require_space_for_all(stages: Sequence[Stage]) -> None:
+    """The same for the variants of a stage, which are all kept and share one merged base; those that are complete need
+    nothing more.
+
+    Raises:
+        Problems: they do not fit together.
+    """
+    waiting = [stage for stage in stages if stage.decision != "complete" and stage.main_process]
+    needed = [needed_bytes(stage, load_config(stage.settings)) for stage in waiting]
+    merged = max((each.pop("merged base", 0) for each in needed), default=0)
+    total = sum(sum(each.values()) for each in needed) + merged
+    if not waiting or total <= (free := atomic.free_bytes(waiting[0].folder)):
+        return
+    fitting = int((free - merged) * len(waiting) // max(total - merged, 1))
+    raise Problems(
+        [
+            f"--try: {len(waiting)} variants will write up to {readable(total)} and {readable(free)} are free, enough "
+            f"for {max(fitting, 0)}; try fewer values, drop old variants (--drop-tries NAME), keep fewer checkpoints "
+            f"(SFT_SAVE_TOTAL_LIMIT={waiting[0].settings.save_total_limit}), or free some space"
         ]
     )
 

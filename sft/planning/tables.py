@@ -61,6 +61,22 @@ def sections(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "This machine", "\n".join(finding.text for finding in plan.machine)
 
 
+def variants_text(plans: Sequence[Plan]) -> str:
+    """What is to be done for each variant of a stage, and what all of them are told."""
+    rows = [["variant", "", "rows", "steps", "memory per device", "training"]]
+    for plan in plans:
+        document, seconds = plan.document, plan.forecast.seconds if plan.forecast else None
+        memory = size(document.memory["total"]) if document.memory["total"] else "–"
+        decided = "problems" if document.problems else str(document.lineage.decision)
+        figures = [figure(document.train_rows), figure(document.steps.total), memory, duration(seconds)]
+        rows.append([plan.settings.variant, decided, *figures])
+    notes = dict.fromkeys(note for plan in plans for note in plan.notes)
+    first = plans[0].settings
+    sets = [word for text in first.tried for word in ("--set", text)]
+    remark = f"Everything about one of them: {first.model_copy(update={'tried': ()}).command('--check', *sets)}"
+    return "\n".join([f"Stage {first.stage}: {len(plans)} variants", aligned(rows), *notes, remark])
+
+
 def settings_table(record: dict[str, dict[str, Any]]) -> str:
     """NAME, value and where it comes from."""
     given = {name: entry for name, entry in record.items() if entry["origin"] != "default"}

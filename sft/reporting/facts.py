@@ -118,7 +118,7 @@ def _ends(curve: list[list[float]] | None) -> list[float] | None:
 
 
 def _header(folder: Path, manifest: Manifest, lines: list[Facts]) -> Facts:
-    number = re.search(r"_stage(\d+)$", folder.name)
+    number = re.search(r"_stage(\d+)$", paths.stage_name(folder))
     started, finished = _moment(manifest.started), _moment(manifest.finished)
     ended = finished or _moment(next((line["time"] for line in reversed(lines) if "time" in line), None))
     return {
@@ -192,7 +192,7 @@ def _settings(manifest: Manifest) -> dict[str, Facts]:
 
 def _changed_settings(folder: Path, settings: dict[str, Facts]) -> list[Facts] | None:
     """Settings that differ from the stage before, read from its own manifest; None for stage 1 or without one."""
-    found = re.fullmatch(r"(.*_stage)(\d+)", folder.name)
+    found = re.fullmatch(r"(.*_stage)(\d+)", paths.stage_name(folder))
     if not found:
         return None
     before = _settings(_manifest(folder.with_name(f"{found.group(1)}{int(found.group(2)) - 1}"), []))

@@ -39,8 +39,9 @@ class _Axes:
     def curve(self, curve: Curve, number: int) -> None:
         places = [(self.across(step), self.up(value)) for step, value in curve]
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        colour = f"var(--series-{number})"
-        self.parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        colour = f"var(--series-{(number - 1) % COLOURS + 1})"
+        dash = ' stroke-dasharray="6 4"' if number > COLOURS else ""  # the colours begin again
+        self.parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         for x, y in places if len(places) <= _MOST_MARKS else ():
             self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
 
@@ -93,8 +94,8 @@ def line_chart(
     values = [value for curve in curves.values() for _, value in curve]
     axes = _Axes((min(steps, default=0), max(steps, default=1)), _range(values, unit=unit, zero=zero))
     axes.scale(label)
-    for number, curve in enumerate(curves.values()):
-        axes.curve(curve, number % COLOURS + 1)
+    for number, curve in enumerate(curves.values(), 1):
+        axes.curve(curve, number)
     return axes.svg(title)
 
 

@@ -106,9 +106,9 @@ def forgetting_table(manifest: Manifest) -> str:
     return "\n".join([aligned(rows), *(f"! {drop.sentence()}" for drop in found)])
 
 
-def html_page(template: str, facts: Mapping[str, Any]) -> str:
-    """A page of the house's look from one of the templates here, for the programs that report on something else."""
-    return _environment().get_template(template).render(dict(facts) | spoken("en"))
+def html_page(template: str, facts: Mapping[str, Any], language: str = "en") -> str:
+    """A page of the house's look from one of the templates here, for what is neither a stage nor a ladder."""
+    return _environment().get_template(template).render(dict(facts) | spoken(language))
 
 
 def spoken(language: str) -> Facts:
@@ -140,18 +140,19 @@ def _environment() -> Environment:
 
 
 def _chart(svg: str, title: str, legend: Sequence[tuple[str, float | None, int]]) -> Facts:
-    """A figure for the template: `legend` has the name, last value and colour (1..6) of every series."""
+    """A figure for the template: `legend` has name, last value and number (from 1) of every series."""
     return {"svg": Markup(svg), "title": title, "legend": legend}
 
 
-def _lines(curves: Mapping[str, plots.Curve], title: str, **options: Any) -> list[Facts]:
+def lines_chart(curves: Mapping[str, plots.Curve], title: str, **options: Any) -> list[Facts]:
+    """A figure of the curves for the template, none where there are none. `options`: as of `plots.line_chart`."""
     if not curves:
         return []
     return [_chart(plots.line_chart(curves, title=title, **options), title, _legend(curves))]
 
 
 def _legend(curves: Mapping[str, plots.Curve]) -> list[tuple[str, float | None, int]]:
-    return [(name, curve[-1][1], number % plots.COLOURS + 1) for number, (name, curve) in enumerate(curves.items())]
+    return [(name, curve[-1][1], number) for number, (name, curve) in enumerate(curves.items(), 1)]
 
 
 def _stage_charts(curves: Mapping[str, plots.Curve], say: Say) -> list[Facts]:
@@ -161,10 +162,10 @@ def _stage_charts(curves: Mapping[str, plots.Curve], say: Say) -> list[Facts]:
     speed = {"tokens_per_second": curves["tokens_per_second"]} if "tokens_per_second" in curves else {}
     unit = all(0 <= value <= 1 for curve in scores.values() for _, value in curve)
     step = say("step")
-    charts = _lines(losses, say("Loss"), label=step)
-    charts += _lines(scores, say("Scores of generated answers"), unit=unit, label=step)
-    charts += _lines(rate, say("Learning rate"), zero=True, label=step)
-    return charts + _lines(speed, say("Trained tokens per second"), zero=True, label=step)
+    charts = lines_chart(losses, say("Loss"), label=step)
+    charts += lines_chart(scores, say("Scores of generated answers"), unit=unit, label=step)
+    charts += lines_chart(rate, say("Learning rate"), zero=True, label=step)
+    return charts + lines_chart(speed, say("Trained tokens per second"), zero=True, label=step)
 
 
 def _ladder_charts(facts: Facts, say: Say) -> list[Facts]:

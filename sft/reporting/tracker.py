@@ -259,7 +259,7 @@ class Tracker:
 
         Each stage has an experiment of its own; the page that shows several lists them below this run all the same.
         """
-        path = self.folder.with_name(re.sub(r"_stage\d+$", "", self.folder.name))
+        path = self.folder.with_name(re.sub(r"_stage\d+$", "", paths.stage_name(self.folder)))
         tags = {LADDER_TAG: digest_of(path)}
         ours = client.search_experiments(filter_string=f"tags.`{KIND_TAG}` = '{TRAINING}'")
         everywhere = [each.experiment_id for each in ours]

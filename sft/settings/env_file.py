@@ -119,7 +119,14 @@ def shown(name: str, value: object, *, is_setting: bool = True) -> str:
     return f"{printable(name)}={text if len(text) <= 80 else text[:77] + '...'}"
 
 
-def gather(names: Sequence[str], path: Path, *, overrides: Sequence[str], environ: Mapping[str, str]) -> Given:
+def gather(
+    names: Sequence[str],
+    path: Path,
+    *,
+    overrides: Sequence[str],
+    tried: Sequence[str] = (),
+    environ: Mapping[str, str],
+) -> Given:
     """Everything said about the settings `names`, the strongest place winning; mistakes are collected, not raised."""
     given = Given(file_name=path.name)
     for place, name, value in _file_entries(path, given):
@@ -127,13 +134,13 @@ def gather(names: Sequence[str], path: Path, *, overrides: Sequence[str], enviro
     for name, value in sorted(environ.items()):
         if name.startswith("SFT_") or name in names:
             _take(given, names, place=Location(1, 0, "environment"), name=name, value=value)
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        place = Location(2, 0, "--set")
+    options = [*((Location(2, 0, "--set"), text) for text in overrides), *((Location(3, 0, "--try"), t) for t in tried)]
+    for place, text in options:
+        name, equals, value = text.partition("=")
         if equals:
             _take(given, names, place=place, name=name.strip(), value=value)
         else:
-            given.problems.append(Problem(place, f"--set {override}: has no value; write --set NAME=VALUE"))
+            given.problems.append(Problem(place, f"{place} {text}: has no value; write {place} NAME=VALUE"))
     return given
 
 

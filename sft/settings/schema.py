@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sft.errors import REPOSITORY, STARTED_AS, Problems, hide_secrets
 from sft.scoring.metrics import EXTRACTION_FIELDS, FORGETTING_MARGIN
 from sft.scoring.payload import DEFAULT_MARKERS
-from sft.settings import values
+from sft.settings import values, variants
 from sft.settings.env_file import gather, name_of
 from sft.settings.mistakes import validate
 from sft.settings.values import (
@@ -49,6 +49,7 @@ class Settings(BaseModel):
     origins: dict[str, str] = Field(default_factory=dict, repr=False)
     passthrough: dict[str, str] = Field(default_factory=dict, repr=False)
     overrides: tuple[str, ...] = Field(default=(), repr=False)
+    tried: tuple[str, ...] = Field(default=(), repr=False)
 
     base_model: PathText = setting(..., "Base model the ladder starts from: a hub id or a model folder.")
     model_revision: str | None = setting(None, "Branch, tag or commit of the base model on the hub.")
@@ -258,10 +259,19 @@ class Settings(BaseModel):
         """The data sets of generation evaluation; () where it answers the validation rows."""
         return self.gen_eval_dataset
 
+    @property
+    def variant(self) -> str:
+        """The name of the variant of its stage that `--try` makes, "" for the stage itself."""
+        names = {text.partition("=")[0].strip(): "" for text in self.tried}
+        found = self.model_dump(mode="json", include={NAMES[name] for name in names})
+        return variants.variant_name({name: found[NAMES[name]] for name in names})
+
     def command(self, *options: str, stage: int | None = None) -> str:
-        """train.py's command line for this stage, or another of its ladder, with the --env-dir and --set given."""
+        """train.py's command line for this stage, or another of its ladder, with the --env-dir and --set given, and
+        with the --try of this variant."""
         where = () if self.env_dir == Path() else ("--env-dir", str(self.env_dir))
         sets = [word for each in self.overrides for word in ("--set", hide_secrets(each))]
+        sets += [word for each in (self.tried if stage in (None, self.stage) else ()) for word in (variants.MARK, each)]
         words = ["--stage", str(stage or self.stage), *where, *sets, *options]
         return f"{STARTED_AS} {shlex.join(words)}"
 
@@ -276,7 +286,7 @@ class Settings(BaseModel):
         return {name: {"value": plain.get(NAMES[name]), "origin": self.origins.get(name, "default")} for name in NAMES}
 
 
-_NOT_SETTINGS = {"stage", "env_dir", "origins", "passthrough", "overrides"}
+_NOT_SETTINGS = {"stage", "env_dir", "origins", "passthrough", "overrides", "tried"}
 NAMES = {name_of(attribute): attribute for attribute in Settings.model_fields if attribute not in _NOT_SETTINGS}
 """Name of every setting -> attribute of `Settings`, in the order of docs/settings.md."""
 
@@ -286,16 +296,18 @@ def load_settings(
     *,
     env_dir: Path,
     overrides: Sequence[str] = (),
+    tried: Sequence[str] = (),
     strict: bool = False,
     gate: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings of a stage, from `--set` > process environment > `env_dir/stageN.env` > default.
+    """The settings of a stage, from `--try` > `--set` > process environment > `env_dir/stageN.env` > default.
 
     Args:
         stage: number of the stage, from 1.
         env_dir: folder of the env files.
         overrides: "NAME=VALUE" texts of `--set`.
+        tried: "NAME=VALUE" texts that make it one of the variants of `--try`.
         strict, gate: whether `--strict` and `--gate` were given.
         environ: the process environment; None takes the real one.
 
@@ -304,13 +316,14 @@ def load_settings(
     """
     environ = os.environ if environ is None else environ
     path = Path(env_dir) / f"stage{stage}.env"
-    given = gather(tuple(NAMES), path, overrides=overrides, environ=environ)
+    given = gather(tuple(NAMES), path, overrides=overrides, tried=tried, environ=environ)
     texts = {NAMES[name]: text for name, text in given.values.items() if text}
     fixed: dict[str, Any] = {
         "stage": stage,
         "env_dir": Path(env_dir),
         "passthrough": given.passthrough,
         "overrides": tuple(overrides),
+        "tried": tuple(tried),
         "origins": given.origins(NAMES),
     }
     for attribute, option in {"strict": strict, "gate": gate}.items():

@@ -22,7 +22,7 @@ _OTHER_DATA = ("SFT_EVAL_DATASET", "SFT_GEN_EVAL_DATASET")
 _FILES = ("SFT_CHAT_TEMPLATE", "SFT_JSON_SCHEMA", "SFT_GEN_EVAL")
 # Compared by content: models, data and files; by product: the batch. What has moved is still the same.
 _COMPARED_APART = RESULT_NEUTRAL | {"SFT_BASE_MODEL", "SFT_DATASET_SPLIT", *_BATCH, *_TRAINING_DATA, *_OTHER_DATA}
-_GLOBAL_BATCH = "global batch"
+GLOBAL_BATCH = "global batch"
 
 
 def stage_inputs(settings: "Settings", processes: int | None = None) -> dict[str, str]:
@@ -36,7 +36,7 @@ def stage_inputs(settings: "Settings", processes: int | None = None) -> dict[str
         prints = (source_fingerprint(source) for source in sources)
         inputs |= {f"{name} {place}": found for place, found in enumerate(prints, 1) if found}
     if processes:
-        inputs[_GLOBAL_BATCH] = str(settings.per_device_train_bs * settings.grad_accum * processes)
+        inputs[GLOBAL_BATCH] = str(settings.per_device_train_bs * settings.grad_accum * processes)
     return inputs
 
 
@@ -212,7 +212,7 @@ def _batch_changes(manifest: Manifest, now: Manifest, *, resuming: bool) -> list
     A completed stage may also be looked at with another number of processes than it was trained with.
     """
     before, after = _product(manifest), _product(now)
-    old, new = manifest.inputs.get(_GLOBAL_BATCH), now.inputs.get(_GLOBAL_BATCH)
+    old, new = manifest.inputs.get(GLOBAL_BATCH), now.inputs.get(GLOBAL_BATCH)
     if (old and old == new) or (before == after and not (resuming and old and new)):
         return []
     if before == after:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sft.settings.variants import value_text
 from sft.stages import checkpoints
 from sft.stages.changes import changes, gone_inputs
 from sft.stages.lineage import holds_nothing, result_sha256
@@ -96,12 +97,22 @@ def _judge_complete(verdict: Verdict, folder: Path, start: Manifest, *, remedy: 
     gone = gone_inputs(verdict.manifest, start)
     verdict.warnings = [f"[WARNING] {name} is gone: not compared with what was trained on" for name in gone]
     if verdict.changed:
+        remedy = f"{_to_write(verdict.manifest, start)}{remedy}"
         return _refuse_changed(verdict, f"{folder}: stage {start.stage} is complete", remedy)
     result = result_sha256(folder)
     if result is None or result[1] != verdict.manifest.adapter_sha256:
         what = f"its weights are not those that {MANIFEST} lists (damaged or replaced)"
         return verdict.refuse(f"{folder}: {what}; {remedy}")
     return verdict
+
+
+def _to_write(manifest: Manifest, start: Manifest) -> str:
+    """What an env file lacks of the variant that was made the stage."""
+    now = start.values()
+    tried = {} if start.tried() else manifest.tried()
+    lines = [f"{name}={value_text(value)}" for name, value in tried.items() if now[name] != value]
+    where = f"stage{start.stage}.env"
+    return f"the stage was adopted from --try: write {' and '.join(lines)} into {where}; or " if lines else ""
 
 
 def _judge_unfinished(verdict: Verdict, folder: Path, start: Manifest, *, remedy: str) -> Verdict:

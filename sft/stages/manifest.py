@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ValidationError
 
 from sft.settings.values import RECORD, SourceRecord
+from sft.settings.variants import MARK
 from sft.stages.paths import MANIFEST
 from sft.storage.json_files import DamagedFile, json_text, plain, read_json
 
@@ -76,6 +77,10 @@ class Manifest(BaseModel):
     def values(self) -> dict[str, Any]:
         """The settings' values by name."""
         return {name: record.value for name, record in self.settings.items()}
+
+    def tried(self) -> dict[str, Any]:
+        """The values of those that came from `--try`."""
+        return {name: record.value for name, record in self.settings.items() if record.origin == MARK}
 
 
 _NEEDED = ("stage", "status", "base_model", "parents", "settings", "sources", "inputs", "adapter_sha256")

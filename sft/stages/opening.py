@@ -11,9 +11,16 @@ from sft.environment import offline_unless_reachable, silence_libraries, silence
 from sft.errors import Problems
 from sft.settings import Settings
 from sft.stages.launch_checks import launch_problems, resume_problems
-from sft.stages.paths import lock_path
 from sft.stages.safety_copy import mirror_problems, restore
 from sft.stages.stage import Stage
+
+
+def quiet_start(settings: Settings) -> None:
+    """Before anything of a stage is looked at: libraries quiet, their variables set, the hub left alone where it can't
+    be reached, which costs half a minute of retries for every name that only it could know."""
+    silence_libraries()
+    settings.export_passthrough()
+    offline_unless_reachable()
 
 
 def open_stage(settings: Settings, *, fresh: bool) -> Stage:
@@ -23,9 +30,7 @@ def open_stage(settings: Settings, *, fresh: bool) -> Stage:
         Problems: anything wrong with lineage, output folder or lock (said by the main process), with how the run was
             launched, or a node that does not see the output folder (said by its ranks).
     """
-    silence_libraries()
-    settings.export_passthrough()
-    offline_unless_reachable()  # half a minute of retries for every name that only the hub could know
+    quiet_start(settings)
     if problems := launch_problems(settings):
         raise Problems(problems)
     alone = launched().processes == 1
@@ -70,7 +75,7 @@ def _open_together(settings: Settings, *, fresh: bool) -> Stage:
 
 def _findings(stage: Stage) -> dict[str, Any]:
     """What every rank must find alike, the holder that stands in the lock file, and the damaged checkpoints."""
-    lock = lock_path(stage.folder)
+    lock = stage.lock_path
     return {
         "decision": stage.decision,
         "checkpoint": stage.checkpoint.name if stage.checkpoint else None,

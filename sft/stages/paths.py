@@ -1,6 +1,12 @@
 """Every name below and beside OUT_stageN. No other file spells one."""
 
+import re
+from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sft.settings import Settings
 
 # In OUT_stageN.
 MANIFEST = "stage.json"
@@ -22,6 +28,12 @@ MERGE_RECORD = "merge.json"
 ADAPTER, ADAPTER_CONFIG, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 MODEL_CONFIG = "config.json"
 
+ROW_LOSSES = "row_losses.json"  # of a variant: its last loss on every validation row
+
+# Between OUT_stageN and a variant's name; what a folder is called that was moved aside or is half removed.
+_TRY = ".try-"
+_SET_ASIDE = re.compile(r"\.(old|broken)-\d{8}T|\.(partial|replaced)-\d+$")
+
 SEALED = (
     *("adapter_", "model", MODEL_CONFIG, "tokenizer", TRAINING_CONFIG, f"{BEST_MODEL}/", "gen_", HELD_OUT, "metrics."),
 )
@@ -33,9 +45,37 @@ def stage_folder(out_lora_dir: Path, number: int) -> Path:
     return Path(f"{out_lora_dir}_stage{number}")
 
 
+def variant_folder(folder: Path, name: str) -> Path:
+    """OUT_stageN.try-NAME, beside OUT_stageN."""
+    return folder.with_name(f"{folder.name}{_TRY}{name}")
+
+
+def own_folder(settings: "Settings") -> Path:
+    """Where a stage, or the variant of it that these settings are, is written."""
+    stage = stage_folder(settings.out_lora_dir, settings.stage)
+    return variant_folder(stage, settings.variant) if settings.variant else stage
+
+
+def stage_name(folder: Path) -> str:
+    """The name of OUT_stageN, also for one of its variants."""
+    return folder.name.partition(_TRY)[0]
+
+
+def variants_of(folder: Path) -> dict[str, Path]:
+    """Name and folder of every variant beside OUT_stageN; not what was moved aside or is being removed."""
+    start = f"{folder.name}{_TRY}"
+    found = {path.name.removeprefix(start): path for path in folder.parent.glob(f"{escape(start)}*") if path.is_dir()}
+    return {name: path for name, path in sorted(found.items()) if not _SET_ASIDE.search(name)}
+
+
+def variants_report(folder: Path) -> Path:
+    """OUT_stageN.tries.html, which lays the variants of a stage beside each other."""
+    return folder.with_name(f"{folder.name}.tries.html")
+
+
 def sibling_stage(folder: Path, number: int, other: int) -> Path | None:
     """OUT_stageK beside the folder OUT_stageN, whose end alone is looked at; None where it was renamed."""
-    stem, found, _ = folder.name.rpartition(f"_stage{number}")
+    stem, found, _ = stage_name(folder).rpartition(f"_stage{number}")
     return folder.with_name(f"{stem}_stage{other}") if found else None
 
 

@@ -87,7 +87,7 @@ def restorable(settings: Settings, *, fresh: bool = False) -> list[str]:
     """What `restore` would say, for --check; nothing where the place itself is a problem."""
     if mirror_problems(settings):
         return []
-    folders = [paths.stage_folder(settings.out_lora_dir, number) for number in to_restore(settings, fresh=fresh)]
+    folders = [_folder(settings, number) for number in to_restore(settings, fresh=fresh)]
     return [f"{folder} is not here: a run restores it from the safety copy in {settings.mirror}" for folder in folders]
 
 
@@ -98,12 +98,12 @@ def to_restore(settings: Settings, *, fresh: bool = False) -> list[int]:
         Problems: the place can't be looked at, so nobody knows whether the stage was begun.
     """
     wanted = range(1, settings.stage + (not fresh))
-    gone = [number for number in wanted if holds_nothing(paths.stage_folder(settings.out_lora_dir, number))]
+    gone = [number for number in wanted if holds_nothing(_folder(settings, number))]
     if settings.mirror is None or not gone:
         return []
     mirror = open_mirror(settings.mirror)
     try:
-        return [each for each in gone if mirror.holds(paths.stage_folder(settings.out_lora_dir, each).name)]
+        return [each for each in gone if mirror.holds(_folder(settings, each).name)]
     except MirrorError as error:
         raise Problems([_unreadable(settings, error)]) from error
 
@@ -113,9 +113,14 @@ def _unreadable(settings: Settings, error: MirrorError) -> str:
     return f"SFT_MIRROR={settings.mirror}: the safety copy can't be read ({hide_secrets(str(error))}); {remedy}"
 
 
+def _folder(settings: Settings, number: int) -> Path:
+    own = number == settings.stage
+    return paths.own_folder(settings) if own else paths.stage_folder(settings.out_lora_dir, number)
+
+
 def _fetch(settings: Settings, number: int) -> str:
-    folder = paths.stage_folder(settings.out_lora_dir, number)
-    lock = Lock(paths.lock_path(folder))
+    folder = _folder(settings, number)
+    lock = Lock(paths.lock_path(paths.stage_folder(settings.out_lora_dir, number)))
     lock.acquire()
     try:
         if holds_nothing(folder):

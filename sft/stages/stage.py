@@ -57,13 +57,18 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """OUT_stageN."""
-        return paths.stage_folder(self.settings.out_lora_dir, self.number)
+        """OUT_stageN, or OUT_stageN.try-NAME of a variant."""
+        return paths.own_folder(self.settings)
+
+    @property
+    def lock_path(self) -> Path:
+        """One for a stage and its variants: they share the merged base."""
+        return paths.lock_path(paths.stage_folder(self.settings.out_lora_dir, self.number))
 
     @property
     def merged_base(self) -> Path:
-        """OUT_stageN_merged_base."""
-        return paths.merged_base(self.folder)
+        """OUT_stageN_merged_base, of all variants as well."""
+        return paths.merged_base(paths.stage_folder(self.settings.out_lora_dir, self.number))
 
     @property
     def parents(self) -> tuple[Parent, ...]:
@@ -117,7 +122,7 @@ class Stage:
         """Decide as `open` would. Writes nothing, holds nothing, raises nothing: see `problems` and `warnings`."""
         stage = cls(settings, processes)
         stage._assess(fresh=fresh)
-        if stage.decision in ("fresh", "resume") and (holder := current_holder(paths.lock_path(stage.folder))):
+        if stage.decision in ("fresh", "resume") and (holder := current_holder(stage.lock_path)):
             what = f"stage {stage.number} is in use by {holder}; wait until it ends or stop it"
             stage.verdict.refuse(f"{stage.folder}: {what}")
         return stage
@@ -186,7 +191,7 @@ class Stage:
 
     def _hold(self, *, fresh: bool) -> None:
         """Lock, look again where another process may have worked meanwhile, clear up what killed ones left."""
-        self._lock = Lock(paths.lock_path(self.folder))
+        self._lock = Lock(self.lock_path)
         self._lock.acquire()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)

@@ -92,11 +92,10 @@ class TrainingRows(Dataset):
             example if self.edge_mask is None else example | self.masked(self.edge_mask, epoch, position, row, labels)
         )
 
-    def sources_of_tokens(self, batch: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
-        """The number of the source of every trained token of a joined batch, shape (trained tokens,), on the CPU."""
-        of_rows = torch.tensor([int(self._sources[row]) if row >= 0 else 0 for row in batch["rows"]])
-        row_of_token = (batch["position_ids"][0] == 0).cumsum(0) - 1
-        return of_rows[row_of_token[labels[0] != MASKED].cpu()]
+    def sums_of_sources(self, sums: torch.Tensor) -> torch.Tensor:
+        """(sources, columns) from sums of each row, (rows, columns)."""
+        found = torch.zeros((max(len(self.names), 1), sums.shape[1]), dtype=sums.dtype)
+        return found.index_add_(0, torch.from_numpy(self._sources), sums)
 
     def masked(
         self, mask: EdgeMask, epoch: int, position: int, row: dict[str, Any], labels: np.ndarray
@@ -136,6 +135,12 @@ def join_rows(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     trained = int((batch["labels"] != MASKED).sum())
     batch["num_items"] = sum(row["expected_tokens"] for row in rows) if "expected_tokens" in rows[0] else trained
     return batch
+
+
+def rows_of_tokens(batch: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """The position of the row of every trained token of a joined batch, shape (trained tokens,), on the CPU."""
+    row_of_token = (batch["position_ids"][0] == 0).cumsum(0) - 1
+    return torch.tensor(batch["rows"])[row_of_token[labels[0] != MASKED].cpu()]
 
 
 @dataclass(frozen=True)

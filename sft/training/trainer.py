@@ -37,7 +37,7 @@ from sft.stages import paths
 from sft.stages.checkpoints import metrics_mark, rotate
 from sft.storage import json_files
 from sft.training.arguments import reduce_in_float32, steps_to_schedule
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, order_of
+from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, order_of, rows_of_tokens
 from sft.training.callbacks import StageRhythm
 from sft.training.loss import (
     LossScale,
@@ -255,21 +255,25 @@ class StagedTrainer(SFTTrainer):
         `eval_loss/<source>`; the same whatever the number of ranks."""
         size, together, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         model = self.model_wrapped
-        sums = torch.zeros((max(len(rows.names), 1), 2), dtype=torch.float64)
+        sums = torch.zeros((len(rows), 2), dtype=torch.float64)
         with answering(model):
             for start in range(0, len(rows), size * together):
                 self.rhythm.raise_if_stopped()
                 mine = range(start + rank * size, min(start + (rank + 1) * size, len(rows)))
                 batch = self._prepare_inputs(join_rows([rows[row] for row in mine]))
                 labels = batch.pop("labels")
-                sources = rows.sources_of_tokens(batch, labels)
+                own = rows_of_tokens(batch, labels)
                 batch = {name: batch[name] for name in ("input_ids", "position_ids", "row_lengths", "row_ends")}
                 with self.compute_loss_context_manager():
                     losses = self.token_losses(model, batch, labels).double().cpu()
-                sums.index_add_(0, sources, torch.stack([losses, torch.ones_like(losses)], dim=1))
+                sums.index_add_(0, own, torch.stack([losses, torch.ones_like(losses)], dim=1))
         if together > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
-        return source_losses(sums, rows.names)
+        if self.settings.variant and self.args.should_save:  # by which variants are compared row by row
+            json_files.write_json(
+                self.folder / paths.ROW_LOSSES, dict(zip(("losses", "tokens"), sums.T.tolist(), strict=True))
+            )
+        return source_losses(rows.sums_of_sources(sums), rows.names)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Loss and perplexity on the validation rows, then what `measure` finds; never shifts random state. Keeps the
