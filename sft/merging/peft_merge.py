@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from sft.errors import RunFailed
 from sft.merging.adapter_files import Adapter
 from sft.merging.weights import read_config
+from sft.stages.paths import MODEL_CONFIG
 
 
 def merge_with_peft(
@@ -31,7 +32,7 @@ def merge_with_peft(
             raise RunFailed(f"{adapter.folder}: merging it changed no weight.")
     kind = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     model.to(getattr(torch, kind)).save_pretrained(target)
-    saved = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    saved = json.loads((target / MODEL_CONFIG).read_text(encoding="utf-8"))
     return bool(config.get("tie_word_embeddings", True)) and saved.get("tie_word_embeddings") is False
 
 

@@ -14,6 +14,7 @@ import torch
 
 from sft.errors import Problems, RunFailed, first_line, hub_errors
 from sft.settings.rules import is_missing_folder
+from sft.stages.paths import MODEL_CONFIG
 
 DTYPES = {
     "F64": torch.float64,
@@ -201,7 +202,7 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
 
 def read_config(folder: Path) -> dict:
     """config.json of a model folder; Problems when it is missing or the weights are already quantised."""
-    path = folder / "config.json"
+    path = folder / MODEL_CONFIG
     if not path.is_file():
         raise Problems([f"SFT_BASE_MODEL={folder}: holds no config.json; name a folder written by save_pretrained"])
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -28,6 +28,7 @@ from sft.models.model import LOAD_ERRORS, OTHER_SIZES, cut_away, lacking, load_c
 from sft.planning.machine import machine_problems
 from sft.scoring.own import MeasureError, load_own
 from sft.stages.launch_checks import launch_problems
+from sft.stages.paths import MODEL_CONFIG
 from sft.stages.safety_copy import mirror_problems
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def cache_problems(settings: Settings) -> Iterator[str]:
     name, revision = settings.base_model, settings.model_revision
     if Path(name).exists() or not unwritable(hub):
         return
-    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if not isinstance(try_to_load_from_cache(name, MODEL_CONFIG, revision=revision), str):
         yield (
             f"HF_HUB_CACHE={hub}: does not hold {name} and can't be written; set HF_HUB_CACHE to a folder that can, or "
             "SFT_BASE_MODEL to a folder"

@@ -171,7 +171,7 @@ class Tracker:
             later = "" if status == "FINISHED" else " and are sent when the stage goes on"
             self.say(
                 "[WARNING] MLflow did not take everything in time; all metrics are in "
-                f"{self.folder / 'metrics.jsonl'}{later}"
+                f"{self.folder / paths.METRICS}{later}"
             )
 
     # In the thread

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sft.data.sources.files import SourceError, files_of_folder, files_of_pattern, has_kind, is_pattern
 from sft.errors import hub_errors
+from sft.stages.paths import MODEL_CONFIG
 from sft.storage.seals import content_fingerprint, files_fingerprint, sha256
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAVED = {"state.json", "dataset_info.json", "dataset_dict.json"}
 # What transformers reads of a model folder.
 _MODEL_FILES = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*"),
+    *(MODEL_CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*"),
     *("merges.txt", "chat_template*", "additional_chat_templates/*", "*.jinja", "*.model", "*.tiktoken", "*.spm"),
     *("*.safetensors", "*.safetensors.index.json"),
 )
@@ -122,7 +123,7 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
 
 
 def _has_code(folder: Path) -> bool:
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in (MODEL_CONFIG, "tokenizer_config.json"):
         try:
             if "auto_map" in json.loads((folder / name).read_text(encoding="utf-8")):
                 return True
