@@ -76,7 +76,7 @@ def test_models_are_loaded_onto_their_device(tmp_path, monkeypatch, gpu, shardin
     launch = SimpleNamespace(splits_weights=sharding in ("zero3", "fsdp"), processes=2)
     monkeypatch.setattr(models, "launched", lambda: launch)
     monkeypatch.setattr(models, "PartialState", lambda: SimpleNamespace(device=device))
-    loaded = (torch.nn.Linear(1, 1), {"missing_keys": set()})
+    loaded = (torch.nn.Linear(1, 1), {"missing_keys": set(), "unexpected_keys": set()})
     monkeypatch.setattr(
         models.AutoModelForCausalLM, "from_pretrained", lambda source, **how: asked.update(how) or loaded
     )
