@@ -1,10 +1,12 @@
 """Answers in batches: what reading prompts in groups and writing into a roomy cache must not change."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -17,7 +19,10 @@ from transformers import (
     Qwen3MoeConfig,
 )  # fmt: skip
 
+from sft.distributed import ranks
 from sft.evaluation.answers import RoomyLayer, generate_answers, read_prompts, similar_lengths
+from sft.evaluation.at_once import answers_at_once
+from sft.models.model import keep_adapters_exact
 from tests.tiny import tokenizer
 
 WORDS = tokenizer()
@@ -165,3 +170,57 @@ def test_an_answer_that_the_limit_ended_says_so():
         False,
         False,
     ]
+
+
+def casts_of_a_token(model: Any) -> int:
+    """Changes of number format in the last of several decoding steps."""
+    counts: list[int] = []
+    with Casts() as casts:
+        hook = model.get_base_model().register_forward_pre_hook(lambda *_: counts.append(casts.count))
+        answers(model, 8)
+    hook.remove()
+    return counts[-1] - counts[-2]
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions to another number format."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_factors_of_an_adapter_are_cast_once_an_evaluation(monkeypatch: pytest.MonkeyPatch):
+    """In bfloat16 with a float32 adapter: two casts fewer for each of four projections and token, and afterwards the
+    very weights as before."""
+    model = model_of(GROUPED["llama"]).to(torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    keep_adapters_exact(adapted)
+    factors = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
+    before = {name: p.data for name, p in factors.items()}
+    fewer = casts_of_a_token(adapted)
+    assert all(p.dtype == torch.float32 and p.data_ptr() == before[name].data_ptr() for name, p in factors.items())
+    monkeypatch.setattr("sft.evaluation.answers.lora_layers", lambda model: [])
+    assert casts_of_a_token(adapted) - fewer == 2 * len(factors) // 2
+
+
+def test_a_gpu_takes_as_many_answers_as_fit(monkeypatch: pytest.MonkeyPatch):
+    """SFT_GEN_BATCH_SIZE=auto: 8 on a CPU; on a GPU seven tenths of what is free, through keys and values of prompt and
+    answer and the layer that reads a prompt, by hand; no more than there are questions, and one where there is room for
+    none."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2
+    )
+    at = {"longest": 900, "new": 100, "count": 64}
+    model: Any = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert answers_at_once(model, **at) == 8
+    one = 1000 * 6 * 2 * 16 * 2 * 2 + 4 * 900 * 128 * 2
+    model.device = torch.device("cuda")
+    monkeypatch.setattr(ranks, "largest", lambda number, device: number)
+    for name, taken in (("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, taken=taken: taken)
+    for free, expected in ((int(20.5 * one / 0.7) - 30, 20), (10**12, 64), (one, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**13))
+        assert answers_at_once(model, **at) == expected

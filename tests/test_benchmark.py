@@ -142,6 +142,9 @@ def test_only_the_experts_a_token_meets_are_active():
         ("meta-llama/Llama-2-70b-hf", 68.98),
         ("mistralai/Mistral-7B-Instruct-v0.2", 7.24),
         ("unsloth/Qwen3-30B-A3B-Instruct-2507", 30.53),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8.03),
+        ("Qwen/Qwen2.5-7B-Instruct", 7.62),
+        ("google/gemma-2-2b-it", 2.61),
     ],
 )
 def test_the_shapes_have_the_published_sizes(model, billions):

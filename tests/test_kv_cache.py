@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, GPT2Config, LlamaConfig
 
-from sft.planning.kv_cache import AnswerBatch, cache_bytes, largest_answers, longest_prompt
+from sft.evaluation.at_once import AnswerBatch, cache_bytes
+from sft.planning.kv_cache import largest_answers, longest_prompt
 from tests.ladders import make_settings
 
 ANSWERS = AnswerBatch(rows=8, tokens=1000)

@@ -55,6 +55,14 @@ def test_a_missing_library_is_broken(monkeypatch):
     assert (states["torch"], states["deepspeed"]) == ("broken", "warning")
 
 
+def test_a_stage_that_tracks_nowhere_does_not_need_mlflow(monkeypatch, make_settings):
+    """SFT_REPORT_TO=none trains without it."""
+    missing = Finding("mlflow", "broken", "is not installed", machine.INSTALL)
+    monkeypatch.setattr(machine, "libraries", lambda: [missing])
+    assert machine.machine_problems(make_settings()) == [missing.text]
+    assert machine.machine_problems(make_settings(report_to=("none",))) == []
+
+
 def test_old_python_is_broken():
     """3.11 is the oldest."""
     assert machine.python((3, 10, 2)).state == "broken"
@@ -158,7 +166,7 @@ def test_a_machine_without_a_gpu_is_fine(blind):
     assert blind(None).state == "ok"
 
 
-def test_a_driver_too_old_for_the_wheel_is_broken_and_training_does_not_fall_to_the_cpu(blind):
+def test_a_driver_too_old_for_the_wheel_is_broken_and_training_does_not_fall_to_the_cpu(blind, make_settings):
     """CUDA 13 wants driver 580; 535 runs the wheel for CUDA 12.6, whose exact command is given."""
     found = blind(CLOSED)
     assert (found.state, found.found) == (
@@ -168,7 +176,7 @@ def test_a_driver_too_old_for_the_wheel_is_broken_and_training_does_not_fall_to_
         "update the driver to 580 or newer, or pip install torch==2.13.0+cu126 --index-url "
         "https://download.pytorch.org/whl/cu126; CUDA_VISIBLE_DEVICES= trains on the CPU all the same"
     )
-    assert machine.machine_problems() == [found.text]
+    assert machine.machine_problems(make_settings()) == [found.text]
 
 
 def test_a_driver_too_old_for_every_wheel_is_to_be_updated(blind):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3MoeConfig
 
 from sft.distributed.launch import Launched, launched
+from sft.evaluation.at_once import AnswerBatch
 from sft.models.isolation import keep_rows_apart
 from sft.planning.activations import (
     Activations,
@@ -19,7 +20,6 @@ from sft.planning.activations import (
     kept_by_attention,
     with_adapter,
 )
-from sft.planning.kv_cache import AnswerBatch
 from sft.planning.memory import (
     COMFORTABLE,
     Estimate,

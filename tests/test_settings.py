@@ -70,7 +70,7 @@ def test_defaults_are_those_of_the_contract():
         "dataloader_workers": 0, "seed": 3407, "logging_steps": 10, "eval_steps": 50, "save_steps": 100,
         "save_total_limit": 2, "early_stopping_patience": -1, "metric_for_best": "eval_loss", "gen_eval": "none",
         "general_eval": True,
-        "gen_eval_dataset": (), "gen_eval_samples": 64, "gen_max_new_tokens": 512, "gen_batch_size": 8,
+        "gen_eval_dataset": (), "gen_eval_samples": 64, "gen_max_new_tokens": 512, "gen_batch_size": None,
         "num_generate_samples": 5, "forgetting_margin": 0.05, "gate": False, "json_schema": None,
         "report_language": "auto",
         "mlflow_experiment_name": "llm-training-stage1",

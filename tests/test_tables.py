@@ -2,10 +2,10 @@
 
 from types import SimpleNamespace
 
+from sft.evaluation.at_once import AnswerBatch
 from sft.planning import tables
 from sft.planning.activations import BatchShape
 from sft.planning.document import Lineage, Steps
-from sft.planning.kv_cache import AnswerBatch
 from sft.planning.memory import Estimate, Need
 from sft.planning.step_time import Forecast
 from sft.settings.values import SourceRecord

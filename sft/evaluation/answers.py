@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sft.models.model import answering, preserved_random_state
+from sft.evaluation.at_once import answers_at_once
+from sft.models.model import answering, factors_cast, lora_layers, preserved_random_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -91,7 +92,7 @@ def generate_answers(
     prompts: Sequence[str | list[dict[str, str]]],
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
     expected_lengths: Sequence[int] | None = None,
     accelerator: Accelerator | PartialState | None = None,
     interrupted: Callable[[], None] = lambda: None,
@@ -104,10 +105,14 @@ def generate_answers(
     Args:
         prompts: message lists without the answer, or what they are rendered to.
         max_new_tokens: limit per answer, in tokens.
+        batch_size: answers made at once; None takes what the device has room for.
         expected_lengths: of prompt and answer together, any unit: rows that end together are batched together.
         interrupted: called before each batch; may raise to stop.
     """
     texts = prompt_texts(prompts, tokenizer)
+    if batch_size is None:
+        longest = len(tokenizer(max(texts, key=len), add_special_tokens=False)["input_ids"]) if texts else 0
+        batch_size = answers_at_once(model, longest=longest, new=max_new_tokens, count=len(texts))
     batches = batches_by_length(expected_lengths or [len(text) for text in texts], batch_size)
     ranks = accelerator.num_processes if accelerator else 1
     rank = accelerator.process_index if accelerator else 0
@@ -115,7 +120,8 @@ def generate_answers(
     found: list[tuple[int, Answer]] = []
     rounds = -(-len(batches) // ranks)
     show = tqdm(range(rounds), desc="generating", leave=False, disable=True if rank or rounds < 2 else None)
-    with preserved_random_state(), answering(model):
+    layers = [] if is_split(model) else lora_layers(model)
+    with preserved_random_state(), answering(model), factors_cast(layers, model.get_input_embeddings().weight.dtype):
         for turn in show:
             interrupted()
             idle = turn * ranks + rank >= len(batches)

@@ -233,6 +233,23 @@ def casts_left_to_autocast(layers: Iterable[LoraLayer]) -> Iterator[None]:
             layer.cast_input_dtype_enabled = True
 
 
+@contextmanager
+def factors_cast(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
+    """The factors of adapters in the number format of the model, exact again afterwards.
+
+    PEFT casts the input of a float32 adapter to float32, for every token and projection, and its output back: 500 of
+    3,700 kernels a token in a model of 36 layers. Training's autocast rounds the factors in the same way.
+    """
+    exact = [(p, p.data) for layer in layers for part in (layer.lora_A, layer.lora_B) for p in part.parameters()]
+    for parameter, data in exact:
+        parameter.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in exact:
+            parameter.data = data
+
+
 def lora_layers(model: torch.nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 

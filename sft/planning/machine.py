@@ -165,9 +165,11 @@ def devices() -> Iterator[Finding]:
     yield Finding("attention", "ok", ", ".join(paths))
 
 
-def machine_problems() -> list[str]:
-    """What is wrong with this machine's libraries and GPUs, so that nothing can be trained with them."""
-    return [finding.text for finding in (*libraries(), *devices()) if finding.state == "broken"]
+def machine_problems(settings: Settings) -> list[str]:
+    """What is wrong with this machine's libraries and GPUs, so that the stage can't be trained with them."""
+    left_out = set() if "mlflow" in settings.report_to else {"mlflow"}
+    broken = [finding for finding in (*libraries(), *devices()) if finding.state == "broken"]
+    return [finding.text for finding in broken if finding.name not in left_out]
 
 
 def gpu(torch: Any, number: int) -> Finding:

@@ -14,11 +14,12 @@ import torch
 from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed.launch import Launched, launched
 from sft.errors import RunFailed
+from sft.evaluation.at_once import USUAL, AnswerBatch, cache_bytes
 from sft.models.model import compute_dtype
 from sft.models.saved import quantised_layers
 from sft.planning.activations import BatchShape, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
 from sft.planning.document import MEMORY
-from sft.planning.kv_cache import AnswerBatch, cache_bytes, largest_answers
+from sft.planning.kv_cache import largest_answers
 from sft.training.batches import largest_items
 
 if TYPE_CHECKING:
@@ -288,8 +289,9 @@ def advice(settings: Settings, *, answering: bool = False, checkpointed: bool = 
     `answering`: the generation evaluation needs more than a training step does; `checkpointed`: gradient checkpointing
     is on already.
     """
-    fewer = max(1, settings.gen_batch_size // 2)
-    first = [f"SFT_GEN_BATCH_SIZE={fewer}"] if answering and fewer < settings.gen_batch_size else []
+    together = settings.gen_batch_size or USUAL
+    fewer = max(1, together // 2)
+    first = [f"SFT_GEN_BATCH_SIZE={fewer}"] if answering and fewer < together else []
     return "in this order: " + "; ".join([*first, *_remedies(settings, checkpointed)])
 
 

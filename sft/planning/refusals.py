@@ -56,7 +56,7 @@ def refusals(settings: Settings) -> list[str]:
     unfit = [] if caches else model_problems(settings)
     fit = [] if unfit or damaged or not folder.is_dir() else weight_problems(folder, settings)
     return [
-        *machine_problems(),
+        *machine_problems(settings),
         *launch_problems(settings),
         *mirror_problems(settings),
         *caches,

@@ -42,6 +42,7 @@ _SPECIAL = {
     "SFT_DATASET_MIX_TOTAL_SIZE": "-1 or whole number ≥ 1",
     "SFT_EVAL_DATASET": _ID_OR_LIST,
     "SFT_NUM_PROC": "auto or whole number ≥ 1",
+    "SFT_GEN_BATCH_SIZE": "auto or whole number ≥ 1",
     "SFT_UPSAMPLE_RULES": "JSON object",
     "SFT_MAX_STEPS": "-1 or whole number ≥ 1",
     "SFT_EARLY_STOPPING_PATIENCE": "-1 or whole number ≥ 1",
@@ -62,14 +63,16 @@ def settings_page() -> str:
         field = Settings.model_fields[attribute]
         if name in _GROUPS:
             lines.append(f"\n## {_GROUPS[name]}\n\n{_TABLE_HEAD}")
-        lines.append(f"| `{name}` | {_default(field)} | {_values(name, field)} | {field.description} |")
+        lines.append(f"| `{name}` | {_default(name, field)} | {_values(name, field)} | {field.description} |")
     return "\n".join(lines) + "\n"
 
 
-def _default(field: FieldInfo) -> str:
+def _default(name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default
+    if value is None and _SPECIAL.get(name, "").startswith("auto"):
+        return "auto"
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, tuple):

@@ -19,6 +19,7 @@ from sft.settings.env_file import gather, name_of
 from sft.settings.mistakes import validate
 from sft.settings.values import (
     AtLeastOne,
+    AutoOrCount,
     IdOrMix,
     Mix,
     Names,
@@ -27,7 +28,6 @@ from sft.settings.values import (
     Optimizer,
     PathText,
     Positive,
-    Processes,
     Scheduler,
     Share,
     Source,
@@ -125,7 +125,7 @@ class Settings(BaseModel):
         0.0, "Share of the training rows that come from those of the earlier stages, the same from each of them."
     )
     deduplicate: Switch = setting(False, "Keep only the first of rows that are equal.")
-    num_proc: Processes = setting(None, "Processes that prepare the rows; unset chooses by cores and rows.")
+    num_proc: AutoOrCount = setting(None, "Processes that prepare the rows; unset chooses by cores and rows.")
     use_upsampling: Switch = setting(False, "Repeat training rows as SFT_UPSAMPLE_RULES says.")
     upsample_rules: Annotated[dict[str, NotNegative], BeforeValidator(values.parse_rules)] = setting(
         {}, 'Multipliers by task key, as a JSON object: {"text_to_toml": 3.0, "pack:hard": 2}.'
@@ -216,7 +216,9 @@ class Settings(BaseModel):
     )
     gen_eval_samples: AtLeastOne = setting(64, "Rows answered at each generation evaluation.")
     gen_max_new_tokens: AtLeastOne = setting(512, "Longest generated answer in tokens.")
-    gen_batch_size: AtLeastOne = setting(8, "Answers generated at once on each device.")
+    gen_batch_size: AutoOrCount = setting(
+        None, "Answers generated at once on each device; auto: what memory allows on a GPU, else 8."
+    )
     num_generate_samples: Annotated[int, Field(ge=0)] = setting(5, "Generated answers shown in the log.")
     extraction_fields: Names = setting(EXTRACTION_FIELDS, "Fields compared by the extraction metrics, as a comma list.")
     forgetting_margin: NotNegative = setting(

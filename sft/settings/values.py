@@ -338,7 +338,7 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OffOrCount = Annotated[int, AfterValidator(check_off_or_count)]
-Processes = Annotated[AtLeastOne | None, BeforeValidator(parse_auto)]
+AutoOrCount = Annotated[AtLeastOne | None, BeforeValidator(parse_auto)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expand)]
 
 
