@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from sft.evaluation import general, ladder_scores
 from sft.evaluation.general import Question, answer_general, general_metrics, general_questions, is_chance
+from tests.architectures import CONFIGS, tiny_model
 from tests.tiny import run_train, tokenizer, write_model, write_rows, write_stage
 
 
@@ -58,6 +60,28 @@ def test_the_answer_is_the_choice_that_is_most_likely_per_byte(model, monkeypatc
     for size in (3, 16):
         monkeypatch.setattr(general, "_AT_ONCE", size)
         assert answer_general(model, tokenizer(), turned) == expected
+    assert general._keeps_all(model)  # so far each prompt was read once; now with every choice
+    monkeypatch.setattr(general, "_keeps_all", lambda model: False)
+    assert answer_general(model, tokenizer(), turned) == expected
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_reading_a_prompt_once_changes_no_likelihood(kind: str):
+    """Where a layer keeps a window or a state every choice is read with its prompt; elsewhere both ways agree, behind
+    an adapter as well."""
+    model = tiny_model(kind)
+    assert general._keeps_all(model) == (kind in ("qwen3", "qwen3_moe"))
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
+    choices = [[[20 + place] * (1 + (place + line) % 3) for place in range(4)] for line in range(3)]
+    with torch.no_grad():
+        alone = general._one_by_one(model, prompts, choices)
+        first = torch.log_softmax(model(torch.tensor([prompts[0]])).logits[0, -1], dim=-1)[20].item()
+        assert alone[0][0] == pytest.approx(first, abs=1e-4)
+        if general._keeps_all(model):
+            adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+            assert general._keeps_all(adapted)
+            together = general._behind_prompts(adapted, prompts, choices)
+            assert together == [pytest.approx(each, abs=1e-4) for each in alone]
 
 
 def test_accuracy_over_all_by_kind_and_by_language():

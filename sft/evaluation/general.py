@@ -8,6 +8,7 @@ nothing is generated and nothing has to be parsed.
 from __future__ import annotations
 
 import csv
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from sft.evaluation.answers import is_split, prompt_texts
 from sft.models.model import answering, preserved_random_state
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 METRIC = "general_accuracy"
 CHANCE = 0.25  # four choices each
 _FILE = Path(__file__).with_name("general_questions.tsv")
-# Logits of a batch: 16 sequences of 60 tokens over 150,000 words are 0.6 GB in float32.
+# Questions in a batch: 16 with four choices of 10 tokens over 150,000 words are 0.4 GB of logits in float32.
 _AT_ONCE = 16
 
 
@@ -68,42 +71,86 @@ def answer_general(
     rank = accelerator.process_index if accelerator and ranks > 1 else 0
     prompts = prompt_texts([[{"role": "user", "content": each.text}] for each in questions], tokenizer)
     mine = range(rank, len(questions), ranks)
-    choices = [(number, place) for number in mine for place in range(len(questions[number].choices))]
-    texts = [(prompts[number], questions[number].choices[place]) for number, place in choices]
+    asked = [(prompts[number], questions[number].choices) for number in mine]
     with preserved_random_state(), answering(model):
-        scores = dict(zip(choices, _likelihoods(model, tokenizer, texts, interrupted), strict=True))
-    found = [
-        (number, all(scores[number, 0] > scores[number, place] for place in range(1, len(questions[number].choices))))
-        for number in mine
-    ]
+        scores = _likelihoods(model, tokenizer, asked, interrupted)
+    found = [(number, all(each[0] > other for other in each[1:])) for number, each in zip(mine, scores, strict=True)]
     return [right for _, right in sorted(gather_object(found) if ranks > 1 else found)]
 
 
 def _likelihoods(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[tuple[str, str]],
+    asked: Sequence[tuple[str, Sequence[str]]],
     interrupted: Callable[[], None],
-) -> list[float]:
-    """Log-likelihood per byte of each (prompt, choice)'s choice. Padding stands on the right: what is causal never
-    sees it, attention or recurrent state."""
-    encoded = [[tokenizer(part, add_special_tokens=False)["input_ids"] for part in pair] for pair in texts]
-    lengths = [len(prompt) + len(choice) for prompt, choice in encoded]
-    order = sorted(range(len(texts)), key=lengths.__getitem__)
-    found = [0.0] * len(texts)
+) -> list[list[float]]:
+    """Log-likelihood per byte of each choice behind its prompt, for every (prompt, choices)."""
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prompts = [encoded(prompt) for prompt, _ in asked]
+    choices = [[encoded(choice) for choice in found] for _, found in asked]
+    totals = _behind_prompts if _keeps_all(model) else _one_by_one
+    order = sorted(range(len(asked)), key=lambda number: len(prompts[number]))
+    found: list[list[float]] = [[] for _ in asked]
     for start in range(0, len(order), _AT_ONCE):
         interrupted()
         batch = order[start : start + _AT_ONCE]
-        width = max(lengths[number] for number in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        for line, number in enumerate(batch):
-            ids[line, : lengths[number]] = torch.tensor([*encoded[number][0], *encoded[number][1]])
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        for line, number in enumerate(batch):
-            prompt, choice = encoded[number]
-            own = logits[line, len(prompt) - 1 : lengths[number] - 1].float().log_softmax(dim=-1)
-            total = own.gather(1, torch.tensor(choice, device=own.device)[:, None]).sum().item()
-            found[number] = total / len(texts[number][1].encode())
+        sums = totals(model, [prompts[number] for number in batch], [choices[number] for number in batch])
+        for number, each in zip(batch, sums, strict=True):
+            found[number] = [s / len(text.encode()) for s, text in zip(each, asked[number][1], strict=True)]
+    return found
+
+
+def _keeps_all(model: Any) -> bool:
+    """Whether every layer keeps all keys and values of its own: then a prompt is read once for all its choices."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = inspect.signature(type(bare).forward).parameters.keys() >= {"position_ids", "logits_to_keep"}
+    return taken and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, padded on the right: what is causal never sees it, attention or recurrent state."""
+    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for line, row in enumerate(rows):
+        ids[line, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[line, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _behind_prompts(model: Any, prompts: list[list[int]], choices: list[list[list[int]]]) -> list[list[float]]:
+    """Log-likelihoods of the choices: the prompts first, then all choices behind their cached keys and values."""
+    ids, mask = _padded(prompts, model.device)
+    ends = mask.sum(dim=1) - 1
+    kept = ends.unique()
+    cache = DynamicCache(config=model.config)
+    read = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, "logits_to_keep": kept}
+    logits = model(input_ids=ids, **read).logits
+    lines = torch.arange(len(prompts), device=ids.device)
+    first = logits[lines, torch.searchsorted(kept, ends)].float().log_softmax(dim=-1)
+    repeats, rows = len(choices[0]), [choice for each in choices for choice in each]
+    totals = first.repeat_interleave(repeats, dim=0)[range(len(rows)), [row[0] for row in rows]]
+    if any(len(row) > 1 for row in rows):
+        cache.batch_repeat_interleave(repeats)
+        ids, own = _padded(rows, model.device)
+        positions = (ends + 1).repeat_interleave(repeats)[:, None] + torch.arange(ids.shape[1] - 1, device=ids.device)
+        seen = torch.cat([mask.repeat_interleave(repeats, dim=0), own[:, :-1]], dim=1)
+        behind = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        logits = model(input_ids=ids[:, :-1], **behind).logits.float().log_softmax(dim=-1)
+        totals = totals + (logits.gather(2, ids[:, 1:, None])[:, :, 0] * own[:, 1:]).sum(dim=1)
+    return totals.reshape(len(prompts), repeats).tolist()
+
+
+def _one_by_one(model: Any, prompts: list[list[int]], choices: list[list[list[int]]]) -> list[list[float]]:
+    """The same where a layer keeps something else (a window, a state): every choice with its prompt before it."""
+    found = []
+    for prompt, each in zip(prompts, choices, strict=True):
+        ids, _ = _padded([[*prompt, *choice] for choice in each], model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+        chosen = logits.gather(2, ids[:, len(prompt) :, None])[:, :, 0]
+        found.append([chosen[line, : len(choice)].sum().item() for line, choice in enumerate(each)])
     return found
 
 
