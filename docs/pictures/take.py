@@ -14,7 +14,7 @@ from PIL import Image
 FOLDER = Path(__file__).resolve().parent
 WIDTH = 1000
 # Picture, page below outputs/, and the rows of pixels of the page that are shown.
-PICTURES = (("matrix", "demo_report.html", (640, 1475)), ("report", "demo_stage3/report.html", (0, 770)))
+PICTURES = (("matrix", "demo_report.html", (640, 1110)), ("report", "demo_stage3/report.html", (0, 770)))
 
 
 def take(browser: str, page: Path, target: Path, rows: tuple[int, int]) -> None:
