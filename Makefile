@@ -11,10 +11,13 @@ install-bench: $(VENV)/.bench
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@echo "Installing the pinned dependencies into $(VENV): minutes, no compiler ..."
 	$(PYTHON) -m venv $(VENV)
+	@date +%s > $(VENV)/.started
 	$(PIP) torch setuptools wheel
 	$(PIP) -e '.[dev,gpu]'
-	touch $@
+	@echo "Installed in $$(($$(date +%s) - $$(cat $(VENV)/.started))) s"
+	@touch $@
 
 # Its setup.py asks torch for GPUs and, where there is one, for nvcc; told of a CPU it needs neither, and what it finds
 # when it runs it finds anew.
@@ -29,7 +32,7 @@ $(VENV)/.bench: $(VENV)/.deepspeed
 
 .PHONY: demo test check format bench bench-full torture audit release-check clean
 demo: install
-	$(BIN)/python train.py --stage all
+	@started=$$(date +%s); $(BIN)/python train.py --stage all && echo "The demo took $$(($$(date +%s) - started)) s"
 
 test: install-deepspeed
 	$(BIN)/python -m pytest

@@ -22,6 +22,7 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         if stage.decision == "complete":
             look_after(stage)
             return
+        cli.say("Loading libraries ...")
         silence_torch()
         from sft import run
         from sft.merging.parents import load_verified, merge_parents
@@ -41,6 +42,7 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
         evaluation = run.evaluation(stage, tokenizer, mix)
         base = merge_parents(stage)  # published and verified, or the base model itself
         earlier = run.score_earlier_models(stage, evaluation)
+        cli.say("Loading the model ...")
         model = load_verified(stage, base)
         with tracked(stage, mix) as tracker, kept_safe(stage) as copy:
             trainer = run.build_trainer(stage, model, tokenizer, mix, evaluation, tracker, copy)

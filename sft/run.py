@@ -54,6 +54,7 @@ transformers.utils.logging.disable_progress_bar()
 
 def prepare_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Mix:
     """The rows of the stage; the main process makes the labels, the others find them cached."""
+    say("Reading, labelling and auditing rows ...")
     with ranks.main_first("the main process to read the data"):
         taught = taught_before(settings)
         mix = prepare_mix(settings, tokenizer, say=say, earlier=earlier_questions(settings), taught=taught)
@@ -120,6 +121,8 @@ def measure_answers(evaluation: GenerationEvaluation, record: RunRecord) -> Meas
 
     def measure(model: Any, accelerator: Any, state: Any, interrupted: Callable[[], None]) -> dict[str, float]:
         step = state.global_step
+        if step == 0:
+            say(f"Answering {len(evaluation.rows)} questions before training ...")
         keep = partial(record.samples, step=step, steps=state.max_steps)
         return evaluation.run(model, accelerator, step=step, interrupted=interrupted, record=keep)
 

@@ -126,6 +126,8 @@ def general_before(stage: Stage, model: Any, tokenizer: Any) -> None:
     asked = _previous(earlier_stages(stage)).cell(_before(stage), GENERAL) is not None
     if not asked and tokenizer.chat_template:
         found = ranks.from_main(_found_before(stage, paths.GENERAL) if PartialState().is_main_process else None)
+        if not found:
+            say(f"Asking {len(general_questions())} general questions before training ...")
         scores, right = (found["scores"], found["right"]) if found else ask_general(model, tokenizer, PartialState())
         if PartialState().is_main_process:
             json_files.write_json(stage.folder / paths.GENERAL, with_digest({"scores": scores, "right": right}))
