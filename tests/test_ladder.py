@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from official_content import compare_answers
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,24 @@ def test_the_forgetting_matrix_is_full(ladder: Path):
     assert matrix["models"] == ["base", "stage 1", "stage 2", "stage 3"]
     assert matrix["tasks"] == ["stage 1", "stage 2", "stage 3"]
     assert all(score is not None for row in matrix["scores"] for score in row)
+
+
+def test_answers_of_every_two_models_can_be_compared(ladder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """What a ladder leaves is enough for every pair of stages, on the questions of each up to the later one, and the
+    ladder's report says what changed from stage to stage."""
+    for one, other in ((1, 2), (2, 3), (1, 3)):
+        capsys.readouterr()
+        arguments = ["--stage", str(one), "--with", str(other), "--env-dir", str(ladder), "--json"]
+        monkeypatch.setattr(sys, "argv", ["compare_answers.py", *arguments])
+        assert compare_answers.program() == 0
+        found = json.loads(capsys.readouterr().out)["questions"]
+        assert [(each["of_stage"], each["missing"], len(each["answers"])) for each in found] == [
+            (number, None, len((ladder / f"out_stage{number}" / "gen_rows.jsonl").read_text().splitlines()))
+            for number in range(1, other + 1)
+        ]
+    facts = json.loads((ladder / "out_report.json").read_text())
+    assert len(facts["answers"]) == 2 + 3
+    assert "What changed in the answers" in (ladder / "out_report.html").read_text()
 
 
 def test_a_completed_stage_is_left_alone(ladder: Path, capsys: pytest.CaptureFixture[str]):

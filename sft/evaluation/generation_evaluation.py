@@ -150,10 +150,14 @@ class GenerationEvaluation:
         samples, metrics = self.score(self.rows, answers)
         if accelerator.is_main_process:
             json_files.write_json(self.folder / f"{paths.GEN_METRICS}{step}.json", metrics | {"gen_global_step": step})
-            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-            atomic.write_text(self.folder / f"{paths.GEN_SAMPLES}{step}.jsonl", lines)
+            keep_samples(self.folder / f"{paths.GEN_SAMPLES}{step}.jsonl", samples)
             record(samples)
         return metrics
+
+
+def keep_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
+    """A line per answer, with what was asked and how it was judged."""
+    atomic.write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
 
 def show_samples(samples: Sequence[dict[str, Any]], count: int, title: str) -> None:

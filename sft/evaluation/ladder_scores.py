@@ -14,9 +14,9 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
 from sft.evaluation.general import ask_general, general_questions, is_chance
-from sft.evaluation.generation_evaluation import GenerationEvaluation
+from sft.evaluation.generation_evaluation import GenerationEvaluation, keep_samples
 from sft.models.model import load_model
-from sft.scoring.forgetting import GENERAL, Matrix, TaskScores, drops
+from sft.scoring.forgetting import GENERAL, Matrix, TaskScores, drops, stage_number
 from sft.stages import paths
 from sft.stages.manifest import Manifest, is_intact, read_manifest, with_digest
 from sft.stages.variants import siblings
@@ -83,6 +83,8 @@ def score_earlier(stage: Stage, evaluation: GenerationEvaluation) -> Matrix:
         answers = evaluation.answer(model, evaluation.rows, accelerator=state)
         samples, metrics = evaluation.score(evaluation.rows, answers)
         earlier.put(name, f"stage {stage.number}", task_scores(metrics, evaluation.rows), question_scores(samples))
+        if state.is_main_process and name != "base":
+            keep_samples(stage.folder / f"{paths.SAMPLES_BY_STAGE}{stage_number(name)}.jsonl", samples)
         del model
         gc.collect()
         torch.cuda.empty_cache()  # the next model is of another size; without a GPU it does nothing
@@ -187,6 +189,8 @@ def ladder_scores(
             then = evaluation.of_stage(read_manifest(folder, number) or Manifest())
             samples, metrics = then.score(rows, then.answer(model, rows, accelerator=accelerator))
             matrix.put(here, f"stage {number}", task_scores(metrics, rows), question_scores(samples))
+            if PartialState().is_main_process:
+                keep_samples(stage.folder / f"{paths.SAMPLES_OF_STAGE}{number}.jsonl", samples)
     if not any(scores for tasks in matrix.table.values() for scores in tasks.values()):
         return None
     for drop in drops(matrix):

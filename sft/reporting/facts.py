@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sft.reporting.differences import ladder_changes
 from sft.reporting.language import english
 from sft.reporting.lead import stage_lead
 from sft.reporting.scores import (
@@ -78,6 +79,7 @@ def ladder_facts(folders: Sequence[Path]) -> Facts:
         "seconds": sum(stage["seconds"] or 0 for stage in stages),
         "stages": [_summary(stage) for stage in stages],
         "forgetting": matrix_facts(matrix),
+        "answers": ladder_changes({stage["stage"]: folder for stage, folder in zip(stages, folders, strict=True)}),
         "differing_settings": differing({f"stage {stage['stage']}": stage["settings"] for stage in stages}),
         "notices": [f"Stage {stage['stage']}: {text}" for stage in stages for text in stage["notices"]],
     }

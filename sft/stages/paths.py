@@ -19,6 +19,8 @@ REPORT, REPORT_FACTS = "report.html", "report.json"
 OPEN_RUN = ".mlflow_run.json"  # as long as an MLflow run of the stage has not been ended
 BEST_MODEL, BEST_RECORD = "best_model", "best_model_info.json"
 GEN_METRICS, GEN_SAMPLES = "gen_metrics_step", "gen_samples_step"
+# Answers of this stage's model to an earlier stage's questions, and of an earlier stage's model to this one's.
+SAMPLES_OF_STAGE, SAMPLES_BY_STAGE = "gen_samples_of_stage", "gen_samples_by_stage"
 ERROR_LOGS = "error*.log"
 # In a checkpoint: what the Trainer saves of itself, and what the run's own counters were.
 TRAINER_STATE, RHYTHM = "trainer_state.json", "rhythm.json"
