@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sft.cli import show_any_text
 from sft.errors import Problems
 from sft.programs.command_line import run_program, whole_number
 from sft.reporting.differences import Compared, compare_stages, record, table
@@ -37,7 +38,7 @@ def main() -> None:
     options = arguments()
     if options.stage == options.other:
         raise Problems([f"--with {options.other}: is the stage itself; name another one"])
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    show_any_text()
     numbers = options.stage, options.other
     settings = [load_settings(n, env_dir=options.env_dir, overrides=options.overrides) for n in numbers]
     out = settings[0].out_lora_dir
