@@ -113,6 +113,8 @@ def write_adapter(origin: "Origin", target: Path, options: argparse.Namespace) -
     if errors := found.combined.errors:
         worst = max(errors, key=errors.__getitem__)
         print(f"Shortened: {len(errors)} matrices lose up to {errors[worst]:.1%} of their update ({worst})")
+    if found.answers:
+        print(f"The stage's questions, all stages against this adapter: {found.answers.sentence()}")
     print(f"Compared with all stages: KL {found.kl:.2g}, largest logit difference {found.max_abs_diff:.2g}")
     for note in found.notes:
         print(f"Serving: {note}")

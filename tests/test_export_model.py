@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from sft.errors import Problems
+from sft.evaluation.answers import Answer
 from sft.merging.probe import store_probe
 from sft.programs.command_line import run_program
 from sft.programs.export import check_repository
@@ -315,6 +316,25 @@ def test_all_stages_become_one_adapter_for_the_untouched_base(export, ladder):
     code, out, _ = export("--checkpoint_dir", stages[1], "--as-adapter", "--rank", 2)
     assert code == 0
     assert "Shortened: 4 matrices lose up to " in out
+    assert "The stage's questions" not in out  # it has none
+
+
+def test_a_shortened_adapter_says_what_it_costs_in_answers(export, ladder, monkeypatch):
+    """The stage's own questions, answered by base + all adapters and by the shortened one: 8 of 8 right, then 6."""
+    stage = ladder[1][1]
+    row = {"task": "text_to_json", "prompt": [{"role": "user", "content": "a is 1"}], "reference": '{"a": 1}'}
+    (stage / "gen_rows.jsonl").write_text((json.dumps(row | {"kind": "structured"}) + "\n") * 8)
+    manifest = json.loads((stage / "stage.json").read_text())
+    manifest["settings"]["SFT_GEN_EVAL"] = {"value": "structured", "origin": "stage2.env"}
+    (stage / "stage.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
+    given = iter([['{"a": 1}'] * 8, ['{"a": 1}'] * 6 + ["nothing"] * 2])
+    answer = "sft.evaluation.generation_evaluation.GenerationEvaluation.answer"
+    monkeypatch.setattr(answer, lambda self, model, rows: [Answer(text) for text in next(given)])
+    code, out, err = export("--checkpoint_dir", stage, "--as-adapter", "--rank", 2)
+    assert (code, err) == (0, "")
+    assert "The stage's questions, all stages against this adapter: gen_score 1.000 -> 0.750 (-0.250, 95 % int" in out
+    record = json.loads((stage / "adapter" / "merge.json").read_text())["answers"]
+    assert (record["exact"], record["shortened"], record["difference"]["questions"]) == (1.0, 0.75, 8)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ class Variant:
 
 def find_variants(folder: Path, number: int) -> dict[str, Variant]:
     """Every variant of the stage of OUT_stageN by name; the stage itself where a variant was adopted."""
-    found = {name: Variant(name, place, _manifest(place, number)) for name, place in paths.variants_of(folder).items()}
+    places = {name: place for name, place in paths.variants_of(folder).items() if not holds_nothing(place)}
+    found = {name: Variant(name, place, _manifest(place, number)) for name, place in places.items()}
     stage = _manifest(folder, number)
     if tried := stage.tried():
         name = variant_name(tried)
