@@ -261,11 +261,12 @@ def test_unknown_columns_name_what_there_is_and_what_is_known(tmp_path: Path):
         ),
         ({"query": "a", "response": "b"}, '{"prompt": "query", "completion": "response"}'),
         ({"Problem": "a", "steps": "b", "Solution": "c"}, '{"prompt": "Problem", "completion": "Solution"}'),
+        ({"id": "x", "dialogue": PAIR}, '{"messages": "dialogue"}'),
         ({"source": "a", "label": 1}, '{"prompt": "source", "completion": "..."}'),
     ],
 )
 def test_unknown_columns_get_the_mapping_that_is_likely(row: dict[str, Any], mapping: str, tmp_path: Path):
-    """Ours in capitals, and names that others use for question and answer."""
+    """Ours in capitals, turns under another name, and names that others use for question and answer."""
     assert f'with "columns": {mapping}' in reason(write_lines(tmp_path / "rows.jsonl", row))
 
 

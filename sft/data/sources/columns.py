@@ -185,8 +185,14 @@ def _likely(row: Row) -> str:
     shape = shape_of(named)
     if shape is not None:
         return json.dumps({ours: named[ours] for ours in sorted(shape.columns & named.keys())}, ensure_ascii=False)
+    if turns := [name for name, value in row.items() if isinstance(value, list) and value and _is_turn(value[0])]:
+        return json.dumps({"messages": turns[0]}, ensure_ascii=False)
     found = [next((named[name] for name in names if name in named), "...") for names in _ASKED_AND_SAID]
     return json.dumps(dict(zip(("prompt", "completion"), found, strict=True)), ensure_ascii=False)
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value.keys() & {"role", "from"})
 
 
 def _unread_keys(turn: Any) -> Iterator[str]:
