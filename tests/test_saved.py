@@ -17,6 +17,7 @@ from sft.models.targets import adapter_config, adapter_problems
 from sft.planning.memory import parameter_bytes
 from sft.programs.export import export, find_origin
 from tests import tiny
+from tests.launching import ROOT, run
 from tests.stops import before
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -268,3 +269,16 @@ def test_check_and_run_refuse_in_the_same_words(
     assert errors[0] == errors[1]
     assert text in errors[0][0]
     assert not (folder / "out_stage1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp"])
+def test_two_processes_train_them_as_one_does(kind: str, trained: Path, tmp_path: Path):
+    """Half of the accumulation each: the same adapter, head and norm to 1e-4 (sums run in another order)."""
+    out = ["--set", f"SFT_OUT_LORA_DIR={tmp_path / 'out'}", "--set", "SFT_GRAD_ACCUM=1"]
+    script = ROOT / ("tests/fsdp_on_cpu.py" if kind == "fsdp" else "train.py")
+    code, shown = run(kind, tmp_path / "mark", "--stage", "1", "--env-dir", trained, *out, script=script)
+    assert code == 0, shown
+    first, other = (load_file(root / "out_stage1" / "adapter_model.safetensors") for root in (trained, tmp_path))
+    assert first.keys() == other.keys()
+    assert max(float((first[name] - other[name]).abs().max()) for name in first) < 1e-4
