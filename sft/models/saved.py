@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from sft.distributed.launch import launched
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -77,6 +79,11 @@ def saved_problems(
             close = get_close_matches(each.lower(), names, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             yield f"{given}: {kind} has no {each}{hint}; it has {', '.join(names)}"
+        elif launched().sharding == "fsdp" and set(fitting) & set(tied):
+            yield (
+                f"{given}: {each} shares its weights ({' and '.join(tied)}), which FSDP tears apart once they are"
+                " trained in full; launch with ddp.yaml, zero2.yaml or zero3.yaml, or leave it out"
+            )
         elif any(name in quantised for name in fitting):
             yield f"{given}: {each} is quantised and can't be trained in full; choose among {', '.join(names)}"
         elif both := next((name for name in together if targets(name)), ""):
