@@ -187,3 +187,17 @@ def test_a_complete_stage_says_so_in_the_banner(tmp_path):
         f"Trained model is available at: {stage.folder}",
         BANNER,
     ]
+
+
+def test_where_steps_decide_the_banner_says_so_beside_the_epochs(tmp_path):
+    """0.26 of 30 epochs is no unfinished training: one line more under each line of target epochs."""
+    settings = make_settings(tmp_path, epochs=30, max_steps=8)
+    with Stage.open(settings) as stage:
+        stage.begin()
+        add_checkpoint(stage.folder, 7, epoch=0.26)
+    train(settings)
+    lines = said(Stage.open(settings))
+    more = "SFT_MAX_STEPS=8 decides when it ends, not the epochs"
+    assert [lines[place - 1] for place, line in enumerate(lines) if line == more] == [
+        "Target epochs: 30.0", "Target epochs was 30.0"
+    ]  # fmt: skip

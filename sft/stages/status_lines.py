@@ -45,7 +45,14 @@ def _training_status(stage: "Stage", target: float) -> list[str]:
         "Current training status:",
         f"Current epoch: {_epoch(stage)}",
         f"Target epochs: {target}",
+        *_steps_decide(stage),
     ]
+
+
+def _steps_decide(stage: "Stage") -> list[str]:
+    """The lines with epochs are an interface; where SFT_MAX_STEPS wins over them, one more says so."""
+    steps = stage.settings.max_steps
+    return [f"SFT_MAX_STEPS={steps} decides when it ends, not the epochs"] if steps >= 0 else []
 
 
 def _completed_lines(stage: "Stage", target: float) -> list[str]:
@@ -55,6 +62,7 @@ def _completed_lines(stage: "Stage", target: float) -> list[str]:
         "IMPORTANT NOTICE:",
         f"Training has already been completed at epoch {_epoch(stage)}!",
         f"Target epochs was {target}",
+        *_steps_decide(stage),
         f"Trained model is available at: {stage.folder}",
         line,
     ]
