@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -464,6 +465,18 @@ def test_ladder_report(folders):
     assert facts["seconds"] == 180.0
     assert facts["differing_settings"] == [{"name": "SFT_LR", "values": {"stage 1": 0.001, "stage 2": 0.0005}}]
     assert 'href="lora_stage2/report.html"' in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("trackers", "shown"), [(["mlflow", "none"], True), (["none"], False)])
+def test_the_end_of_a_ladder_names_mlflow_where_a_stage_was_tracked(folders, capsys, trackers, shown):
+    """The report's path always; a store that nothing was sent to is not to be opened."""
+    out = folders[0].with_name("lora")
+    common = {"out_lora_dir": out, "report_language": "en", "mlflow_tracking_uri": "sqlite:///a.db"}
+    tracked = trackers * (2 // len(trackers))
+    report.close_ladder([SimpleNamespace(stage=n, report_to=(name,), **common) for n, name in enumerate(tracked, 1)])
+    said = capsys.readouterr().out
+    assert f"Report: {out}_report.html" in said
+    assert ("MLflow: " in said) == shown
 
 
 def test_same_files_same_page(folders):

@@ -231,7 +231,8 @@ def close_ladder(ladder: Sequence[Settings]) -> None:
     store = hide_secrets(ladder[-1].mlflow_tracking_uri)
     if table := score_table(folders):
         print(f"\nScores of base model and stages (gen_score, 0 to 1, on rows never trained on)\n{table}\n")
+    print(f"Report: {report}")
+    if not any("mlflow" in settings.report_to for settings in ladder):
+        return
     show = "official_content/mlflow_ui.sh" if REPOSITORY else f"mlflow ui --port 58000 --backend-store-uri {store}"
-    print(
-        f"Report: {report}\nMLflow: {show}   (then open http://127.0.0.1:58000/#/experiments?workflowType=machine_learning)"
-    )
+    print(f"MLflow: {show}   (then open http://127.0.0.1:58000/#/experiments?workflowType=machine_learning)")
