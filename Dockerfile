@@ -7,11 +7,11 @@
 ARG DEVICE=gpu
 
 FROM ubuntu:24.04 AS cpu-system
-ENV TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV TORCH_BUILD=cpu
 
 # The driver of the host must be 580 or newer (docs/gpu_machines.md); torch's wheel brings the other libraries of CUDA 13.
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04 AS gpu-system
-ENV TORCH_INDEX=https://download.pytorch.org/whl/cu130
+ENV TORCH_BUILD=cu130
 
 FROM ${DEVICE}-system
 # gcc and Python.h: Triton builds its launcher with them when a kernel first runs.
@@ -23,8 +23,9 @@ WORKDIR /build
 # What changes seldom goes first: these two layers stay when the code changes.
 COPY constraints.txt ./
 RUN python3 -m venv /opt/venv \
- && pip install --constraint constraints.txt --index-url "$TORCH_INDEX" torch \
- && pip install --constraint constraints.txt setuptools wheel
+ && version="$(sed -n 's/^torch==//p' constraints.txt)+$TORCH_BUILD" \
+ && index="https://download.pytorch.org/whl/$TORCH_BUILD" \
+ && pip install --constraint constraints.txt --extra-index-url "$index" "torch==$version" setuptools wheel
 COPY LICENSE MANIFEST.in README.md pyproject.toml train.py stage1.env stage2.env stage3.env ./
 COPY configs configs
 COPY official_content official_content
