@@ -18,10 +18,10 @@ from sft.settings import Settings, load_settings
 from sft.settings.schema import NAMES
 from sft.stages.taught import taught_before
 from sft.training.batches import blocks_of, packs_of
-from tests import ladders
+from tests import ladders, launching
 from tests.test_mixture import answers, labelled, texts
 from tests.test_plan import run_check
-from tests.tiny import run_train, write_model, write_rows, write_stage
+from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
 
 
 def of_stage(stage: int, rows: list[Any], settings: Settings) -> tuple[Taught, list[Any]]:
@@ -296,6 +296,32 @@ def test_a_stage_resumed_from_a_checkpoint_sees_the_same_rows(trained: Path, tmp
     assert (stage / "adapter_model.safetensors").read_bytes() == whole
     (folder / "json.jsonl").write_text("")
     assert run_train(*settings) == 0  # a complete stage does not miss what it was made from
+
+
+@pytest.mark.slow
+def test_two_processes_replay_the_same_rows_and_end_with_the_same_gate(trained: Path, tmp_path: Path):
+    """The same losses and record as alone; a model that learnt nothing in four steps fails the gate: 3 from all."""
+    results = {}
+    for name in ("alone", "together"):
+        folder = tmp_path / name
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("out_stage2*"))
+        asked = ("--stage", 2, "--env-dir", folder, "--gate", "--set", f"SFT_OUT_LORA_DIR={folder / 'out'}")
+        for more in ("SFT_GEN_EVAL=structured", "SFT_GEN_EVAL_SAMPLES=2", "SFT_GEN_MAX_NEW_TOKENS=2"):
+            asked += ("--set", more)
+        if name == "alone":
+            assert run_train(*asked) == 3
+        else:
+            halved = ("--set", "SFT_PER_DEVICE_TRAIN_BS=2")
+            code, shown = launching.run("torchrun", tmp_path / "mark", *asked, *halved)
+            # torchrun ends with 1 whatever its ranks ended with, and says what that was.
+            assert code == 1, shown
+            assert "exitcode  : 3" in shown
+            assert shown.count("Gate of stage 2: failed") == 1
+        stage = folder / "out_stage2"
+        losses = metric_lines(stage, "loss")
+        results[name] = losses, json.loads((stage / "stage.json").read_text())["replay"]
+    assert results["together"][0] == pytest.approx(results["alone"][0], abs=1e-5)
+    assert results["together"][1] == results["alone"][1] != []
 
 
 @pytest.mark.slow

@@ -141,10 +141,11 @@ class Drop:
     def _interval(self) -> str:
         if self.difference is None:
             return ""
-        low, high = -self.difference.high, -self.difference.low
-        return f"; 95 % interval of the loss {low:.3f} to {high:.3f}" + (
-            "" if self.difference.real else ", within noise"
-        )
+        low, high, needed = -self.difference.high, -self.difference.low, self.difference.needed
+        text = f"; 95 % interval of the loss {low:.3f} to {high:.3f}"
+        if self.difference.real:
+            return text
+        return f"{text}, within noise" + (f"; about {needed:,} questions would settle it" if needed else "")
 
 
 def drops(matrix: Matrix) -> list[Drop]:
