@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.training_args import ParallelMode
 
-from sft.environment import silence_libraries
+from benchmarks.gpu.models import HostPeak
+from sft.distributed.launch import Launched
+from sft.environment import silence_libraries, silence_torch
 from sft.models import model as models
 from sft.training import arguments as made
 from sft.training.arguments import reduce_in_float32, training_arguments
@@ -83,6 +86,39 @@ def test_models_are_loaded_onto_their_device(tmp_path, monkeypatch, gpu, shardin
     settings = make_settings(tmp_path, dtype="bfloat16", **({"load_in_4bit": 1} if bits else {}))
     models.load_model("somewhere", settings)
     assert asked.get("device_map") == ({"": device} if placed else None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_loading_onto_a_device_takes_no_main_memory_of_the_models_size(tmp_path, monkeypatch):
+    """Shard by shard: a model of 52 MB in six files ends on its device, this process's own memory grows by less than a
+    quarter of it on the way, so that N ranks hold no N copies. A device without memory stands for the GPU."""
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=512, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base", max_shard_size="10MB")
+    files = list((tmp_path / "base").glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    assert (len(files), round(size / 1e6)) == (6, 52)
+    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: True)
+    with HostPeak() as host:
+        loaded = models.load_model(
+            tmp_path / "base", make_settings(tmp_path, dtype="float32"), device=torch.device("meta")
+        )
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
+    assert host.bytes - host.start < size / 4
+
+
+def test_the_cores_of_a_machine_are_shared_among_its_ranks(monkeypatch):
+    """accelerate gives each of them one thread: four ranks on 32 cores take eight, one process all of torch's."""
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    for processes, threads in ((4, [8]), (1, [])):
+        monkeypatch.setattr("sft.environment.launched", lambda count=processes: Launched(0, count, count))
+        taken.clear()
+        silence_torch()
+        assert taken == threads
 
 
 @pytest.mark.parametrize(("given", "then"), [(None, "passive"), ("active", "active")])

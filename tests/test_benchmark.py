@@ -258,6 +258,26 @@ def test_bad_arguments_are_named(machine, arguments, message):
     assert (result.returncode, message in result.stderr) == (2, True)
 
 
+def test_the_benchmark_trains_experts_as_a_run_does(tmp_path):
+    """Our way for adapters on experts, not PEFT's: throughput of the real training step."""
+    from sft.models.experts import RoutedAdapter
+    from sft.programs import benchmark
+
+    load = benchmark.Load(8, 1, 1, 1, 0, 2, False, "float32")
+    ways = []
+
+    class Watched(benchmark.StagedTrainer):
+        def train(self, *arguments, **keywords):
+            ways.append([type(module) is RoutedAdapter for module in self.model.modules()])
+            return super().train(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "StagedTrainer", Watched)
+        patch.setattr(benchmark, "matrix_rate", lambda *arguments: 1e9)
+        assert benchmark.measure("tiny-moe", load, tmp_path)["tokens_per_second"] > 0
+    assert sum(ways[0]) == 4  # one a layer
+
+
 @pytest.mark.slow
 def test_two_processes_are_measured(tmp_path):
     """The tiny model with two processes on this machine: the summary's figures belong together, the report has them."""

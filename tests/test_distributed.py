@@ -1,5 +1,6 @@
 """Two processes on the CPU do what one does: data parallel, ZeRO-2, ZeRO-3, FSDP2; stopped, killed, misled, resumed."""
 
+import ast
 import json
 import os
 import shutil
@@ -151,6 +152,27 @@ def test_fsdp_splits_weights_where_it_may(ladder: Path, alone: Path):
     assert_same(alone, together)
     assert_said_once(shown)
     assert Path(f"{together}_stage1", f"checkpoint-{STEPS}", "pytorch_model_fsdp.bin").is_file()
+
+
+@pytest.mark.slow
+def test_fsdp_in_bfloat16_keeps_losses_and_sums_in_float32(ladder: Path):
+    """Our policy instead of accelerate's, which has both in bfloat16: layers compute in bfloat16, the loss and the sum
+    of gradients over two ranks are float32, and the losses are near those in float32."""
+    script = Path(__file__).with_name("fsdp_formats.py")
+    losses = {}
+    for dtype in ("bfloat16", "float32"):
+        settings = ("SFT_GRAD_ACCUM=1", f"SFT_DTYPE={dtype}", "SFT_GEN_EVAL=none", "SFT_EVAL_STEPS=100")
+        out = ladder / f"fsdp_{dtype}"
+        code, shown = run("fsdp", out, "--stage", "1", *options(ladder, out.name, *settings), script=script)
+        assert code == 0, shown
+        formats = [ast.literal_eval(line.split("FORMATS ")[1]) for line in shown.splitlines() if "FORMATS " in line]
+        assert len(formats) == 2
+        for seen in formats:
+            assert seen["loss"] == seen["summed"] == ["torch.float32"]
+            assert f"torch.{dtype}" in seen["computed"]
+        losses[dtype] = metric_lines(Path(f"{out}_stage1"), "loss")
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
+    assert losses["bfloat16"] != losses["float32"]
 
 
 @pytest.mark.slow

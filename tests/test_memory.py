@@ -186,6 +186,19 @@ def test_auto_checkpointing_knows_what_is_shared_out(settings, monkeypatch, shar
         assert checkpointing_needed(dense(), chosen, BATCH) is expected
 
 
+def test_a_gpu_has_room_for_cublas_and_several_for_nccl(settings, monkeypatch):
+    """Beside the tensors: one workspace on every GPU, buffers of NCCL where processes talk."""
+    monkeypatch.setattr("sft.planning.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("sft.planning.memory._CUBLAS", 7)
+    monkeypatch.setattr("sft.planning.memory._NCCL", 100)
+    needs = [
+        estimate(dense(), settings(dtype="float32"), BATCH, checkpointing=False, launch=Launched(0, count), available=1)
+        for count in (1, 2)
+    ]
+    assert [need.activations - 1000 for need in needs] == [7, 107]
+
+
 def test_the_total_has_the_larger_of_training_and_generation(settings, monkeypatch):
     """Activations are gone while answers are made, so the larger of the two counts."""
     monkeypatch.setattr("sft.planning.memory.activation_bytes", lambda *step, **how: Activations(1000, traced=False))
