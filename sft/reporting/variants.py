@@ -20,6 +20,7 @@ from sft.storage.atomic import write_text
 from sft.storage.json_files import Facts, read_object, read_records, write_json
 
 Values = list[float | None]
+_FIGURES = ("gen_score", "eval_loss", "general_accuracy")
 _CURVES = {
     "gen_score": "Scores of generated answers",
     "eval_loss": "Evaluation loss",
@@ -46,6 +47,7 @@ def variants_facts(variants: Sequence[Variant], number: int) -> Facts:
         "metric": metric,
         "questions": len(next(iter(values.values()), ())),
         "variants": rows,
+        "columns": [name for name in _FIGURES if name != metric and any(row[name] is not None for row in rows)],
         "lead": lead(rows, metric, english),
         "left_out": left_out,
         "matrix": _matrix({row["name"]: stages[row["name"]] for row in rows}, f"stage {number}"),
@@ -78,7 +80,7 @@ def _row_losses(variant: Variant) -> Values:
 
 def _row(variant: Variant, stage: Facts, number: int) -> Facts:
     metrics = variant.manifest.metrics
-    return {name: metrics.get(name) for name in ("gen_score", "eval_loss", "general_accuracy")} | {
+    return {name: metrics.get(name) for name in _FIGURES} | {
         "name": variant.name,
         "folder": variant.folder.name,
         "adopted": variant.adopted,
@@ -140,7 +142,8 @@ def _matrix(stages: Mapping[str, Facts], own: str) -> Facts | None:
     named = {name for each in found.values() for name in each["tasks"]}
     tasks = sorted(named, key=lambda name: (name == GENERAL, stage_number(name)))
     before = [row for row in first["rows"] if row["model"] != own]
-    rows = [{"model": before[-1]["model"], "cells": _cells(first, before[-1], tasks)}] if before else []
+    start = [cell | {"change": None} for cell in _cells(first, before[-1], tasks)] if before else []
+    rows = [{"model": before[-1]["model"], "cells": start}] if before else []
     for name, each in found.items():
         mine = next((row for row in each["rows"] if row["model"] == own), None)
         rows += [{"model": name, "cells": _cells(each, mine, tasks)}] if mine else []
@@ -155,9 +158,7 @@ def _cells(matrix: Facts, row: Facts, tasks: Sequence[str]) -> list[Facts]:
 
 def variants_table(facts: Facts) -> str:
     """Plain text: the variants from the best down, with the interval of the difference from the best."""
-    metric = facts["metric"] or "eval_loss"
-    extra = [name for name in ("gen_score", "eval_loss", "general_accuracy") if name != metric]
-    extra = [name for name in extra if any(row[name] is not None for row in facts["variants"])]
+    metric, extra = facts["metric"] or "eval_loss", facts["columns"]
     table = [["variant", metric, "against the best", "95 % interval", *extra, "steps", "time"]]
     for row in facts["variants"]:
         gap = row["difference"]
@@ -191,5 +192,6 @@ def _charts(rows: Sequence[Facts], say: Say) -> list[Facts]:
     charts: list[Facts] = []
     for name, title in _CURVES.items():
         curves: dict[str, Any] = {row["name"]: row["curves"][name] for row in rows if name in row["curves"]}
-        charts += lines_chart(curves, say(title), label=say("step"), zero=name == "learning_rate")
+        axis = {"unit": name == "gen_score", "zero": name == "learning_rate"}
+        charts += lines_chart(curves, say(title), label=say("step"), **axis)
     return charts
