@@ -218,6 +218,23 @@ def test_a_source_that_changed_or_vanished_is_named(tmp_path: Path):
     assert [found.stage for found in taught_before(settings)] == [1]
 
 
+def test_a_source_that_moved_is_the_same(tmp_path: Path):
+    """Where the earlier stage's env file, or this one's, names data of that content; other content stays refused."""
+    settings = trained_ladder(tmp_path)
+    moved = tmp_path / "elsewhere.jsonl"
+    (tmp_path / "one.jsonl").rename(moved)
+    with pytest.raises(Problems, match="which is gone"):
+        taught_before(settings)
+    ladders.make_settings(tmp_path, dataset_id=moved)
+    assert [source.id for source in taught_before(settings)[0].sources] == [str(moved)]
+    (tmp_path / "stage1.env").unlink()
+    here = ladders.make_settings(tmp_path, 2, replay=0.05, dataset_id=moved)
+    assert [source.id for source in taught_before(here)[0].sources] == [str(moved)]
+    moved.write_text('{"prompt": "x", "completion": "y"}\n')
+    with pytest.raises(Problems, match="which is gone"):
+        taught_before(here)
+
+
 def test_a_stage_that_nothing_is_known_of_is_named(tmp_path: Path):
     """An adapter without stage.json; nothing at all where stage 1 should be."""
     settings = ladders.make_settings(tmp_path, 2, replay=0.05)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.data.taught import Taught
 from sft.errors import Problems
-from sft.settings import Settings, Source
+from sft.settings import Settings, Source, load_settings
 from sft.settings.env_file import attribute_of
 from sft.stages import paths
 from sft.stages.changes import recorded_prints, recorded_sources, short
@@ -48,9 +48,14 @@ def taught_before(settings: Settings, coming: Sequence[Settings] = ()) -> list[T
             except DamagedFile:
                 unclear = True  # the lineage says so
                 continue
-            problems += _changed(manifest, folder, number, settings)
-            unclear |= manifest is not None and manifest.status != "complete"
-            found += [_taught(number, manifest, settings)] if manifest is not None else []
+            if manifest is None:
+                problems.append(_unknown(folder, number, settings))
+            elif manifest.status == "complete":
+                sources, wrong = _sources(number, manifest, settings)
+                problems += wrong
+                found.append(_taught(number, manifest, sources, settings))
+            else:
+                unclear = True
     if not found and not problems and not unclear:
         there = paths.stage_folder(settings.out_lora_dir, settings.stage - 1)
         remedy = f"train it with {settings.command(stage=settings.stage - 1)}, or set SFT_REPLAY=0"
@@ -79,14 +84,13 @@ def _split_off(evaluated: Any) -> dict[str, float]:
     return {"val_ratio": 0.0} if evaluated else {}
 
 
-def _taught(number: int, manifest: Manifest, settings: Settings) -> Taught:
+def _taught(number: int, manifest: Manifest, sources: tuple[Source, ...], settings: Settings) -> Taught:
     recorded, fields = manifest.values(), Settings.model_fields
     attributes = {name: attribute_of(name) for name in _DRAWING}
     values = {
         attribute: recorded[name] if name in recorded else fields[attribute].default
         for name, attribute in attributes.items()
     }
-    sources = tuple(Source(**each) for each, _ in _trained_on(manifest))
     return Taught(number, sources, _drawing(settings, values | _split_off(recorded.get("SFT_EVAL_DATASET"))))
 
 
@@ -101,22 +105,38 @@ def _trained_on(manifest: Manifest) -> "Iterator[tuple[Mapping[str, Any], str]]"
             yield each, found
 
 
-def _changed(manifest: Manifest | None, folder: Path, number: int, settings: Settings) -> list[str]:
-    """What is wrong with the data of an earlier stage now."""
-    given, off = _given(settings), "or set SFT_REPLAY=0"
-    if manifest is None:
-        what = f"nothing says what stage {number} was trained on: {folder} has no {paths.MANIFEST}"
-        return [f"{given}: {what}; {settings.command('--fresh', stage=number)} trains it again, {off}"]
-    problems = []
+def _unknown(folder: Path, number: int, settings: Settings) -> str:
+    what = f"nothing says what stage {number} was trained on: {folder} has no {paths.MANIFEST}"
+    again = settings.command("--fresh", stage=number)
+    return f"{_given(settings)}: {what}; {again} trains it again, or set SFT_REPLAY=0"
+
+
+def _sources(number: int, manifest: Manifest, settings: Settings) -> tuple[tuple[Source, ...], list[str]]:
+    """What a stage was trained on where it lies now, and what is wrong with it."""
+    sources, problems = [], []
     for each, before in _trained_on(manifest):
-        now = source_fingerprint(Source(**each))
-        what = f"stage {number} was trained on {each['id']}"
-        if now is None:
-            problems.append(f"{given}: {what}, which is gone; bring it back, {off}")
-        elif not is_same(before, now):
+        source = Source(**each)
+        now = source_fingerprint(source)
+        what = f"{_given(settings)}: stage {number} was trained on {source.id}"
+        if is_same(before, now):
+            sources.append(source)
+        elif moved := _moved(before, number, settings):
+            sources.append(source.model_copy(update={"id": moved}))
+        elif now is None or (now.startswith("hub:") and not before.startswith("hub:")):
+            problems.append(f"{what}, which is gone; bring it back, or set SFT_REPLAY=0")
+        else:
             again = f"train the stage again with {settings.command('--fresh', stage=number)}"
             contents = f"{short(before)} → {short(now)}"
-            problems.append(
-                f"{given}: {what}, whose content has changed since ({contents}); bring back what it was, {again}, {off}"
-            )
-    return problems
+            remedy = f"bring back what it was, {again}, or set SFT_REPLAY=0"
+            problems.append(f"{what}, whose content has changed since ({contents}); {remedy}")
+    return tuple(sources), problems
+
+
+def _moved(before: str, number: int, settings: Settings) -> str | None:
+    """Where data of this content lies now, if the env file of the stage that was trained on it, or this one's, says."""
+    overrides = [each for each in settings.overrides if not each.startswith("SFT_REPLAY=")]
+    try:
+        then = load_settings(number, env_dir=settings.env_dir, overrides=overrides).sources
+    except Problems:
+        then = ()
+    return next((each.id for each in (*then, *settings.sources) if source_fingerprint(each) == before), None)
