@@ -225,6 +225,7 @@ LOOP = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 NO_PROMPT = "{% if add_generation_prompt and 'JSON' in messages[0]['content'] %}{{ 1 / 0 }}{% endif %}"
 WRONG_ROWS = {
     "empty": b"", "no-json": b"{{{\n", "no-columns": b'{"a": 1}\n', "binary": b"\x80\x81\x00", "list": b"[1, 2]\n",
+    "ambiguous": b'{"text": "a", "answer": "b"}\n',
     "no-roles": b'{"messages": [{"content": "a"}]}\n', "no-turns": b'{"messages": []}\n', "null": b"null\n",
     "numbers": b'{"messages": 3}\n',
 }  # fmt: skip
@@ -234,6 +235,11 @@ GEN = {"SFT_GEN_EVAL": "structured", "SFT_GEN_EVAL_SAMPLES": 1, "SFT_GEN_MAX_NEW
 REFUSED: dict[str, Change] = {
     "model-missing": plain(SFT_BASE_MODEL="./nowhere/model"),
     "model-on-no-hub": plain(SFT_BASE_MODEL="org/never-there"),
+    "model-and-data-on-no-hub": plain(SFT_BASE_MODEL="org/never-there", SFT_DATASET_ID="org/neither"),
+    "model-on-no-hub-and-data-missing": lambda folder: {
+        "SFT_BASE_MODEL": "org/never-there",
+        "SFT_DATASET_ID": folder / "nowhere.jsonl",
+    },
     "revision-on-no-hub": plain(SFT_BASE_MODEL="org/never-there", SFT_MODEL_REVISION="v2"),
     "model-is-a-file": below("SFT_BASE_MODEL", "rows.jsonl"),
     "config-missing": base("config.json", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -185,23 +186,18 @@ def add_unlabelled(plan: Plan) -> None:
     """Rows per source where they can't be labelled: how many there are is known all the same."""
     from sft.data.sources.load import load_source
     from sft.data.sources.readers import SourceError
+    from sft.planning.refusals import failing_sources, required_sources
 
-    failed = []
     for source in plan.settings.sources:
-        try:
+        with suppress(SourceError, Problems):  # listed below
             rows = len(load_source(source).dataset)
             plan.document.sources.append(
                 SourceRecord(id=source.id, split=source.split, weight=source.weight, rows=rows)
             )
-        except SourceError as error:
-            failed.append(f"[ERROR] Failed to load {source.id}: {error}")
-        except Problems as found:
-            failed += found.problems
-    if plan.settings.strict or len(failed) == len(plan.settings.sources):
-        plan.document.add_problems([text for text in failed if text not in plan.notes])
-    else:
-        known = {*plan.document.problems, *plan.notes}
-        plan.notes += [text for text in failed if text not in known]
+    required = required_sources(plan.settings)
+    plan.document.add_problems([text for text in required if text not in plan.notes])
+    known = {*plan.document.problems, *plan.notes}
+    plan.notes += [text for text in failing_sources(plan.settings) if text not in known]
 
 
 def add_masked_loss(plan: Plan, mix: Mix) -> EdgeMask:

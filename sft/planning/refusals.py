@@ -64,7 +64,28 @@ def refusals(settings: Settings) -> list[str]:
         *(unfit or fit),
         *measure_problems(settings),
         *([] if caches else question_problems(settings)),
+        # Rows are read after the tokenizer: where the model already ends the run, their problems stand beside its own.
+        *(required_sources(settings) if unfit else []),
     ]
+
+
+def required_sources(settings: Settings) -> list[str]:
+    """`failing_sources`, where the stage can't do without them."""
+    failed = failing_sources(settings)
+    return failed if settings.strict or len(failed) == len(settings.sources) else []
+
+
+def failing_sources(settings: Settings) -> list[str]:
+    """A text for each data set to train on that can't be loaded."""
+    failed = []
+    for source in settings.sources:
+        try:
+            load_source(source)
+        except SourceError as error:
+            failed.append(f"[ERROR] Failed to load {source.id}: {error}")
+        except Problems as found:
+            failed += found.problems
+    return failed
 
 
 def cache_problems(settings: Settings) -> Iterator[str]:
@@ -214,6 +235,9 @@ def question_problems(settings: Settings) -> Iterator[str]:
             rows = load_source(source)
         except SourceError as error:
             yield f"{setting}={source.id}: {error}"
+            continue
+        except Problems as found:
+            yield from found.problems
             continue
         yield from nothing_left(setting, [rows], settings)
         if len(rows.dataset) and not any(map(is_answered, rows.dataset["messages"])):
