@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.job import Job
@@ -61,5 +62,5 @@ def built(job: Job, config: Any, settings: Any) -> Any:
     weights = {name: Drawn(weight, job.device) for name, weight in blank.state_dict().items()}
     return type(blank).from_pretrained(
         None, config=config, state_dict=weights, quantization_config=quantization(settings), dtype=dtype,
-        device_map={"": job.device},
+        device_map={"": PartialState().device},
     )  # fmt: skip
