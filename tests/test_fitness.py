@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
+from sft.errors import Problems
+from sft.models.fitness import require_known_tokens
 from tests.architectures import tiny_config
+from tests.ladders import make_settings
 from tests.tiny import run_train, tokenizer, write_model, write_rows, write_stage
 
 
@@ -42,6 +46,25 @@ def test_a_token_beyond_the_embedding(tmp_path: Path, capsys: Any):
     words.add_tokens(["color"], special_tokens=True)
     words.save_pretrained(tmp_path / "base")
     assert f"ids beyond the model's embedding of {len(tokenizer()):,} rows, and row 1" in refused(tmp_path, capsys)
+
+
+def test_a_token_beyond_the_embedding_is_found_in_any_row(tmp_path: Path):
+    """Rows are read in blocks; the number is that of the row as it is trained, shuffled or not."""
+    words, settings = tokenizer(), make_settings(tmp_path)
+    words.add_tokens(["<new>"])
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [], [3, len(words) - 1, 2]] + [[7]] * 2500})
+    order = [*range(3, 2400), 1, 2, 0, *range(2400, 2503)]
+    config = tiny_config("qwen3", vocab_size=len(words) - 1)
+    require_known_tokens(config, settings, words, rows.select([0, 1]), rows.select([]))
+    with pytest.raises(Problems, match=rf"and row 2399 holds one \({len(words) - 1}\)"):
+        require_known_tokens(config, settings, words, rows.select([0, 1]), rows.select(order))
+
+
+def test_rows_are_not_read_where_the_tokenizer_has_no_such_token(tmp_path: Path):
+    """A million rows cost nothing then."""
+    config = tiny_config("qwen3", vocab_size=len(tokenizer()))
+    unreadable: Any = object()
+    require_known_tokens(config, make_settings(tmp_path), tokenizer(), unreadable)
 
 
 def test_a_question_with_a_token_beyond_the_embedding(tmp_path: Path, capsys: Any):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 from transformers.modeling_utils import set_zero3_state
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.settings import Settings
+
+BLOCK = 1000  # rows read at once: as numbers of their table 100 times as fast as one by one
 
 
 def blank(config: PretrainedConfig, settings: Settings, **keywords: Any) -> PreTrainedModel:
@@ -108,11 +111,17 @@ def require_known_tokens(
         Problems: names the first such row and its token.
     """
     rows: Any = blank(config, settings).get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) < rows:
+        return  # nothing it gives is unknown, and a million rows need not be read
     for part in parts:
-        for position, ids in enumerate(part.with_format("numpy")["input_ids"] if len(part) else ()):
-            if ids.max(initial=0) >= rows:
-                raise _unknown_token(settings, rows, f"row {position + 1}", int(ids.max()))
-    if len(tokenizer) <= rows or settings.gen_eval == "none":
+        for number, table in enumerate(part.with_format("arrow").iter(BLOCK) if len(part) else ()):
+            column = table["input_ids"]
+            highest = pc.max(pc.list_flatten(column)).as_py()
+            if highest is not None and highest >= rows:
+                inside = next(k for k, ids in enumerate(column.to_pylist()) if max(ids, default=0) >= rows)
+                row, highest = number * BLOCK + inside + 1, max(column[inside].as_py())
+                raise _unknown_token(settings, rows, f"row {row}", highest)
+    if settings.gen_eval == "none":
         return
     for source in settings.gen_eval_sources:
         for position, messages in enumerate(load_source(source).dataset["messages"]):
