@@ -11,6 +11,7 @@ from sft.errors import Problems
 from sft.reporting.gate import exit_code, judge_stage, passed
 from sft.scoring.forgetting import GENERAL, Matrix
 from sft.scoring.gates import NOTHING_COMPARED, judge
+from sft.settings import load_settings
 from sft.stages.stage import Stage
 from tests import ladders
 from tests.test_plan import run_check
@@ -138,6 +139,9 @@ def test_nothing_to_compare_is_refused_by_the_settings(tmp_path: Path):
         with pytest.raises(Problems, match=f"SFT_GATE=1: there is nothing to compare: SFT_GEN_EVAL={mode} scores no"):
             ladders.make_settings(tmp_path, gate=1, gen_eval=mode, general_eval=0)
     assert ladders.make_settings(tmp_path, gate=1, gen_eval="none").gate
+    ladders.make_settings(tmp_path, gen_eval="none", general_eval=0)
+    with pytest.raises(Problems, match=r"SFT_GATE=1: .* SFT_GENERAL_EVAL=1 \(--gate\)"):
+        load_settings(1, env_dir=tmp_path, environ={}, gate=True)
     assert ladders.make_settings(tmp_path, gate=1, gen_eval="structured", general_eval=0).gate
 
 

@@ -240,6 +240,12 @@ def test_a_stage_that_nothing_is_known_of_is_named(tmp_path: Path):
     settings = ladders.make_settings(tmp_path, 2, replay=0.05)
     with pytest.raises(Problems, match=r"there is no earlier stage whose rows could .*out_stage1\); train"):
         taught_before(settings)
+    given = load_settings(2, env_dir=tmp_path, environ={}, overrides=["SFT_REPLAY=0.1", "SFT_LR=1"])
+    with pytest.raises(Problems) as found:  # the command in it would be refused with what was given to stage 2
+        taught_before(given)
+    assert "--set SFT_REPLAY" not in found.value.problems[0]
+    assert "--stage 1 " in found.value.problems[0]
+    assert "--set SFT_LR=1" in found.value.problems[0]
     ladders.add_adapter(tmp_path / "out_stage1", b"a")
     with pytest.raises(Problems, match="nothing says what stage 1 was trained on"):
         taught_before(settings)

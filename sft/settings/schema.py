@@ -15,7 +15,7 @@ from sft.errors import REPOSITORY, STARTED_AS, Problems, hide_secrets
 from sft.scoring.metrics import EXTRACTION_FIELDS, FORGETTING_MARGIN
 from sft.scoring.payload import DEFAULT_MARKERS
 from sft.settings import values, variants
-from sft.settings.env_file import gather, name_of
+from sft.settings.env_file import Location, gather, name_of
 from sft.settings.mistakes import validate
 from sft.settings.values import (
     AtLeastOne,
@@ -272,7 +272,9 @@ class Settings(BaseModel):
         """train.py's command line for this stage, or another of its ladder, with the --env-dir and --set given, and
         with the --try of this variant."""
         where = () if self.env_dir == Path() else ("--env-dir", str(self.env_dir))
-        sets = [word for each in self.overrides for word in ("--set", hide_secrets(each))]
+        # A first stage has nothing to replay and would refuse it.
+        given = [each for each in self.overrides if stage != 1 or not each.startswith("SFT_REPLAY=")]
+        sets = [word for each in given for word in ("--set", hide_secrets(each))]
         sets += [word for each in (self.tried if stage in (None, self.stage) else ()) for word in (variants.MARK, each)]
         words = ["--stage", str(stage or self.stage), *where, *sets, *options]
         return f"{STARTED_AS} {shlex.join(words)}"
@@ -319,6 +321,10 @@ def load_settings(
     environ = os.environ if environ is None else environ
     path = Path(env_dir) / f"stage{stage}.env"
     given = gather(tuple(NAMES), path, overrides=overrides, tried=tried, environ=environ)
+    for attribute, option in {"strict": strict, "gate": gate}.items():
+        if option:
+            given.values[name_of(attribute)] = "1"
+            given.places[name_of(attribute)] = Location(2, 0, f"--{attribute}")
     texts = {NAMES[name]: text for name, text in given.values.items() if text}
     fixed: dict[str, Any] = {
         "stage": stage,
@@ -328,9 +334,6 @@ def load_settings(
         "tried": tuple(tried),
         "origins": given.origins(NAMES),
     }
-    for attribute, option in {"strict": strict, "gate": gate}.items():
-        if option:
-            texts[attribute], fixed["origins"][name_of(attribute)] = "1", f"--{attribute}"
     texts.setdefault("mlflow_experiment_name", f"llm-training-stage{stage}")
     texts.setdefault("mlflow_tracking_uri", tracking_uri({}))
     context = {"variables": {**given.passthrough, **environ}}
