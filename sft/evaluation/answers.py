@@ -110,11 +110,11 @@ def generate_answers(
         interrupted: called before each batch; may raise to stop.
     """
     texts = prompt_texts(prompts, tokenizer)
+    ranks = accelerator.num_processes if accelerator else 1
     if batch_size is None:
         longest = len(tokenizer(max(texts, key=len), add_special_tokens=False)["input_ids"]) if texts else 0
-        batch_size = answers_at_once(model, longest=longest, new=max_new_tokens, count=len(texts))
+        batch_size = answers_at_once(model, longest=longest, new=max_new_tokens, count=len(texts), processes=ranks)
     batches = batches_by_length(expected_lengths or [len(text) for text in texts], batch_size)
-    ranks = accelerator.num_processes if accelerator else 1
     rank = accelerator.process_index if accelerator else 0
     together = ranks > 1 and is_split(model)
     found: list[tuple[int, Answer]] = []

@@ -48,14 +48,15 @@ def reading_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> 
     return _STATES * tokens * widest * dtype.itemsize
 
 
-def answers_at_once(model: Any, *, longest: int, new: int, count: int) -> int:
+def answers_at_once(model: Any, *, longest: int, new: int, count: int, processes: int = 1) -> int:
     """SFT_GEN_BATCH_SIZE=auto: as many of `count` answers as fit into what the GPU has free, each with a prompt as
-    long as the longest; 8 on a CPU. The same on every rank: the smallest of all."""
+    long as the longest; 8 on a CPU. `processes` that answer together all ask and take the smallest of their numbers.
+    """
     if model.device.type != "cuda":
         return USUAL
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     one = cache_bytes(model.config, AnswerBatch(1, longest + new), model.dtype)
     one += reading_bytes(model.config, longest, model.dtype)
-    fitting = min(count, int(_SHARE * free) // one)
-    return max(1, -ranks.largest(-fitting, model.device))
+    fitting = max(1, min(count, int(_SHARE * free) // one))
+    return -ranks.largest(-fitting, model.device) if processes > 1 else fitting
