@@ -87,20 +87,23 @@ def joining_tokenizer(template: str) -> Any:
 
 def test_an_answer_that_would_melt_into_the_prompt_begins_behind_it(tmp_path: Path, compared: Any, make_settings: Any):
     """Of "assistant" with a line break and "<a>" the break is the prompt's and not trained; "<" is a token of its own,
-    as the model says it, and a server encodes the same prompt. Earlier answers stay as it encodes its history."""
+    as the model says it, and a server encodes the same prompt. Earlier answers begin like that as well, which a server
+    that encodes its history in one piece does not: that is shown."""
     tokenizer = joining_tokenizer(CHATML)
     assert "\n<" in [tokenizer.decode([token]) for token in range(len(tokenizer))]
     row = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<a>1</a>"}]
-    assert compared(tokenizer, row, row + row) == Parity(2)
+    assert compared(tokenizer, row) == Parity(1)
+    assert "joins the end of the prompt with the beginning of the answer" in compared(tokenizer, row + row).difference
     rows = label(load_source(Source(id=str(tmp_path / "rows.jsonl"))), tokenizer, make_settings())
-    first, second = rows.dataset
-    trained = [token for token in first["labels"] if token != -100]
-    assert [tokenizer.decode([token]) for token in trained] == ["<", "a", ">", "1", "<", "/", "a", ">", "<|im_end|>"]
+    (both,) = rows.dataset
     before = tokenizer("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-    assert first["input_ids"][: len(before)] == before
-    assert first["labels"][: len(before)] == [-100] * len(before)
-    history = tokenizer.apply_chat_template([*row, row[0]], tokenize=True, add_generation_prompt=True)["input_ids"]
-    assert second["input_ids"][: len(history)] == history
+    answer = tokenizer("<a>1</a><|im_end|>")["input_ids"]
+    between = tokenizer("\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    end = tokenizer("\n")["input_ids"]
+    assert [tokenizer.decode([token]) for token in answer] == ["<", "a", ">", "1", "<", "/", "a", ">", "<|im_end|>"]
+    assert both["input_ids"] == [*before, *answer, *between, *answer, *end]
+    masked = [[-100] * len(part) for part in (before, between, end)]
+    assert both["labels"] == [*masked[0], *answer, *masked[1], *answer, *masked[2]]
 
 
 def test_an_answer_that_melts_into_the_prompt_elsewhere_is_shown(compared: Any):

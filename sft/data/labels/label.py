@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["chat_template_for", "label", "preview"]
 
 # Part of every key: raise it when labels come out differently, and old caches are left alone.
-VERSION = 5
+VERSION = 6
 _ROWS_AT_ONCE = 512  # handed to a process at once
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000
@@ -125,9 +125,9 @@ def _label_all(
 def _row_encoder(
     tokenizer: PreTrainedTokenizerBase, most: int, opening: str
 ) -> Callable[[Sequence[Rendered | Dropped]], list[Encoded]]:
-    """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts, the last answer
-    of others, where it stands right behind the prompt's `opening`, as it would be said. Of rows with more than `most`
-    tokens only the beginning may be encoded."""
+    """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts, the trained
+    answers of others, where they stand right behind the prompt's `opening`, as they would be said. Of rows with more
+    than `most` tokens only the beginning may be encoded."""
     alone, plain = (partial(encode_up_to, encoder(tokenizer, special=own), most=most) for own in (False, True))
 
     def decode(ids: list[int]) -> str:
@@ -137,7 +137,7 @@ def _row_encoder(
 
     def encode(rows: Sequence[Rendered | Dropped]) -> list[Encoded]:
         texts = ["" if isinstance(row, Dropped) else row.text for row in rows]
-        borders = [0 if isinstance(row, Dropped) else row.border(opening) for row in rows]
+        borders = [[] if isinstance(row, Dropped) else row.borders(opening) for row in rows]
         if not any(isinstance(row, Rendered) and row.plain for row in rows):
             return border.kept(alone(texts), borders)
         kinds = [isinstance(row, Rendered) and row.plain for row in rows]

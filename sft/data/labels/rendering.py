@@ -42,10 +42,11 @@ class Rendered:
     plain: bool = False
     context: tuple[Span | None, ...] = ()
 
-    def border(self, opening: str) -> int:
-        """Where the last trained turn begins, if that is right behind what opens an answer; else 0."""
-        start = self.turns[-1][0]
-        return start if opening and not self.plain and self.text.endswith(opening, 0, start) else 0
+    def borders(self, opening: str) -> list[int]:
+        """Where trained turns begin that stand right behind what opens an answer."""
+        if not opening or self.plain:
+            return []
+        return [start for start, _ in self.turns if start and self.text.endswith(opening, 0, start)]
 
 
 def render(

@@ -137,17 +137,21 @@ class PromptBorder:
         # GPT-2's tokenizers split two line breaks otherwise at the end of a text than before a word.
         self.always = followed[: len(alone)] != alone
 
-    def kept(self, encodings: Sequence[Encoded], borders: Sequence[int]) -> list[Encoded]:
-        """`borders`: of each text, where the answer begins; 0 where nothing is to be kept apart."""
+    def kept(self, encodings: Sequence[Encoded], borders: Sequence[Sequence[int]]) -> list[Encoded]:
+        """`borders`: of each text, where answers begin that are to be kept apart from what is before them, in order."""
         found = list(encodings)
-        for row, (whole, border) in enumerate(zip(encodings, borders, strict=True)):
-            if border and isinstance(whole, FastEncoded) and (self.always or whole.crosses(border)):
-                found[row] = self._parted(whole, border)
+        for row, (whole, starts) in enumerate(zip(encodings, borders, strict=True)):
+            if starts and isinstance(whole, FastEncoded):
+                crossed = [start for start in starts if start < len(whole.text)]
+                crossed = crossed if self.always else [start for start in crossed if whole.crosses(start)]
+                found[row] = self._parted(whole, crossed) if crossed else whole
         return found
 
-    def _parted(self, whole: FastEncoded, border: int) -> Encoded:
-        before, behind = self.encode([whole.text[:border], whole.text[border:]])
-        parted = PartedEncoded(before, behind, border)
+    def _parted(self, whole: FastEncoded, borders: Sequence[int]) -> Encoded:
+        places = [0, *borders, len(whole.text)]
+        *before, parted = self.encode([whole.text[start:end] for start, end in pairwise(places)])
+        for part, (start, end) in zip(reversed(before), reversed(list(pairwise(places[:-1]))), strict=True):
+            parted = PartedEncoded(part, parted, end - start)
         return parted if self.decode(parted.ids) == self.decode(whole.ids) else whole
 
 
