@@ -137,6 +137,19 @@ def test_a_lost_parent_comes_back_for_the_stage_that_needs_it(stored: tuple[Path
         assert stage.warnings == []
 
 
+def test_a_lost_variant_comes_back_under_its_own_name(stored: tuple[Path, Path]):
+    """`--try` goes on where it was; the stage beside it is another folder."""
+    root, folder = stored
+    make_settings(root, mirror=root / "drive")
+    settings = load_settings(1, env_dir=root, environ={}, tried=["SFT_LR=1e-3"])
+    variant = folder.with_name(f"{folder.name}.try-{settings.variant}")
+    (root / "drive" / folder.name).rename(root / "drive" / variant.name)
+    shutil.rmtree(folder)
+    assert safety_copy.restore(settings) == [f"Restored {variant} from the safety copy in {root / 'drive'}"]
+    assert (variant / "adapter_model.safetensors").is_file()
+    assert not folder.exists()
+
+
 def test_fresh_wants_the_stage_itself_not_back_but_its_parents(stored: tuple[Path, Path], capsys):
     """And what was stored of it is taken aside by the first copy, not destroyed."""
     root, folder = stored
