@@ -216,7 +216,10 @@ def killed_and_resumed(folder: Path, given: Sequence[object], stage: int) -> tup
 
 
 def two_processes(folder: Path, given: Sequence[object]) -> tuple[int, str]:
-    code, text = launching.run("torchrun", folder / "two", *given)
+    try:
+        code, text = launching.run("torchrun", folder / "two", *given)
+    except subprocess.TimeoutExpired as error:
+        return -9, f"no end in {error.timeout:.0f} s: {(folder / 'two.log').read_text(encoding='utf-8')[-600:]}"
     # The launcher ends with 1 whatever its processes ended with.
     return (2 if "to solve; nothing was written" in text else code), text
 
