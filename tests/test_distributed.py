@@ -83,7 +83,11 @@ def assert_same(alone: Path, together: Path, *, loss: float = LOSS, weight: floa
 
 def assert_said_once(shown: str) -> None:
     """One voice: what a stage says stands there once per stage."""
-    for line in ("Checking checkpoint status...", "Training 4,096 of 33,248 parameters", " before training"):
+    for line in (
+        "Checking checkpoint status...",
+        "Training 4,096 of 33,248 parameters",
+        "Answering 5 questions before training",
+    ):
         assert shown.count(line) == 2, line
     assert shown.count("Merged 1 adapter in") == shown.count("Merged base verified") == shown.count("_report.html") == 1
 
