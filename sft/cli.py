@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="everything short of training; writes nothing")
     add("--json", action="store_true", help="with --check: one JSON document on stdout; with --gate: a last line of it")
     add("--gate", action="store_true", help="exit code 3 where a complete stage is no better or forgot something")
+    add("--on", metavar="NxMEMORY", help="with --check: plan for a machine with N devices of so many GB each: 4x80")
     add("--strict", action="store_true", help="a missing adapter or data set is an error")
     add("--fresh", action="store_true", help="train again; the old output is moved aside, never deleted")
     add(
@@ -133,6 +134,8 @@ def _numbers(options: argparse.Namespace, found: dict[int | None, list[str]]) ->
     """The stages asked for; what is wrong with the question is put into `found`."""
     if options.json and not (options.check or options.gate):
         found[None] = ["--json: describes what --check or --gate finds; write --check --json, or --gate --json"]
+    elif options.on is not None and not options.check:
+        found[None] = [f"--on {options.on}: plans for another machine; write --check --on {options.on}"]
     elif not options.stage:
         found[None] = ["--stage: is missing; give a number such as 1, a range such as 1-3, or all"]
     else:

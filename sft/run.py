@@ -26,7 +26,7 @@ from sft.models.experts import products
 from sft.models.fitness import require_known_tokens
 from sft.models.model import load_config, trained_modules
 from sft.models.targets import target_notes
-from sft.planning.memory import checkpointing_needed, largest_batch, raise_shortage
+from sft.planning.need import checkpointing_needed, chosen_pass_tokens, largest_batch, raise_shortage
 from sft.reporting.recording import RunRecord
 from sft.scoring.forgetting import GENERAL, Matrix
 from sft.scoring.gates import judge
@@ -112,8 +112,22 @@ def checkpoints_gradients(settings: Settings, model: PreTrainedModel, mix: Mix) 
         return settings.gradient_checkpointing == "1"
     # Under ZeRO-3 a parameter is empty and its share of the numbers lies aside.
     held = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in model.parameters())
-    needed = checkpointing_needed(model.config, settings, largest_batch(mix.train, settings), held=held)
+    batch = largest_batch(mix.train, settings, settings.micro_batch_tokens or 0)
+    needed = checkpointing_needed(model.config, settings, batch, held=held)
     return ranks.from_main(needed)
+
+
+def rows_to_train(mix: Mix, settings: Settings, edge_mask: EdgeMask | None) -> TrainingRows:
+    """The rows as the trainer takes them: packed and masked as the settings say."""
+    packs, mode = packs_of(mix.train, settings), settings.masked_loss_mode
+    return TrainingRows(mix.train, packs=packs, edge_mask=edge_mask, mode=mode, names=mix.names)
+
+
+def tokens_of_a_pass(stage: Stage, model: PreTrainedModel, mix: Mix, checkpointing: bool) -> int:
+    """SFT_MICRO_BATCH_TOKENS as a number, that of the checkpoint where it is to be the same."""
+    return chosen_pass_tokens(
+        model.config, stage.settings, mix.train, checkpointing=checkpointing, checkpoint=stage.checkpoint
+    )
 
 
 def measure_answers(evaluation: GenerationEvaluation, record: RunRecord) -> Measure:
@@ -145,26 +159,22 @@ def build_trainer(
         stage.update(masked_loss=edge_mask.report(settings.epochs))
     for note in target_notes(model, settings):
         say(note)
+    checkpointing = checkpoints_gradients(settings, model, mix)
     trainer = StagedTrainer(
         model,
         args=training_arguments(
             settings,
             stage.folder,
-            checkpointing=checkpoints_gradients(settings, model, mix),
+            checkpointing=checkpointing,
             evaluated=len(mix.val) > 0 or evaluation is not None,
             resumed=stage.checkpoint is not None,
         ),
         settings=settings,
         tokenizer=tokenizer,
-        rows=TrainingRows(
-            mix.train,
-            packs=packs_of(mix.train, settings),
-            edge_mask=edge_mask,
-            mode=settings.masked_loss_mode,
-            names=mix.names,
-        ),
+        rows=rows_to_train(mix, settings, edge_mask),
         val_rows=TrainingRows(mix.val, names=mix.names),
         measure=measure_answers(evaluation, record) if evaluation else None,
+        pass_tokens=tokens_of_a_pass(stage, model, mix, checkpointing),
     )
     trainer.add_callback(Metrics(record.metrics))
     trainer.add_callback(Readable())
@@ -201,8 +211,9 @@ def train(stage: Stage, trainer: StagedTrainer) -> None:
         trainer.save_after_stop()
     except (RuntimeError, MemoryError) as error:
         config = trainer.accelerator.unwrap_model(trainer.model).config
-        checkpointing = bool(trainer.args.gradient_checkpointing)
-        raise_shortage(error, config, stage.settings, trainer.train_dataset.rows, checkpointing=checkpointing)
+        how: dict[str, Any] = {"checkpointing": bool(trainer.args.gradient_checkpointing)}
+        how["tokens"] = trainer.passes.tokens
+        raise_shortage(error, config, stage.settings, trainer.train_dataset.rows, **how)
         raise
     finally:
         STOP.deferred = False

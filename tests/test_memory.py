@@ -20,16 +20,8 @@ from sft.planning.activations import (
     kept_by_attention,
     with_adapter,
 )
-from sft.planning.memory import (
-    COMFORTABLE,
-    Estimate,
-    advice,
-    checkpointing_needed,
-    estimate,
-    optimizer_bytes,
-    parameter_bytes,
-    shortage,
-)
+from sft.planning.memory import Estimate, estimate, optimizer_bytes, parameter_bytes
+from sft.planning.need import COMFORTABLE, advice, checkpointing_needed, shortage
 from sft.settings import load_settings
 from sft.training.batches import EpochBatches, Order, largest_items
 from sft.training.loss import token_cross_entropy
@@ -180,9 +172,10 @@ def test_auto_checkpointing_knows_what_is_shared_out(settings, monkeypatch, shar
     whole = 4 * MODEL
     adam = 3 * whole if sharding == "zero3" else 2 * whole
     assert needs == [4 * whole + 1000, (2 * whole + adam) // 8 + 2 * 4 * LAYER + 1000]
-    monkeypatch.setattr("sft.planning.memory.available_bytes", lambda processes: sum(needs) // 2)
+    monkeypatch.setattr("sft.planning.need.available_bytes", lambda processes: sum(needs) // 2)
     for launch, expected in ((alone, True), (shared, False)):
-        monkeypatch.setattr("sft.planning.memory.launched", lambda launch=launch: launch)
+        for place in ("need", "memory"):
+            monkeypatch.setattr(f"sft.planning.{place}.launched", lambda launch=launch: launch)
         assert checkpointing_needed(dense(), chosen, BATCH) is expected
 
 
@@ -280,9 +273,9 @@ def test_checkpointing_is_turned_on_only_where_it_must(settings, monkeypatch):
     )
     chosen = settings(dtype="float32")
     need = estimate(dense(), chosen, BATCH, checkpointing=False, available=1).total
-    monkeypatch.setattr("sft.planning.memory.available_bytes", lambda processes: round(need / COMFORTABLE) + 1024)
+    monkeypatch.setattr("sft.planning.need.available_bytes", lambda processes: round(need / COMFORTABLE) + 1024)
     assert not checkpointing_needed(dense(), chosen, BATCH)
-    monkeypatch.setattr("sft.planning.memory.available_bytes", lambda processes: round(need / COMFORTABLE) - 1024)
+    monkeypatch.setattr("sft.planning.need.available_bytes", lambda processes: round(need / COMFORTABLE) - 1024)
     assert checkpointing_needed(dense(), chosen, BATCH)
 
 

@@ -139,6 +139,7 @@ def trainer_that(does: Callable[[str | None], None], *, stopped: bool = False) -
         model=model,
         accelerator=accelerator,
         args=SimpleNamespace(gradient_checkpointing=True, to_dict=dict),
+        passes=SimpleNamespace(tokens=0),
         train_dataset=SimpleNamespace(rows="rows"),
         rhythm=SimpleNamespace(stopped=stopped),
         state=SimpleNamespace(global_step=8, epoch=2.0),

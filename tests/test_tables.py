@@ -6,7 +6,8 @@ from sft.evaluation.at_once import AnswerBatch
 from sft.planning import tables
 from sft.planning.activations import BatchShape
 from sft.planning.document import Lineage, Steps
-from sft.planning.memory import Estimate, Need
+from sft.planning.memory import Estimate
+from sft.planning.need import Need
 from sft.planning.step_time import Forecast
 from sft.settings.values import SourceRecord
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface
 
+from sft.distributed.launch import launched
 from sft.models.experts import route_experts
 from sft.models.fitness import blank
 from sft.models.isolation import expected_isolation
@@ -28,12 +29,11 @@ from sft.models.model import casts_left_to_autocast, lora_layers, weight_dtype
 from sft.models.saved import keep_saved_exact
 from sft.models.stand_in import shortened
 from sft.models.targets import adapter_config
+from sft.settings import Settings
 from sft.training.loss import token_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from sft.settings import Settings
 
 # Layers are alike, so two small models give the cost of one layer and of what is not repeated.
 FEW, MORE = 2, 4
@@ -224,6 +224,12 @@ def _attention(kept: Kept, batch: BatchShape) -> Iterator[None]:
         del AttentionInterface._global_mapping[ATTENTION]
 
 
+# What of the settings a step of shapes depends on; it takes seconds and is asked for again under each launch file.
+_SHAPING = {name for name in Settings.model_fields if name.startswith(("lora_", "load_in_", "bnb_"))}
+_SHAPING |= {"dtype", "attn", "use_lora", "torch_compile", "trust_remote_code"}
+_known: dict[Any, int] = {}
+
+
 def _peak(
     config: PretrainedConfig,
     settings: Settings,
@@ -234,6 +240,22 @@ def _peak(
     checkpointing: bool,
 ) -> int:
     """Peak bytes of a step of the model as it is configured, all gradients being there already."""
+    shaping = settings.model_dump_json(include=_SHAPING)
+    key = config.to_json_string(use_diff=False), shaping, batch, kept, device, checkpointing, launched().deepspeed
+    if key not in _known:
+        _known[key] = _counted(config, settings, batch, kept=kept, device=device, checkpointing=checkpointing)
+    return _known[key]
+
+
+def _counted(
+    config: PretrainedConfig,
+    settings: Settings,
+    batch: BatchShape,
+    *,
+    kept: Kept,
+    device: Device,
+    checkpointing: bool,
+) -> int:
     config._attn_implementation = ATTENTION
     with _attention(kept, batch), _silent("torch._subclasses.fake_tensor"):
         bare = blank_model(config, settings)

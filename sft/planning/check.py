@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from sft.distributed.launch import launched
 from sft.environment import silence_torch
 from sft.errors import Problems
-from sft.planning.document import print_documents
+from sft.planning.document import Document, print_documents
 from sft.planning.plan import Plan, plan_stage
 from sft.settings import Settings
 from sft.stages.opening import quiet_start
+
+if TYPE_CHECKING:
+    from sft.planning.elsewhere import Machine
 
 
 def check(ladder: list[Settings], options: argparse.Namespace) -> None:
@@ -23,10 +27,11 @@ def check(ladder: list[Settings], options: argparse.Namespace) -> None:
         return
     quiet_start(ladder[0])
     silence_torch()
+    machine = machine_asked(options)
     plans = []
     held: set[int] = set()
     for settings in ladder:
-        plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder, held=held))
+        plans.append(plan_stage(settings, fresh=options.fresh, ladder=ladder, held=held, on=machine))
         if settings.variant:
             continue
         held.update(plans[-1].rows.mix.held.tolist() if plans[-1].rows else ())
@@ -64,3 +69,21 @@ def raise_problems(plans: list[Plan]) -> None:
             found.setdefault(text, []).append(plan.settings.variant or f"stage {plan.settings.stage}")
     if found:
         raise Problems([text if len(who) == len(plans) else f"{', '.join(who)}: {text}" for text, who in found.items()])
+
+
+def machine_asked(options: argparse.Namespace) -> Machine | None:
+    """The machine of --on, None without it.
+
+    Raises:
+        Problems: it is none; in the document as well.
+    """
+    if options.on is None:
+        return None
+    from sft.planning.elsewhere import machine_of
+
+    try:
+        return machine_of(options.on)
+    except Problems as found:
+        if options.json:
+            print_documents([Document(None, problems=found.problems)])
+        raise

@@ -70,11 +70,13 @@ class Document:
     isolation: dict[str, Any] = field(default_factory=_unknown_isolation)
     lineage: Lineage = field(default_factory=Lineage)
     problems: list[str] = field(default_factory=list)
+    on: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """As plain JSON values; `on` only where a machine was named with --on."""
         sources = [{name: getattr(source, name) for name in SOURCE} for source in self.sources]
-        return asdict(self) | {"sources": sources}
+        found = asdict(self) | {"sources": sources}
+        return {name: value for name, value in found.items() if name != "on" or value is not None}
 
     def add_problems(self, texts: Sequence[str]) -> None:
         """Lists what is not listed yet."""

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
 import torch
 
-from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed.launch import Launched, launched
-from sft.errors import RunFailed
-from sft.evaluation.at_once import USUAL, AnswerBatch, cache_bytes
+from sft.evaluation.at_once import AnswerBatch, cache_bytes
 from sft.models.model import compute_dtype
 from sft.models.saved import quantised_layers
-from sft.planning.activations import BatchShape, Device, activation_bytes, blank_model, rule_of_thumb, with_adapter
+from sft.planning.activations import BatchShape, Device, activation_bytes, blank_model, with_adapter
 from sft.planning.document import MEMORY
-from sft.planning.kv_cache import largest_answers
-from sft.training.batches import largest_items
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from sft.data.mixture import Mix
     from sft.settings import Settings
 
-__all__ = [
-    "BatchShape",
-    "Estimate",
-    "advice",
-    "available_bytes",
-    "checkpointing_needed",
-    "estimate",
-    "largest_batch",
-    "raise_shortage",
-]
-
-# Above this share of what is available SFT_GRADIENT_CHECKPOINTING=auto turns checkpointing on.
-COMFORTABLE = 0.9
 # One absmax per 64 weights: 4 bytes, or 1 byte and one float32 per 256 of them under double quantisation.
 _NF4, _NF4_DOUBLE, _INT8 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 # Copies of the trained parameters an optimizer keeps; the first name that is part of the optimizer's name counts.
@@ -107,16 +87,20 @@ def estimate(
     launch: Launched | None = None,
     available: int | None = None,
     answers: AnswerBatch | None = None,
+    device: Device | None = None,
 ) -> Estimate:
     """What training needs on each device. `available`: bytes there are; None asks the device. `answers`: of the
-    generation evaluation.
+    generation evaluation. `launch` and `device`: those of this process unless others are given.
 
     Raises:
         Problems: no target module of the adapter exists in the model.
     """
-    launch = launch or launched()
+    launch, device = launch or launched(), device or this_device(settings)
+    on_gpu = device.fused_head
     parameters = parameter_bytes(config, settings)
-    shares = _shares(launch)
+    if launch.deepspeed and not settings.use_lora:  # weights in the compute type, beside a float32 copy
+        parameters = replace(parameters, trained=parameters.trained_count * compute_dtype(settings).itemsize)
+    shares = _shares(launch, on_gpu)
     adapter = parameters.trained if settings.use_lora else 0
     weights = parameters.frozen + (0 if settings.use_lora else parameters.trained)
     gathered = 2 * parameters.largest_layer if shares["weights"] > 1 else 0
@@ -124,9 +108,8 @@ def estimate(
     gradients = parameters.trained // shares["gradients"]
     if launch.processes > 1 and shares["gradients"] == 1 and not launch.deepspeed:
         gradients *= 2  # data parallel training keeps a second copy, in which they are exchanged
-    on_gpu = torch.cuda.is_available()
     buffers = _CUBLAS + (_NCCL if launch.processes > 1 else 0) if on_gpu else _CPU_BUFFERS
-    step = activation_bytes(config, settings, batch, device=this_device(settings), checkpointing=checkpointing)
+    step = activation_bytes(config, settings, batch, device=device, checkpointing=checkpointing)
     return Estimate(
         weights=(0 if "parameters" in launch.offload else weights // shares["weights"]) + gathered,
         adapter=adapter // shares["weights"],
@@ -139,9 +122,9 @@ def estimate(
     )
 
 
-def _shares(launch: Launched) -> dict[str, int]:
+def _shares(launch: Launched, on_gpu: bool) -> dict[str, int]:
     """Among how many devices each part is shared out. FSDP without a GPU is plain data parallel training."""
-    sharding = launch.sharding if launch.sharding != "fsdp" or torch.cuda.is_available() else "none"
+    sharding = launch.sharding if launch.sharding != "fsdp" or on_gpu else "none"
     level = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[sharding]
     names = ("optimizer", "gradients", "weights")
     return {name: launch.processes if level > place else 1 for place, name in enumerate(names)}
@@ -214,101 +197,3 @@ def _container_limit() -> list[int]:
         return [] if limit == "max" else [int(limit) - int(used)]
     except (OSError, ValueError):
         return []
-
-
-def largest_batch(rows: datasets.Dataset, settings: Settings) -> BatchShape:
-    """The micro-batch with most tokens in the first epochs: their order is known beforehand."""
-    numbers = largest_items(rows, settings)
-    chosen = rows.select(numbers)
-    trained = sum(int((np.asarray(labels[1:]) != MASKED).sum()) for labels in chosen["labels"])
-    return BatchShape(int(np.sum(chosen["length"])), max(trained, 1), rows=len(numbers))
-
-
-@dataclass(frozen=True)
-class Need:
-    """An estimate and what it was worked out for: largest micro-batch and answers, with or without checkpointing."""
-
-    estimate: Estimate
-    batch: BatchShape
-    answers: AnswerBatch | None
-    checkpointing: bool
-
-
-def need_of(config: PretrainedConfig, settings: Settings, mix: Mix) -> Need:
-    """What a device needs for the stage; gradient checkpointing where it is asked for or needed.
-
-    Raises:
-        Problems: no target module of the adapter exists in the model.
-    """
-    batch, answers = largest_batch(mix.train, settings), largest_answers(mix.val, settings)
-    checkpointing = settings.gradient_checkpointing == "1"
-    found = estimate(config, settings, batch, checkpointing=checkpointing, answers=answers)
-    if settings.gradient_checkpointing == "auto" and found.training > COMFORTABLE * found.available:
-        checkpointing = True
-        found = estimate(config, settings, batch, checkpointing=True, answers=answers)
-    return Need(found, batch, answers, checkpointing)
-
-
-def shortage(need: Estimate, settings: Settings, *, checkpointed: bool = False) -> str:
-    """What to say when memory ran out: the estimate, the measured peak of a GPU, and what to change."""
-    gib = 2**30
-    peak = f", {torch.cuda.max_memory_allocated() / gib:.1f} GiB at the peak" if torch.cuda.is_available() else ""
-    remedy = advice(settings, checkpointed=checkpointed)
-    return f"Out of memory: {need.total / gib:.1f} GiB were estimated{peak}. Change {remedy}."
-
-
-def raise_shortage(
-    error: Exception, config: PretrainedConfig, settings: Settings, rows: datasets.Dataset, *, checkpointing: bool
-) -> None:
-    """RunFailed with estimate, peak and remedies, if the error says that memory ran out."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        need = estimate(config, settings, largest_batch(rows, settings), checkpointing=checkpointing)
-        raise RunFailed(shortage(need, settings, checkpointed=checkpointing)) from error
-
-
-def checkpointing_needed(config: PretrainedConfig, settings: Settings, batch: BatchShape, *, held: int = 0) -> bool:
-    """Whether a step would come near the limit of the device without gradient checkpointing.
-
-    `held`: bytes of the model where it is loaded already; on a GPU the device knows them.
-    """
-    available = available_bytes(launched().local_processes) + (0 if torch.cuda.is_available() else held)
-    device = this_device(settings)
-    # Where the rule of thumb leaves a wide margin, the seconds of the exact answer are saved.
-    if held and 4 * (rule_of_thumb(config, batch, device=device, checkpointing=False) + held) < available:
-        return False
-    need = estimate(config, settings, batch, checkpointing=False, available=available)
-    return need.training > COMFORTABLE * available
-
-
-_SMALL_RANK = 8  # half the default; below it little memory is left to save
-
-
-def advice(settings: Settings, *, answering: bool = False, checkpointed: bool = False) -> str:
-    """The settings that save memory, with values that fit these settings, first the one to try first.
-
-    `answering`: the generation evaluation needs more than a training step does; `checkpointed`: gradient checkpointing
-    is on already.
-    """
-    together = settings.gen_batch_size or USUAL
-    fewer = max(1, together // 2)
-    first = [f"SFT_GEN_BATCH_SIZE={fewer}"] if answering and fewer < together else []
-    return "in this order: " + "; ".join([*first, *_remedies(settings, checkpointed)])
-
-
-def _remedies(settings: Settings, checkpointed: bool) -> Iterator[str]:
-    rows, accumulation = settings.per_device_train_bs, settings.grad_accum
-    if rows > 1:
-        half = rows // 2
-        yield f"SFT_PER_DEVICE_TRAIN_BS={half} with SFT_GRAD_ACCUM={-(-rows * accumulation // half)}"
-    if not settings.use_lora:
-        yield f"SFT_USE_LORA=1 with SFT_LORA_R={_SMALL_RANK}"
-    elif settings.lora_r > _SMALL_RANK:
-        yield f"SFT_LORA_R={_SMALL_RANK}"
-    if not settings.load_in_8bit and not settings.load_in_4bit:
-        yield "SFT_LOAD_IN_8BIT=1 or SFT_LOAD_IN_4BIT=1"
-    elif settings.load_in_8bit:
-        yield "SFT_LOAD_IN_4BIT=1 instead of SFT_LOAD_IN_8BIT=1"
-    if settings.gradient_checkpointing != "1" and not checkpointed:
-        yield "SFT_GRADIENT_CHECKPOINTING=1"
-    yield f"SFT_MAX_SEQ_LEN below {settings.max_seq_len}"
-    yield "more devices with configs/accelerate/zero3.yaml"

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from sft.data.masked_loss.edge_mask import EdgeMask
     from sft.data.mixture import Mix
+    from sft.planning.elsewhere import Elsewhere, Machine
     from sft.planning.machine import Finding
-    from sft.planning.memory import Need
+    from sft.planning.need import Need
     from sft.planning.step_time import Forecast
 
 Result = TypeVar("Result")
@@ -54,6 +55,8 @@ class Plan:
     rows: Rows | None = None
     need: Need | None = None
     forecast: Forecast | None = None
+    on: Machine | None = None
+    elsewhere: Elsewhere | None = None
 
     def attempt(self, step: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result | None:
         """The result of a step; None when it found problems, which are then listed with the others."""
@@ -65,11 +68,16 @@ class Plan:
 
 
 def plan_stage(
-    settings: Settings, *, fresh: bool = False, ladder: Sequence[Settings] = (), held: Collection[int] = ()
+    settings: Settings,
+    *,
+    fresh: bool = False,
+    ladder: Sequence[Settings] = (),
+    held: Collection[int] = (),
+    on: Machine | None = None,
 ) -> Plan:
     """Everything about one stage. Stages of `ladder` before it count as trained by the time it starts; `held` are the
-    contents they will be validated on."""
-    plan = Plan(settings, Document(settings.stage, settings=settings.record()))
+    contents they will be validated on; `on` is a machine to plan for instead of this one."""
+    plan = Plan(settings, Document(settings.stage, settings=settings.record()), on=on)
     try:
         find_out(plan, fresh=fresh, ladder=ladder, held=held)
     except Exception as error:  # a document is promised whatever is wrong, also with a library
@@ -96,11 +104,14 @@ def find_out(plan: Plan, *, fresh: bool, ladder: Sequence[Settings], held: Colle
     if plan.rows is None:
         add_unlabelled(plan)
         return
-    document.steps = steps_of(plan.rows.mix, settings)
+    document.steps = steps_of(plan.rows.mix, settings, processes=plan.on.devices if plan.on else None)
     if remark := warmup_remark(settings, document.steps.total or 0):
         plan.notes.append(remark)
     if config is not None and not refused:  # no model of its kind can be built, or none that is worth it
         plan.attempt(add_isolation, plan, config)
+        if plan.on is not None:
+            plan.attempt(add_elsewhere, plan, plan.rows.mix, config, plan.on)
+            return
         plan.attempt(add_memory, plan, plan.rows.mix, config)
         plan.attempt(require_space, stage)
     if plan.need is not None and not document.problems:
@@ -212,12 +223,13 @@ def add_masked_loss(plan: Plan, mix: Mix) -> EdgeMask:
     return mask
 
 
-def steps_of(mix: Mix, settings: Settings) -> Steps:
-    """The optimizer steps of the stage."""
+def steps_of(mix: Mix, settings: Settings, *, processes: int | None = None) -> Steps:
+    """The optimizer steps of the stage; by so many processes, or those there are."""
     from sft.training.batches import packs_of
 
     packs = packs_of(mix.train, settings)
-    return steps(len(mix.train) if packs is None else len(packs), settings, processes=launched().processes)
+    items = len(mix.train) if packs is None else len(packs)
+    return steps(items, settings, processes=processes or launched().processes)
 
 
 def steps(items: int, settings: Settings, *, processes: int) -> Steps:
@@ -240,7 +252,7 @@ def add_isolation(plan: Plan, config: PretrainedConfig) -> None:
 
 def add_memory(plan: Plan, mix: Mix, config: PretrainedConfig) -> None:
     """What a device needs and has; checkpointing where it is asked for or needed."""
-    from sft.planning.memory import advice, need_of
+    from sft.planning.need import advice, need_of
 
     settings = plan.settings
     plan.need = need = plan.attempt(need_of, config, settings, mix)
@@ -249,18 +261,34 @@ def add_memory(plan: Plan, mix: Mix, config: PretrainedConfig) -> None:
     estimate = need.estimate
     plan.document.memory = estimate.record()
     if not estimate.fits:
-        remedy = advice(settings, answering=estimate.generation > estimate.activations, checkpointed=need.checkpointing)
+        answering = estimate.generation > estimate.activations
+        remedy = advice(settings, answering=answering, checkpointed=need.checkpointing, tokens=need.tokens)
         needed, there = (f"{size / 2**30:.1f} GiB" for size in (estimate.total, estimate.available))
         plan.notes.append(f"[WARNING] does not fit: {needed} needed per device, {there} available; {remedy}")
+
+
+def add_elsewhere(plan: Plan, mix: Mix, config: PretrainedConfig, machine: Machine) -> None:
+    """Launch file, memory and time on a machine that was named."""
+    from sft.planning.elsewhere import plan_on
+
+    plan.elsewhere = found = plan_on(config, plan.settings, mix, machine=machine, steps=plan.document.steps)
+    plan.document.on = found.record()
+    plan.document.memory = found.way.need.estimate.record()
+    plan.document.time = found.seconds if found.way.fits else None
+    if not found.way.fits:
+        needed, there = (found.way.need.estimate.total, found.way.need.estimate.available)
+        remedy = "; ".join(found.remedies) or "a smaller model, or SFT_MAX_SEQ_LEN lower"
+        plan.notes.append(
+            f"[WARNING] does not fit {machine} under any launch file: {needed / 2**30:.1f} GiB needed per device, "
+            f"{there / 2**30:.1f} available; it would with: {remedy}"
+        )
 
 
 def add_time(plan: Plan, mix: Mix, need: Need, base: str) -> None:
     """How long training takes, by a step of it on this device."""
     from sft.planning.step_time import forecast, measure_step
 
-    measured = plan.attempt(
-        measure_step, base, plan.settings, mix, estimate=need.estimate, checkpointing=need.checkpointing
-    )
+    measured = plan.attempt(measure_step, base, plan.settings, mix, need=need)
     if measured is not None and measured.isolation is not None:
         plan.document.isolation = measured.isolation.record()
     if measured is not None:

@@ -16,14 +16,16 @@ from sft.models.isolation import Isolation, keep_rows_apart
 from sft.models.model import casts_left_to_autocast, compute_dtype, load_model, lora_layers, weight_dtype
 from sft.planning.activations import with_adapter
 from sft.planning.document import Steps
-from sft.training.batches import TrainingRows, join_rows, largest_items
+from sft.training.batches import TrainingRows, join_rows
 from sft.training.loss import leave_out_triton, token_cross_entropy
+from sft.training.passes import largest_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sft.data.mixture import Mix
     from sft.planning.memory import Estimate
+    from sft.planning.need import Need
     from sft.settings import Settings
 
 # Multiplications and additions a CPU is asked for at most: a few seconds at 20 to 50 billion a second.
@@ -46,8 +48,8 @@ class StepTime(NamedTuple):
     isolation: Isolation | None = None
 
 
-def measure_step(base: str, settings: Settings, mix: Mix, *, estimate: Estimate, checkpointing: bool) -> StepTime:
-    """Loads the model and trains the largest micro-batch without keeping anything.
+def measure_step(base: str, settings: Settings, mix: Mix, *, need: Need) -> StepTime:
+    """Loads the model and trains the largest pass without keeping anything.
 
     The second of two passes is timed: the first one also sets up kernels and memory. On a CPU only where both take a
     few seconds.
@@ -55,17 +57,17 @@ def measure_step(base: str, settings: Settings, mix: Mix, *, estimate: Estimate,
     Raises:
         Problems: the model can't be loaded.
     """
-    rows = largest_items(mix.train, settings)
+    rows = largest_pass(mix.train, settings, need.tokens)
     batch = join_rows([[TrainingRows(mix.train).row(0, row) for row in rows]])
     tokens = batch["input_ids"].numel()
-    if reason := why_unmeasured(settings, estimate, tokens):
+    if reason := why_unmeasured(settings, need.estimate, tokens):
         return StepTime(tokens=tokens, rows=len(rows), reason=reason)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "labels", "row_ends")}
     seconds, fits, isolation = 0.0, True, None
     try:
-        model, isolation = trained_model(base, settings, device=device, checkpointing=checkpointing)
+        model, isolation = trained_model(base, settings, device=device, checkpointing=need.checkpointing)
         passes = isolation.passes(inputs | {"row_lengths": batch["row_lengths"]})
         for _ in range(2):
             seconds = timed_passes(model, passes, compute_dtype(settings))

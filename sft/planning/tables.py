@@ -12,7 +12,8 @@ from sft.reporting.text import aligned, duration, figure, plain
 
 if TYPE_CHECKING:
     from sft.data.mixture import Mix
-    from sft.planning.memory import Need
+    from sft.planning.elsewhere import Elsewhere
+    from sft.planning.need import Need
     from sft.planning.plan import Plan, Rows
     from sft.planning.step_time import Forecast
     from sft.settings import Settings
@@ -53,6 +54,9 @@ def sections(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "Joined rows", Isolation(**document.isolation).sentence()
     if plan.need is not None:
         yield "Memory per device", memory_table(plan.need)
+    if plan.elsewhere is not None:
+        yield f"On {plan.elsewhere.machine}", elsewhere_text(plan.elsewhere)
+        yield "Memory per device there", memory_table(plan.elsewhere.way.need)
     if rows is not None:
         yield from row_previews(rows)
     if plan.notes:
@@ -185,7 +189,8 @@ def memory_table(need: Need) -> str:
     parts = [part for part in MEMORY if part != "generation" or answers]
     rows = [["part", "size"], *([part, size(getattr(need.estimate, part))] for part in parts)]
     checkpointing = "with" if need.checkpointing else "without"
-    lines = [f"largest micro-batch: {batch.rows} rows, {batch.tokens:,} tokens; {checkpointing} gradient checkpointing"]
+    what = "micro-batch" if not need.tokens else f"pass (SFT_MICRO_BATCH_TOKENS: at most {need.tokens:,} tokens)"
+    lines = [f"largest {what}: {batch.rows} rows, {batch.tokens:,} tokens; {checkpointing} gradient checkpointing"]
     if answers:
         lines.append(
             f"generation: keys and values of {answers.rows} answers, {answers.tokens:,} tokens with their prompts; "
@@ -194,6 +199,18 @@ def memory_table(need: Need) -> str:
     if not need.estimate.traced:
         lines.append("activations: by a rule of thumb, much less exact: this model's code can't run on shapes alone")
     return "\n".join([aligned(rows), *lines])
+
+
+def elsewhere_text(found: Elsewhere) -> str:
+    """Launch files in the order they were tried, how to launch, the time and what it rests on."""
+    rows = [["launch file", "needed", "available", ""]]
+    for way in found.tried:
+        need = way.need.estimate
+        rows.append([way.launch_file, size(need.total), size(need.available), "fits" if way.fits else "does not fit"])
+    lines = [aligned(rows)]
+    if found.way.fits:
+        lines += [found.command, f"training about {duration(found.seconds)}, {found.tokens_per_second:,.0f} tokens/s"]
+    return "\n".join([*lines, *(f"assumed: {text}" for text in found.assumptions())])
 
 
 def row_previews(rows: Rows) -> Iterator[tuple[str, str]]:

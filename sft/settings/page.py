@@ -44,6 +44,7 @@ _SPECIAL = {
     "SFT_NUM_PROC": "auto or whole number ≥ 1",
     "SFT_GEN_BATCH_SIZE": "auto or whole number ≥ 1",
     "SFT_UPSAMPLE_RULES": "JSON object",
+    "SFT_MICRO_BATCH_TOKENS": "auto or whole number ≥ 0",
     "SFT_MAX_STEPS": "-1 or whole number ≥ 1",
     "SFT_EARLY_STOPPING_PATIENCE": "-1 or whole number ≥ 1",
     "SFT_GEN_EVAL": f"{', '.join(GEN_EVALS)} or path/to/metric.py:function",
@@ -77,7 +78,7 @@ def _default(name: str, field: FieldInfo) -> str:
         return str(int(value))
     if isinstance(value, tuple):
         return ", ".join(value)
-    return f"{value:g}" if isinstance(value, float) else str(value or "") if value != 0 else "0"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _values(name: str, field: FieldInfo) -> str:

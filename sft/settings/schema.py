@@ -32,6 +32,7 @@ from sft.settings.values import (
     Share,
     Source,
     Switch,
+    TokenBudget,
 )
 
 
@@ -159,6 +160,11 @@ class Settings(BaseModel):
     per_device_train_bs: AtLeastOne = setting(2, "Rows of a micro-batch on each device.")
     per_device_eval_bs: AtLeastOne = setting(2, "Rows of an evaluation batch on each device.")
     grad_accum: AtLeastOne = setting(8, "Micro-batches added up for one optimizer step.")
+    micro_batch_tokens: TokenBudget = setting(
+        None,
+        "Most tokens of a forward pass, into which a step's rows are joined whatever the micro-batches: auto is what"
+        " memory allows on a GPU and the micro-batches as they are on a CPU; 0 is the latter everywhere.",
+    )
     lr: Positive = setting(1e-4, "Highest learning rate.")
     lr_scheduler: Scheduler = setting(
         "cosine",

@@ -339,6 +339,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OffOrCount = Annotated[int, AfterValidator(check_off_or_count)]
 AutoOrCount = Annotated[AtLeastOne | None, BeforeValidator(parse_auto)]
+TokenBudget = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(parse_auto)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expand)]
 
 

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sft.data.chosen import REPLAYED
 from sft.data.masked_loss.edge_mask import MASKED, masked_labels, token_weights
 from sft.distributed.launch import launched
+from sft.distributed.signals import follow_parent
 from sft.models.attention import row_ends
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from sft.data.masked_loss.edge_mask import EdgeMask
     from sft.settings import Settings
@@ -91,6 +94,15 @@ class TrainingRows(Dataset):
         return (
             example if self.edge_mask is None else example | self.masked(self.edge_mask, epoch, position, row, labels)
         )
+
+    def named(self, position: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A row so that a person finds it: position, source and how the trained text begins."""
+        row = self.rows[position]
+        trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != MASKED]
+        text = tokenizer.decode(trained[:24], skip_special_tokens=True)
+        number = row["source"]
+        source = "an earlier stage" if number == REPLAYED else self.names[number] if self.names else "the data"
+        return f"{position} from {source} ({text[:60]!r})"
 
     def sums_of_sources(self, sums: torch.Tensor) -> torch.Tensor:
         """(sources, columns) from sums of each row, (rows, columns)."""
@@ -206,6 +218,24 @@ class EpochLoader(DataLoader):
     def __init__(self, rows: TrainingRows, **keywords: Any) -> None:
         super().__init__(rows, generator=torch.Generator(), **keywords)
 
+    @classmethod
+    def of_rank(cls, rows: TrainingRows, settings: Settings, args: TrainingArguments) -> EpochLoader:
+        """The micro-batches of this rank as the training arguments have them."""
+        batches = EpochBatches(
+            order_of(rows.rows, settings, rows.packs, processes=args.world_size),
+            batch_size=args.per_device_train_batch_size,
+            rank=args.process_index,
+            ranks=args.world_size,
+        )
+        return cls(
+            rows,
+            batch_sampler=batches,
+            collate_fn=join_rows,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=follow_parent,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
@@ -265,16 +295,27 @@ def order_of(
 
 def largest_items(rows: datasets.Dataset, settings: Settings, *, processes: int | None = None) -> list[int]:
     """Rows of the micro-batch with most tokens."""
-    processes = processes or launched().processes
+    return _largest(rows, settings, micro_batches=1, processes=processes or launched().processes)
+
+
+def heaviest_step(rows: datasets.Dataset, settings: Settings, *, processes: int | None = None) -> list[int]:
+    """Rows of the step with most tokens on one device."""
+    return _largest(rows, settings, micro_batches=settings.grad_accum, processes=processes or launched().processes)
+
+
+def _largest(rows: datasets.Dataset, settings: Settings, *, micro_batches: int, processes: int) -> list[int]:
+    """Rows of those successive micro-batches of one device that have most tokens together."""
     lengths, packs = np.asarray(rows["length"][:]), packs_of(rows, settings)
     sizes = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
-    together = settings.per_device_train_bs * processes
-    in_order = order_of(rows, settings, packs, processes=processes)
+    size, in_order = settings.per_device_train_bs, order_of(rows, settings, packs, processes=processes)
+    together = size * processes * micro_batches
     best: np.ndarray = np.zeros(0, np.int64)
     for epoch in range(min(_EPOCHS, max(1, int(np.ceil(settings.epochs))))):
         order = in_order.of(epoch)
         whole = len(order) // together * together
-        found = order[:whole].reshape(-1, settings.per_device_train_bs) if whole else order[None]
+        shape = -1, micro_batches, processes, size
+        of_devices = order[:whole].reshape(shape).swapaxes(1, 2).reshape(-1, micro_batches * size)
+        found = of_devices if whole else order[None]
         largest = found[sizes[found].sum(axis=1).argmax()]
         best = largest if sizes[largest].sum() > sizes[best].sum() else best
     return best.tolist() if packs is None else [row for item in best for row in packs[item]]

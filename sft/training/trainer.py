@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,10 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from sft.data.chosen import REPLAYED
 from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
-from sft.distributed.signals import follow_parent
 from sft.errors import RunFailed
 from sft.models.experts import route_experts
 from sft.models.isolation import keep_rows_apart
@@ -37,7 +36,7 @@ from sft.stages import paths
 from sft.stages.checkpoints import metrics_mark, rotate
 from sft.storage import json_files
 from sft.training.arguments import reduce_in_float32, steps_to_schedule
-from sft.training.batches import EpochBatches, EpochLoader, TrainingRows, join_rows, order_of, rows_of_tokens
+from sft.training.batches import EpochLoader, TrainingRows, heaviest_step, join_rows, rows_of_tokens
 from sft.training.callbacks import StageRhythm
 from sft.training.loss import (
     LossScale,
@@ -50,6 +49,7 @@ from sft.training.loss import (
 )
 from sft.training.movement import GradientRows, beginnings, require_moved
 from sft.training.noise import RowNoise
+from sft.training.passes import Passes, StepStart
 from sft.training.progress import AtStart
 from sft.training.results import STAGING, best_model_record, published_together
 
@@ -63,15 +63,6 @@ if TYPE_CHECKING:
 Measure = Callable[[Any, Any, Any, Callable[[], None]], dict[str, float]]
 
 
-@dataclass(frozen=True)
-class StepStart:
-    """What the micro-batches of a step change before its optimizer step: random states, loss and tokens counted."""
-
-    random: RandomState
-    loss: torch.Tensor
-    tokens: int
-
-
 class StagedTrainer(SFTTrainer):
     """SFTTrainer over rows that are already labelled.
 
@@ -83,6 +74,8 @@ class StagedTrainer(SFTTrainer):
     Args:
         rows, val_rows: what is trained on and what the loss is measured on, if anything.
         measure: what an evaluation measures beside the loss.
+        pass_tokens: most tokens of a forward pass; 0 leaves micro-batches as they are. So they stay where rows go one
+            by one anyway: joining gains nothing there, and the graphs of all rows are kept until the end.
     """
 
     model: torch.nn.Module
@@ -99,6 +92,7 @@ class StagedTrainer(SFTTrainer):
         rows: TrainingRows,
         val_rows: TrainingRows | None = None,
         measure: Measure | None = None,
+        pass_tokens: int = 0,
     ) -> None:
         self.settings, self.folder = settings, Path(str(args.output_dir))
         self.measure = measure
@@ -117,6 +111,9 @@ class StagedTrainer(SFTTrainer):
             peft_config=adapter_config(model, settings),
         )
         reduce_in_float32(self.accelerator)
+        self.passes = Passes(pass_tokens if self.isolation.kept_apart else 0, device=self.args.device)
+        if self.passes.tokens and self.passes.recovers and torch.cuda.is_available():
+            self.add_callback(AtStart(lambda model: self.try_largest_pass()))
         self.loss_scale = LossScale()
         if not self.is_deepspeed_enabled:  # it casts what it trains and keeps float32 copies itself
             keep_adapters_exact(self.model)
@@ -140,21 +137,12 @@ class StagedTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> EpochLoader:
         """This rank's loader. It is not given to accelerate: it shards by rank itself, without repeating rows."""
-        args, rows = self.args, self.train_dataset
-        batches = EpochBatches(
-            order_of(rows.rows, self.settings, rows.packs, processes=args.world_size),
-            batch_size=args.per_device_train_batch_size,
-            rank=args.process_index,
-            ranks=args.world_size,
-        )
-        return EpochLoader(
-            rows,
-            batch_sampler=batches,
-            collate_fn=join_rows,
-            num_workers=args.dataloader_num_workers,
-            worker_init_fn=follow_parent,
-            pin_memory=args.dataloader_pin_memory,
-        )
+        return EpochLoader.of_rank(self.train_dataset, self.settings, self.args)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, its rows divided anew where passes have a size of their own."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self.passes.regroup(batches), items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Trained tokens of the whole global batch (under a masked loss: their expected number)."""
@@ -181,9 +169,40 @@ class StagedTrainer(SFTTrainer):
 
     # Loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         with casts_left_to_autocast(self.lora_layers if self.accelerator.native_amp else ()):
-            return super().training_step(*args, **kwargs)
+            if "step_rows" not in inputs:
+                return super().training_step(model, inputs, num_items_in_batch)
+            if inputs["step_rows"] is None:  # the last micro-batch has all the rows
+                return torch.zeros((), device=self.args.device)
+            how = partial(self.one_pass, model, num_items_in_batch)
+            return self.passes.run(inputs["step_rows"], how, undo=self.undo_passes, step=self.state.global_step + 1)
+
+    def one_pass(self, model: Any, items: torch.Tensor, rows: list[dict[str, Any]], last: bool) -> torch.Tensor:
+        """The loss of some of a step's rows, their gradients added; ranks exchange them after the `last`, if at all."""
+        state = self.accelerator.gradient_state
+        state.sync_gradients = last
+        waits = last or self.is_deepspeed_enabled or state.plugin_kwargs.get("sync_each_batch", False)
+        with nullcontext() if waits else self.accelerator.no_sync(model):
+            loss = super().training_step(model, join_rows([rows]), items)
+        if not last:
+            self.rhythm.on_substep_end(self.args, self.state, self.control)
+        return loss
+
+    def undo_passes(self) -> None:
+        """Gradients and random state as before the first pass of the step."""
+        self.model_wrapped.zero_grad()
+        if self.step_start:
+            self.step_start.random.restore()
+
+    def try_largest_pass(self) -> None:
+        """The largest pass of the run forward and backward before the first step, nothing of it kept: where memory
+        does not suffice all passes get smaller now, not in the middle of the run."""
+        rows, step = self.train_dataset, heaviest_step(self.train_dataset.rows, self.settings)
+        one_pass = partial(self.one_pass, self.model_wrapped, torch.ones((), device=self.args.device))
+        with preserved_random_state(), casts_left_to_autocast(self.lora_layers if self.accelerator.native_amp else ()):
+            self.passes.run([rows.row(0, row) for row in step], one_pass, undo=self.undo_passes, step=0)
+        self.undo_passes()
 
     def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of each trained token, shape (trained tokens,); of joined rows or, where the model
@@ -236,17 +255,8 @@ class StagedTrainer(SFTTrainer):
         scaler = self.accelerator.scaler
         if scaler is not None and self.loss_scale.may_skip(norm, scaler.get_scale()):
             return None
-        return finite_norm(norm, step=self.state.global_step + 1, rows=self.named_rows())
-
-    def named_rows(self) -> Iterator[str]:
-        """The rows of the step so that a person finds them: position, source and how the trained text begins."""
-        for position in self.step_rows:
-            row = self.train_dataset.rows[position]
-            trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != MASKED]
-            text = self.processing_class.decode(trained[:24], skip_special_tokens=True)
-            names, number = self.train_dataset.names, row["source"]
-            source = "an earlier stage" if number == REPLAYED else names[number] if names else "the data"
-            yield f"{position} from {source} ({text[:60]!r})"
+        named = (self.train_dataset.named(row, self.processing_class) for row in self.step_rows)
+        return finite_norm(norm, step=self.state.global_step + 1, rows=named)
 
     # Evaluation
 
@@ -376,6 +386,7 @@ class StagedTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             losses = self.accelerator.gather(self._tr_loss.detach().reshape(1).to(self.args.device)).tolist()
             logged = {"loss_since_logged": losses, "last_logged_step": self._globalstep_last_logged}
+            logged |= {"passes": self.passes.record()}
             if main:
                 mark = metrics_mark(self.folder / paths.METRICS)
                 json_files.write_json(folder / paths.RHYTHM, self.rhythm.record() | logged | mark)
