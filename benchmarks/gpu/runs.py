@@ -21,7 +21,7 @@ from benchmarks.gpu.job import Job
 from benchmarks.gpu.shapes import QWEN, shape
 from benchmarks.gpu.steps import settings_of, trainer_of
 from sft.errors import RunFailed
-from sft.planning.memory import raise_shortage
+from sft.planning.need import raise_shortage
 from sft.programs.benchmark import random_model
 
 
