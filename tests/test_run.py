@@ -99,7 +99,7 @@ def test_gradients_are_checkpointed_as_set_and_where_auto_finds_it_needed(
         return True
 
     monkeypatch.setattr(run, "checkpointing_needed", needed)
-    monkeypatch.setattr(run, "largest_batch", lambda rows, settings: None)
+    monkeypatch.setattr(run, "largest_batch", lambda rows, settings, tokens: None)
     model: Any = torch.nn.Linear(3, 2)
     model.config = None
     settings = make_settings(gradient_checkpointing=value)
@@ -193,7 +193,7 @@ def test_memory_that_ran_out_is_explained_and_other_errors_pass(
     """The estimate is asked with what ran: the rows, the checkpointing."""
     asked: list[Any] = []
 
-    def shortage(error: Exception, config: Any, settings: Any, rows: Any, *, checkpointing: bool) -> None:
+    def shortage(error: Exception, config: Any, settings: Any, rows: Any, *, checkpointing: bool, tokens: int) -> None:
         asked.append((rows, checkpointing))
         if "memory" in str(error):
             raise RunFailed("Out of memory: 3.0 GiB were estimated") from error
