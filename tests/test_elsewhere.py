@@ -101,6 +101,11 @@ def test_operations_of_a_token_by_hand(make_settings: Any):
     assert twice - plain == pytest.approx(2 * (weights + adapter) + attention)
 
 
+def document_in(shown: str) -> Any:
+    """This file imports accelerate before the program can quieten DeepSpeed, whose greeting may stand before it."""
+    return json.loads(shown[shown.index("{\n") :])
+
+
 def test_the_document_and_the_screen_plan_for_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Four devices: four times the rows a step; memory and time are those of the named machine; mistakes are exit 2."""
     common = {
@@ -110,7 +115,7 @@ def test_the_document_and_the_screen_plan_for_the_machine(tmp_path: Path, capsys
     write_stage(tmp_path, 1, common)
     ask = ("--stage", 1, "--env-dir", tmp_path, "--on")
     assert run_train("--check", "--json", *ask, "4x80") == 0
-    document = json.loads(capsys.readouterr().out)
+    document = document_in(capsys.readouterr().out)
     assert document["steps"]["global_batch"] == 32
     on = document["on"]
     assert (on["devices"], on["gigabytes"], on["fits"]) == (4, 80, True)
@@ -129,7 +134,7 @@ def test_the_document_and_the_screen_plan_for_the_machine(tmp_path: Path, capsys
         assert run_train(*arguments) == 2
         assert text in capsys.readouterr().err
     assert run_train("--check", "--json", *ask, "?") == 2
-    assert json.loads(capsys.readouterr().out)["problems"] == [
+    assert document_in(capsys.readouterr().out)["problems"] == [
         "--on ?: not a machine; write devices x GB of each, such as --on 4x80"
     ]
 

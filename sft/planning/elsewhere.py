@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -247,8 +245,7 @@ def _remedies(config: PretrainedConfig, settings: Settings, mix: Mix, machine: M
 def flops_of_token(config: PretrainedConfig, settings: Settings, *, length: float, checkpointing: bool) -> float:
     """Operations a trained token takes, forward and backward; recomputed activations are one more forward pass."""
     text = config.get_text_config()
-    with redirect_stdout(sys.stderr):  # DeepSpeed, imported where a model is built, speaks on stdout
-        _, active = matmul_parameters(config)
+    _, active = matmul_parameters(config)
     trained = parameter_bytes(config, settings).trained_count if settings.use_lora else 0
     full = not settings.use_lora
     flops = flops_per_token(text, active, trained, seq_len=round(length), full=full)
