@@ -1,6 +1,8 @@
 """Scores of structured answers equal those computed by hand."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -271,3 +273,33 @@ def test_real_references_score_fully_against_themselves():
     assert [metrics[f"gen_parse_rate/{name}"] for name in ("json", "yaml", "toml", "csv")] == [1.0] * 4
     assert metrics["gen_value_rate"] == metrics["gen_exact_rate"] == metrics["gen_key_rate"] == 1.0
     assert metrics["gen_only_rate"] == 0.0
+
+
+# Everything that knows formats is imported after the sixth one is there, as if formats.py had it.
+SIXTH = """
+import configparser, json
+from sft.scoring import formats
+
+def read_ini(text):
+    parser = configparser.ConfigParser()
+    parser.read_string(text)
+    return {name: dict(parser[name]) for name in parser.sections()}, ""
+
+formats._READERS["ini"] = read_ini
+formats.FORMATS = tuple(formats._READERS)
+formats.PARSER_ERRORS += (configparser.Error,)
+from sft.data.sources.shapes import task_key
+from sft.scoring.structured import score_answer, target_format
+
+asked = [{"role": "user", "content": "Convert this INI to JSON:\\n[a]"}]
+score = score_answer("Sure, ```ini\\n[a]\\nb = 1\\n```", target_format("text_to_ini"), paths=["a.b", "a.c"])
+print(json.dumps([score.score, score.key_rate, score.structeval, score.faults,
+                  task_key({"metadata": {"format": "JSON"}}, asked)]))
+"""
+
+
+def test_a_new_format_needs_nothing_but_its_reader():
+    """INI as a sixth: its fence opens within a line, a prompt may name it, and the benchmark, which has only its five,
+    gives it no figure. 0.2 for parsing and 0.8 of one path in two."""
+    done = subprocess.run([sys.executable, "-c", SIXTH], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [0.6, 0.5, None, ["fence", "preface", "wrong key"], "ini_to_json"]

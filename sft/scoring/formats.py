@@ -18,7 +18,6 @@ from xml.sax.xmlreader import AttributesImpl, InputSource
 import yaml
 from defusedxml.expatreader import create_parser
 
-FORMATS = ("json", "yaml", "toml", "xml", "csv")
 MAX_PAYLOAD = 100_000  # characters; the slowest reader needs 0.3 s for the worst of that length
 MAX_DEPTH = 100  # levels; readers and walks recurse, and Python ends at 1,000 frames
 MAX_NODES = 20_000  # what aliases make of a payload counts as well
@@ -248,6 +247,11 @@ _READERS: dict[str, Callable[[str], tuple[Any, str]]] = {
     "xml": _read_xml,
     "csv": _read_csv,
 }
+"""Format -> what its parser makes of a text, and what we complain of. A reader may raise PARSER_ERRORS and no other."""
+FORMATS = tuple(_READERS)
+"""Every format there is. Fences, prompts, task keys and report columns go by these names; nothing else lists them."""
+SPELLINGS = {"yml": "yaml"}
+"""Other names that people and models have for a format."""
 
 
 # Answers in another format than the one asked for ---------------------------------------------------------------------
@@ -256,7 +260,8 @@ _READERS: dict[str, Callable[[str], tuple[Any, str]]] = {
 def other_format(payload: str, output_format: str) -> str | None:
     """The format a payload is written in instead of the one asked for; None where it is in that one, or in none.
 
-    YAML's parser takes nearly all JSON and CSV's any text with a comma, so that parsing alone says nothing there.
+    YAML's parser takes nearly all JSON and CSV's any text with a comma, so that parsing alone says nothing there. Here
+    and in `_reads_as` is what else such a format asks for; another whose parser takes texts of others joins them.
     """
     if len(payload) > MAX_PAYLOAD:
         return None

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from sft.scoring.formats import FORMATS, SPELLINGS
+
 DEFAULT_MARKERS = ("Output:", "OUTPUT:", "Final:", "Answer:", "Result:", "Response:")
 # A million characters are some 250,000 tokens: nothing a model says on purpose, so nothing worth reading.
 MAX_ANSWER = 1_000_000
@@ -16,7 +18,8 @@ _END_CODE = re.compile(r"<\|END_CODE\|>", re.IGNORECASE)
 # within a string of the payload do not open one; within a line only where it names a format. Its closing line is
 # optional, as in StructEval.
 _FENCE = re.compile(
-    r"(?:^(?:[ \t]*(?:[-*+]|\d{1,3}[.)]))?|:|(?<=</think>))[ \t]*```[^`\n]*\n|```(?:json|ya?ml|toml|xml|csv)[ \t]*\n",
+    r"(?:^(?:[ \t]*(?:[-*+]|\d{1,3}[.)]))?|:|(?<=</think>))[ \t]*```[^`\n]*\n"
+    rf"|```(?:{'|'.join((*FORMATS, *SPELLINGS))})[ \t]*\n",
     re.MULTILINE | re.IGNORECASE,
 )
 _FENCE_END = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)

@@ -12,7 +12,8 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import toml
@@ -34,13 +35,16 @@ _LONGEST_YAML = 20_000  # characters; PyYAML in pure Python needs 0.5 s for them
 _PATH_TOKEN = re.compile(r"\[[^\]]*\]|\[.*|(?:`[^`]*`?|[^.`\[])+")
 
 
-def structeval_score(answer: str, output_format: str, paths: Sequence[str]) -> float:
-    """round(0.2 * renders + 0.8 * share of the key paths that exist, 2), for at least one path; within [0, 1]."""
+def structeval_score(answer: str, output_format: str, paths: Sequence[str]) -> float | None:
+    """round(0.2 * renders + 0.8 * share of the key paths that exist, 2), for at least one path; within [0, 1]. None for
+    a format that the benchmark does not have."""
+    if output_format not in _LOADERS:
+        return None
     code = extract_code(answer) if len(answer) <= MAX_ANSWER else None
     if code is None or len(code) > MAX_PAYLOAD:
         return 0.0
     try:
-        value = _load(code, output_format)
+        value = _LOADERS[output_format](code)
         check_size(value)
     except (*PARSER_ERRORS, RecursionError):
         return 0.0
@@ -72,16 +76,10 @@ def extract_code(answer: str) -> str | None:
     return code.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _load(code: str, output_format: str) -> Any:
-    if output_format == "json":
-        return json.loads(code)
-    if output_format == "yaml":
-        if len(code) > _LONGEST_YAML:
-            raise TooLarge(f"longer than {_LONGEST_YAML:,} characters")
-        return load_yaml(code, PlainYamlLoader)
-    if output_format == "toml":
-        return _load_toml(code)
-    return load_xml(code, doctype=True) if output_format == "xml" else _load_csv(code)
+def _load_yaml(code: str) -> Any:
+    if len(code) > _LONGEST_YAML:
+        raise TooLarge(f"longer than {_LONGEST_YAML:,} characters")
+    return load_yaml(code, PlainYamlLoader)
 
 
 def _load_toml(code: str) -> dict[str, Any]:
@@ -98,6 +96,16 @@ def _load_csv(code: str) -> dict[str, Any]:
     """A table is never empty; rows are filled up to the header, as csv.DictReader does it."""
     reader = csv.DictReader(io.StringIO(code, newline=""))
     return {"csv_headers": list(reader.fieldnames or ()), "csv_rows": list(reader)}
+
+
+# The benchmark's formats: what sft.scoring.formats has besides has no figure here.
+_LOADERS: dict[str, Callable[[str], Any]] = {
+    "json": json.loads,
+    "yaml": _load_yaml,
+    "toml": _load_toml,
+    "xml": partial(load_xml, doctype=True),
+    "csv": _load_csv,
+}
 
 
 def path_exists(value: Any, path: str) -> bool:

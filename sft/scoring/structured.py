@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sft.scoring.faults import counted, faults_of_form
-from sft.scoring.formats import FORMATS, Reading, other_format, read
+from sft.scoring.formats import FORMATS, SPELLINGS, Reading, other_format, read
 from sft.scoring.metrics import STRUCTURED_FIELDS
 from sft.scoring.payload import DEFAULT_MARKERS, MAX_ANSWER, Payload, find_payload, whole, without_thinking
 from sft.scoring.structeval import path_exists, structeval_score
@@ -25,7 +25,7 @@ class StructuredScore(NamedTuple):
     value_rate: float | None  # share of the reference's leaves that are equal at the same place
     exact: bool | None  # the same structure as the reference: order of keys free, order of lists not
     score: float  # round(0.2 * in_format + 0.8 * key_rate, 2)
-    structeval: float | None = None  # the benchmark's own figure; only with paths
+    structeval: float | None = None  # the benchmark's own figure; only with paths, and for its five formats
     note: str = ""  # why it does not parse, or why nothing but parsing was judged
     in_format: bool = False  # parses, and is not another format that the parser happens to take (JSON for YAML)
     faults: tuple[str, ...] = ()  # what is wrong with it, names of faults.FAULTS
@@ -54,8 +54,8 @@ class Match(NamedTuple):
 def target_format(task_key: str) -> str | None:
     """The format a task asks for: `text_to_toml` -> toml, `Text to JSON` -> json, `yaml` -> yaml; else None."""
     last_word = re.split(r"[^a-z0-9]+", task_key.lower())[-1]
-    last_word = "yaml" if last_word == "yml" else last_word
-    return last_word if last_word in FORMATS else None
+    name = SPELLINGS.get(last_word, last_word)
+    return name if name in FORMATS else None
 
 
 class _Judged(NamedTuple):

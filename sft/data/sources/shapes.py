@@ -23,10 +23,11 @@ from sft.data.sources.turns import (
     text_of,
     turn_of,
 )
+from sft.scoring.formats import FORMATS
 
 Row = Mapping[str, Any]
 
-_FORMAT_NAME = re.compile(r"\b(json|yaml|toml|xml|csv)\b", re.IGNORECASE)
+_FORMAT_NAME = re.compile(rf"\b({'|'.join(FORMATS)})\b", re.IGNORECASE)
 
 
 class Shape(NamedTuple):
