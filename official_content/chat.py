@@ -117,16 +117,15 @@ def load(
 
     merged = merged_base(stage_folder(settings.out_lora_dir, settings.stage))
     base, adapters = origin.base, origin.adapters
-    quantised = settings.load_in_4bit or settings.load_in_8bit
     if origin.earlier and is_current(merged, origin.earlier):
         base, adapters = str(merged), adapters[-1:]
-    elif len(adapters) > 1 and quantised:
-        remedy = "add --set SFT_LOAD_IN_4BIT=0 --set SFT_LOAD_IN_8BIT=0"
+    elif len(adapters) > 1 and settings.quantised:
+        remedy = f"add {' '.join(f'--set {name}=0' for name in settings.quantised)}"
         raise Problems([f"{merged}: is missing or outdated, and nothing is merged into quantised weights; {remedy}"])
     if base == origin.base:
         require_base(origin, origin.name)
     model = with_adapters(load_model(base, settings), adapters)
-    if torch.cuda.is_available() and not quantised:
+    if torch.cuda.is_available() and not settings.quantised:
         model = model.to("cuda")
     tokenizer = AutoTokenizer.from_pretrained(origin.tokenizer or base, trust_remote_code=settings.trust_remote_code)
     return model.eval(), tokenizer

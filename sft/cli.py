@@ -20,6 +20,7 @@ from sft.errors import STARTED_AS, Problems, RunFailed, hide_secrets, plainly
 from sft.planning.document import Document, print_documents
 from sft.settings import Settings, load_settings
 from sft.settings.schema import NAMES
+from sft.settings.values import QUANTISING
 from sft.settings.variants import incomparable, pairings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
@@ -233,7 +234,8 @@ def explain(error: BaseException) -> str:
     if "out of memory" in text.lower() or isinstance(error, MemoryError):
         return (
             "Out of memory. In this order: SFT_PER_DEVICE_TRAIN_BS lower with SFT_GRAD_ACCUM higher, SFT_LORA_R=8, "
-            "SFT_LOAD_IN_8BIT=1 or SFT_LOAD_IN_4BIT=1, SFT_GRADIENT_CHECKPOINTING=1, a shorter SFT_MAX_SEQ_LEN. "
+            f"{' or '.join(f'{name}=1' for name in QUANTISING)}, SFT_GRADIENT_CHECKPOINTING=1, a shorter "
+            "SFT_MAX_SEQ_LEN. "
             "--check estimates the need beforehand."
         )
     return f"The run failed: {plainly(text).strip().splitlines()[0]}"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3M
 from sft.distributed.launch import Launched, launched
 from sft.evaluation.at_once import AnswerBatch
 from sft.models.isolation import keep_rows_apart
+from sft.models.model import quantization
 from sft.planning.activations import (
     Activations,
     BatchShape,
@@ -23,6 +24,8 @@ from sft.planning.activations import (
 from sft.planning.memory import Estimate, estimate, optimizer_bytes, parameter_bytes
 from sft.planning.need import COMFORTABLE, advice, checkpointing_needed, shortage
 from sft.settings import load_settings
+from sft.settings.schema import NAMES
+from sft.settings.values import QUANTISING
 from sft.training.batches import EpochBatches, Order, largest_items
 from sft.training.loss import token_cross_entropy
 
@@ -114,6 +117,16 @@ def test_quantisation_leaves_embeddings_head_and_norms(settings, given, width):
     linear = LAYERS * (LAYER - 2 * HIDDEN)
     assert counted.frozen == pytest.approx(width * linear + 2 * (MODEL - linear), rel=1e-4)
     assert counted.trained == 4 * ADAPTER
+
+
+def test_no_quantisation_is_forgotten(settings):
+    """Each asks the library for something of its own, and takes less than the one before it."""
+    chosen = [settings(dtype="bfloat16", **{NAMES[name]: 1}) for name in QUANTISING]
+    frozen = [parameter_bytes(dense(), each).frozen for each in (settings(dtype="bfloat16"), *chosen)]
+    assert frozen == sorted(set(frozen), reverse=True)
+    asked = [quantization(each) for each in chosen]
+    assert None not in asked
+    assert len({str(each.to_dict()) for each in asked}) == len(QUANTISING)
 
 
 def test_full_fine_tuning_has_no_adapter(settings):
@@ -303,6 +316,7 @@ def test_advice_keeps_the_order_of_document_004(settings):
     assert advice(settings(), answering=True).startswith("in this order: SFT_GEN_BATCH_SIZE=4; SFT_PER_DEVICE")
     small = settings(per_device_train_bs=1, lora_r=8, load_in_4bit=1, gradient_checkpointing=1)
     assert advice(small).startswith("in this order: SFT_MAX_SEQ_LEN below 2048")
+    assert "SFT_LORA_R=8; SFT_LOAD_IN_4BIT=1 instead of SFT_LOAD_IN_8BIT=1; SFT_G" in advice(settings(load_in_8bit=1))
     need = Estimate(weights=2**30, adapter=0, optimizer=0, gradients=2**29, activations=0, available=1)
     assert shortage(need, small).startswith("Out of memory: 1.5 GiB were estimated. Change in this order: ")
 

@@ -66,7 +66,7 @@ def saved_problems(
     if not wanted or not settings.use_lora:
         return
     offered, kind = _offered(model, towers), type(model).__name__
-    quantised = {name for name, _ in quantised_layers(model)} if settings.load_in_4bit or settings.load_in_8bit else ()
+    quantised = {name for name, _ in quantised_layers(model)} if settings.quantised else ()
     tied = _tied(model)
     names = sorted({name.rsplit(".", 1)[-1] for name in offered if name not in quantised})
     given = f"{NAME}={','.join(wanted)}"

@@ -19,6 +19,8 @@ from sft.planning.kv_cache import largest_answers
 from sft.planning.memory import estimate, parameter_bytes
 from sft.planning.need import COMFORTABLE, Need, shape_of, tokens_that_fit
 from sft.programs.benchmark_shapes import flops_per_token, matmul_parameters
+from sft.settings.schema import NAMES
+from sft.settings.values import QUANTISING
 from sft.training.batches import heaviest_step
 from sft.training.passes import largest_pass
 
@@ -163,7 +165,7 @@ def ways(machine: Machine, settings: Settings) -> Iterator[tuple[str, Launched]]
         return
     yield "ddp", Launched(0, count, count)
     yield "zero2", Launched(0, count, count, "zero2", deepspeed=True)
-    if not settings.load_in_4bit and not settings.load_in_8bit:
+    if not settings.quantised:
         yield "multinode_zero3" if count > 8 else "zero3", Launched(0, count, count, "zero3", deepspeed=True)
         yield "fsdp", Launched(0, count, count, "fsdp")
 
@@ -225,15 +227,14 @@ def _tried(config: PretrainedConfig, settings: Settings, mix: Mix, machine: Mach
 def _remedies(config: PretrainedConfig, settings: Settings, mix: Mix, machine: Machine) -> Iterator[str]:
     """Single changes under which the stage would fit, and the fewest devices of this kind that would do."""
     changes: list[dict[str, Any]] = [] if settings.use_lora else [{"use_lora": True}]
-    if settings.use_lora and not settings.load_in_4bit:
-        changes += [] if settings.load_in_8bit else [{"load_in_8bit": True}]
-        changes += [{"load_in_4bit": True, "load_in_8bit": False}]
+    if settings.use_lora:
+        changes += [{NAMES[name]: name == each for name in QUANTISING} for each in settings.quantised_further]
     for change in changes:
         *_, way = _tried(config, settings.model_copy(update=change), mix, machine)
         if way.fits:
             yield ", ".join(f"SFT_{name.upper()}={int(value)}" for name, value in change.items() if value)
             break
-    if settings.load_in_4bit or settings.load_in_8bit:
+    if settings.quantised:
         return
     for count in (2**power for power in range(math.ceil(math.log2(machine.devices + 1)), 7)):
         more, launch = machine._replace(devices=count), Launched(0, count, count, "zero3", deepspeed=True)

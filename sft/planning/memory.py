@@ -158,11 +158,11 @@ def parameter_bytes(config: PretrainedConfig, settings: Settings) -> Parameters:
 
 def _quantised(bare: PreTrainedModel, settings: Settings) -> Iterator[tuple[torch.nn.Parameter, float]]:
     """Parameters that bitsandbytes quantises, with their bytes per weight."""
-    if not settings.load_in_4bit and not settings.load_in_8bit:
-        return
     four = _NF4_DOUBLE if settings.bnb_4bit_use_double_quant else _NF4
-    for _, weight in quantised_layers(bare):
-        yield weight, _INT8 if settings.load_in_8bit else four
+    widths = {"SFT_LOAD_IN_8BIT": _INT8, "SFT_LOAD_IN_4BIT": four}
+    for name in settings.quantised:
+        for _, weight in quantised_layers(bare):
+            yield weight, widths[name]
 
 
 def optimizer_bytes(parameters: Parameters, settings: Settings, launch: Launched) -> int:

@@ -220,10 +220,9 @@ def _remedies(settings: Settings, checkpointed: bool, tokens: int) -> Iterator[s
         yield f"SFT_USE_LORA=1 with SFT_LORA_R={_SMALL_RANK}"
     elif settings.lora_r > _SMALL_RANK:
         yield f"SFT_LORA_R={_SMALL_RANK}"
-    if not settings.load_in_8bit and not settings.load_in_4bit:
-        yield "SFT_LOAD_IN_8BIT=1 or SFT_LOAD_IN_4BIT=1"
-    elif settings.load_in_8bit:
-        yield "SFT_LOAD_IN_4BIT=1 instead of SFT_LOAD_IN_8BIT=1"
+    if settings.quantised_further:
+        instead = "".join(f" instead of {name}=1" for name in settings.quantised)
+        yield " or ".join(f"{name}=1" for name in settings.quantised_further) + instead
     if settings.gradient_checkpointing != "1" and not checkpointed:
         yield "SFT_GRADIENT_CHECKPOINTING=1"
     yield f"SFT_MAX_SEQ_LEN below {settings.max_seq_len}"

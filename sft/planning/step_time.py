@@ -84,7 +84,7 @@ def why_unmeasured(settings: Settings, estimate: Estimate, tokens: int) -> str:
         return f"under {launch.sharding} no device holds the whole model, so one alone can't try a step"
     if torch.cuda.is_available():
         return ""
-    if settings.load_in_4bit or settings.load_in_8bit:
+    if settings.quantised:
         return "a step of a quantised model takes too long on this CPU to be tried"
     weights = (estimate.weights + estimate.adapter) / weight_dtype(settings).itemsize
     if _PER_WEIGHT * weights * tokens > _CPU_LIMIT:
@@ -115,7 +115,7 @@ def trained_model(
         torch.cuda.reset_peak_memory_stats()
         add_fused_lm_head(bare)
     model = with_adapter(bare, settings)
-    if not settings.load_in_4bit and not settings.load_in_8bit:
+    if not settings.quantised:
         model.to(device)  # a quantised model was placed while it was loaded
     if checkpointing:
         bare.gradient_checkpointing_enable({"use_reentrant": False})

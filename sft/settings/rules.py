@@ -84,13 +84,13 @@ def _data_rules(settings: Any) -> Iterator[Conflict]:
 
 
 def _weight_rules(settings: Any) -> Iterator[Conflict]:
-    if settings.load_in_4bit and settings.load_in_8bit:
-        yield Conflict(("SFT_LOAD_IN_8BIT", "SFT_LOAD_IN_4BIT"), "SFT_LOAD_IN_4BIT is on as well; keep one of them")
-    for name, quantised in (("SFT_LOAD_IN_4BIT", settings.load_in_4bit), ("SFT_LOAD_IN_8BIT", settings.load_in_8bit)):
-        if quantised and not settings.use_lora:
+    if len(settings.quantised) > 1:
+        yield Conflict(settings.quantised, f"{settings.quantised[-1]} is on as well; keep one of them")
+    for name in settings.quantised:
+        if not settings.use_lora:
             text = "quantised weights cannot be trained themselves; set SFT_USE_LORA=1, or do not quantise"
             yield Conflict((name, "SFT_USE_LORA"), text)
-        if quantised and find_spec("bitsandbytes") is None:
+        if find_spec("bitsandbytes") is None:
             yield Conflict((name,), "bitsandbytes is not installed; pip install bitsandbytes, or do not quantise")
     if settings.lora_modules_to_save and not settings.use_lora:
         text = "SFT_USE_LORA=0 trains every module in full; leave it out, or set SFT_USE_LORA=1"

@@ -253,6 +253,17 @@ class Settings(BaseModel):
     )
 
     @property
+    def quantised(self) -> tuple[str, ...]:
+        """The switch that quantises the frozen weights, () in full precision. There is but one in valid settings."""
+        return tuple(name for name in values.QUANTISING if getattr(self, NAMES[name]))
+
+    @property
+    def quantised_further(self) -> tuple[str, ...]:
+        """The switches under which the frozen weights would take less, in the order of `QUANTISING`."""
+        places = (place for place, name in enumerate(values.QUANTISING, 1) if name in self.quantised)
+        return values.QUANTISING[max(places, default=0) :]
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """The training data sets: the mix, else the one of SFT_DATASET_ID."""
         return self.dataset_mix or (Source(id=self.dataset_id or "", split=self.dataset_split),)

@@ -17,6 +17,8 @@ from sft.settings.env_file import closest, printable
 ATTENTION = (
     "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip
+QUANTISING = ("SFT_LOAD_IN_8BIT", "SFT_LOAD_IN_4BIT")
+"""Switches that quantise the frozen weights, each more sparing than the one before."""
 CHAT_TEMPLATES = ("chatml", "llama2", "alpaca", "mistral")
 # Under the name of the package what pip calls it.
 FLASH_PACKAGES = {

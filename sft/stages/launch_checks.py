@@ -115,9 +115,8 @@ def _deepspeed_problems(settings: Settings, values: Mapping[str, Any], processes
 
 
 def _quantised_problems(settings: Settings, engine: str) -> Iterator[str]:
-    for name, quantised in (("SFT_LOAD_IN_4BIT", settings.load_in_4bit), ("SFT_LOAD_IN_8BIT", settings.load_in_8bit)):
-        if quantised:
-            yield (
-                f"{name}=1: {engine} cannot split quantised weights; launch with configs/accelerate/ddp.yaml or "
-                f"zero2.yaml, or set {name}=0"
-            )
+    for name in settings.quantised:
+        yield (
+            f"{name}=1: {engine} cannot split quantised weights; launch with configs/accelerate/ddp.yaml or "
+            f"zero2.yaml, or set {name}=0"
+        )
