@@ -10,6 +10,7 @@ import pytest
 
 from sft.errors import Problems
 from sft.evaluation.chosen_by import measured, require_metric
+from sft.scoring.metrics import LOSS_METRICS, NAMES
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage
 
 TASKED = [{"task": "text_to_json", "prompt": [], "reference": '{"a": 1}'}]
@@ -29,6 +30,7 @@ def test_metrics_follow_from_the_rows():
     """Loss with validation rows, scores with questions that can be judged, parts of the tasks there are."""
     assert measured(settings(), 0, []) == set()
     assert measured(settings(), 3, PLAIN) == {"eval_loss", "eval_perplexity"}
+    assert {f"eval_{name}" for name in NAMES if not name.startswith("gen_")} == measured(settings(), 3, PLAIN)
     names = measured(settings(), 0, TASKED)
     assert {"gen_score", "gen_score/text_to_json", "gen_value_rate"} <= names
     assert not {"eval_loss", "gen_score/text_to_yaml", "gen_edge_f1"} & names
@@ -159,6 +161,8 @@ def test_a_stage_stops_and_keeps_its_best_by_the_loss_of_one_source(tmp_path):
     out = tmp_path / "out_stage1"
     losses = metric_lines(out, "eval_loss/yaml.jsonl")
     assert losses.index(min(losses)) == len(losses) - 2
+    for name in LOSS_METRICS:  # whatever may be named to choose by is logged at every evaluation
+        assert len(metric_lines(out, f"eval_{name}")) == len(losses)
     record = json.loads((out / "best_model" / "best_model_info.json").read_text())
     assert (record["best_metric_name"], record["best_metric"]) == ("eval_loss/yaml.jsonl", min(losses))
     assert json.loads((out / "stage.json").read_text())["steps"] == 2 * (len(losses) - 1) < 12

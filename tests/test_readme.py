@@ -15,7 +15,7 @@ import pytest
 
 from sft import cli
 from sft.data.draws import shares
-from sft.data.sources.shapes import read_messages, shape_of
+from sft.data.sources.shapes import SHAPES, read_messages, shape_of
 from sft.scoring.extraction import score_rows
 from sft.settings import load_settings
 from sft.settings.schema import NAMES
@@ -229,6 +229,13 @@ def test_every_recipe_named_in_a_page_is_shipped(path: Path):
     models = r"structeval|offender|ontology|socratic|instruct|smollm2|debug"
     named = set(re.findall(rf"\b((?:{models})_\w+)", path.read_text(encoding="utf-8")))
     assert named <= shipped
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "official_content/TRAINING_GUIDE.md"])
+def test_every_shape_of_rows_is_listed(page: str):
+    """Each page names the columns that a shape is recognised by."""
+    named = set(re.findall(r"`(\w+)`", (ROOT / page).read_text(encoding="utf-8")))
+    assert [shape.name for shape in SHAPES if not shape.required <= named] == []
 
 
 def test_the_mixture_of_1000_and_500_rows_is_as_the_pages_say():

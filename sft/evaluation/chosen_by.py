@@ -13,7 +13,7 @@ import datasets
 from sft.data.mixture import load_questions
 from sft.errors import Problems
 from sft.evaluation.generation_evaluation import prompts_of, questions
-from sft.scoring.metrics import logged_name
+from sft.scoring.metrics import LOSS_METRICS, logged_name
 from sft.scoring.score import score
 from sft.settings.rules import BY_EVALUATION
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sft.settings import Settings
 
 _BY_SOURCE = logged_name("loss")
+_OF_LOSS = frozenset(map(logged_name, LOSS_METRICS))
 _VALIDATION = "raise SFT_VAL_RATIO, or set SFT_EVAL_DATASET"
 
 
@@ -45,7 +46,7 @@ def asked_rows(settings: Settings, mix: Mix) -> list[dict[str, Any]]:
 def measured(settings: Settings, val_rows: int, asked: list[dict[str, Any]], sources: Sequence[str] = ()) -> set[str]:
     """The names of the metrics an evaluation will log: what scoring the reference answers themselves gives, and the
     loss of each of the `sources` of the validation rows where they are several."""
-    names = {logged_name("loss"), logged_name("perplexity")} if val_rows else set()
+    names = set(_OF_LOSS) if val_rows else set()
     names |= {logged_name(f"loss/{source}") for source in sources} if len(sources) > 1 else set()
     if asked:
         perfect = [row | {"answer": row["reference"]} for row in asked]
@@ -74,7 +75,7 @@ def require_metric(settings: Settings, mix: Mix, say: Callable[[str], None]) -> 
         reason = f"no source of that name has validation rows; take one of {losses}" if losses else one
     elif not names:
         reason = f"there is nothing to evaluate: no validation rows of {len(mix.train):,}; {_VALIDATION}"
-    elif wanted.partition("/")[0] in (_BY_SOURCE, logged_name("perplexity")):
+    elif wanted.partition("/")[0] in _OF_LOSS:
         reason = f"{wanted} needs validation rows; {_VALIDATION}, or choose by one of {_listed(names)}"
     else:
         reason = f"the rows to answer do not give it; they give {_listed(names)}"

@@ -9,21 +9,14 @@ from sft.reporting.text import short
 from sft.scoring import forgetting
 from sft.scoring.faults import FAULTS, counted
 from sft.scoring.formats import FORMATS
-from sft.scoring.metrics import metric_direction
+from sft.scoring.metrics import STRUCTURED_FIELDS, metric_direction
 from sft.scoring.significance import Difference, paired_difference
 from sft.stages import paths
 from sft.storage.json_files import Facts, is_number, read_object, read_records
 
 SHOWN_ANSWERS = 5
 LONGEST_ANSWER = 2_000  # characters; an answer that never stopped would fill the page
-DETAIL_METRICS = (
-    "gen_parse_rate",
-    "gen_format_rate",
-    "gen_key_rate",
-    "gen_value_rate",
-    "gen_exact_rate",
-    "gen_only_rate",
-)
+DETAIL_METRICS = tuple(name for name in STRUCTURED_FIELDS if name.endswith("_rate"))
 
 
 def _numbered(folder: Path, stem: str, suffix: str) -> list[tuple[int, Path]]:

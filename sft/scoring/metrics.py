@@ -5,17 +5,18 @@ from collections.abc import Collection
 KINDS = ("none", "samples", "structured", "extraction")
 """What is built in of SFT_GEN_EVAL."""
 LOSS_METRICS = ("loss", "perplexity")
+"""What the trainer's `evaluate` makes of the validation rows; an evaluation without them lacks these."""
 STRUCTURED_FIELDS = {
     "gen_parse_rate": "parses",
     "gen_format_rate": "in_format",
-    "gen_only_rate": "only",
     "gen_key_rate": "key_rate",
     "gen_value_rate": "value_rate",
     "gen_exact_rate": "exact",
+    "gen_only_rate": "only",
     "gen_score": "score",
     "gen_structeval_score": "structeval",
 }
-"""Metric -> the field of a StructuredScore that it is the mean of."""
+"""Metric -> the field of a StructuredScore that it is the mean of. Rates are columns of the report, in this order."""
 EDGE_METRICS = ("gen_path_valid_rate", "gen_edge_precision", "gen_edge_recall", "gen_edge_f1")
 STRUCTURED_METRICS = (*STRUCTURED_FIELDS, *EDGE_METRICS)
 EXTRACTION_METRICS = (
@@ -34,7 +35,7 @@ SCHEMA_METRICS = ("gen_schema_rate",)
 NAMES = (*LOSS_METRICS, *STRUCTURED_METRICS, *EXTRACTION_METRICS, *SCHEMA_METRICS)
 """Every metric that can choose the best model, without "eval_" and without a "/part"."""
 
-_LOWER_IS_BETTER = {*LOSS_METRICS, "gen_fp_rate_on_negative"}
+_LOWER_IS_BETTER = {"loss", "perplexity", "gen_fp_rate_on_negative"}
 
 
 def metric_direction(name: str, own_lower: Collection[str] | None = None) -> bool:

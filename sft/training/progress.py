@@ -9,6 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from sft.scoring.metrics import LOSS_METRICS, logged_name
+
 
 class AtStart(TrainerCallback):
     """Calls `action` with the model when training is set up: weights split over the ranks can't answer before."""
@@ -66,7 +68,7 @@ def metric_line(step: int, logs: dict[str, float], total: int) -> str:
         parts += [f"grad {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
         parts += [f"{logs['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in logs else []
         return f"step {step}/{total}  epoch {logs.get('epoch', 0):.2f}  " + "  ".join(parts)
-    shown = {"eval_loss": "loss", "eval_perplexity": "perplexity"}
+    shown = {logged_name(name): name for name in LOSS_METRICS}
     names = [name for name in logs if name in shown or (name.startswith("gen_") and "/" not in name)]
     return f"step {step}/{total}  evaluation  " + "  ".join(f"{shown.get(n, n)} {logs[n]:.4g}" for n in names)
 
