@@ -27,6 +27,11 @@ class Launched(NamedTuple):
         """Whether no process holds all of the model."""
         return self.sharding in ("zero3", "fsdp")
 
+    @property
+    def first_of_machine(self) -> bool:
+        """Whether this is the first process of its machine; launchers number those of one machine in a row."""
+        return self.rank % self.local_processes == 0
+
 
 def launched(environ: Mapping[str, str] | None = None) -> Launched:
     """What the launcher put into the environment (None: the real one); one process alone without a launcher."""

@@ -88,17 +88,23 @@ def wait(what: str = "the other processes", *, hours: float = HOURS) -> None:
 
 def _meet(state: PartialState, what: str, hours: float) -> None:
     """Counts the ranks that have come in the launcher's store, so that the time may be hours and names can be said."""
-    meeting, end, pause = f"sft/{next(_meetings)}", time.monotonic() + hours * 3600, 0.005
-    store = _get_default_store()
-    store.set(f"{meeting}/{state.process_index}", "here")
+    number, end, pause = next(_meetings), time.monotonic() + hours * 3600, 0.005
+    store, meeting = _get_default_store(), f"sft/{number}"
+    # One key a rank, written over at each meeting: hundreds of ranks meeting thousands of times would fill the store.
+    store.set(_place(state.process_index), f"{number} {socket.gethostname()}")
     store.add(meeting, 1)
     while store.add(meeting, 0) < state.num_processes:
         if store.check([_END]):
             raise _ended(json.loads(store.get(_END)))
         if time.monotonic() > end:
-            raise RunFailed(_missing(store, meeting, state, what=what, hours=hours))
+            raise RunFailed(_missing(store, number, state, what=what, hours=hours))
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
+
+
+def _place(rank: int) -> str:
+    """The key under which a rank says at which meeting it is, and on which host."""
+    return f"sft/rank/{rank}"
 
 
 def tell_end(code: int) -> None:
@@ -131,12 +137,34 @@ def _meet_without_launcher(state: PartialState, what: str) -> None:
         time.sleep(0.05)
 
 
-def _missing(store: Store, meeting: str, state: PartialState, *, what: str, hours: float) -> str:
-    absent = [str(rank) for rank in range(state.num_processes) if not store.check([f"{meeting}/{rank}"])]
+def _missing(store: Store, number: int, state: PartialState, *, what: str, hours: float) -> str:
+    places = {_place(rank): rank for rank in range(state.num_processes)}
+    # All at once where they can be: hundreds of ranks give up together, each asking for hundreds.
+    known = list(places) if store.check(list(places)) else [place for place in places if store.check([place])]
+    seen = {
+        places[place]: value.decode().split(" ") for place, value in zip(known, store.multi_get(known), strict=True)
+    }
+    absent: dict[str, list[int]] = {}
+    for rank in places.values():
+        last, host = seen.get(rank, ("-1", ""))  # it never came to any
+        if int(last) < number:
+            absent.setdefault(host, []).append(rank)
+    names = "; ".join(f"rank {_spans(numbers)}" + (f" on {host}" if host else "") for host, numbers in absent.items())
     return (
-        f"Rank {state.process_index} waited {hours:g} h for {what}; missing: rank {', '.join(absent)}. Look at what "
+        f"Rank {state.process_index} waited {hours:g} h for {what}; missing: {names}. Look at what "
         "it printed last; stop the run and start the same command again, it goes on from the last checkpoint."
     )
+
+
+def _spans(numbers: list[int]) -> str:
+    """1, 2, 3 and 7 as "1-3, 7"."""
+    spans = [[numbers[0], numbers[0]]]
+    for number in numbers[1:]:
+        if number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def any_rank(says_so: bool) -> bool:
@@ -163,12 +191,14 @@ def leave() -> None:
 
 @contextmanager
 def main_first(what: str) -> Iterator[None]:
-    """The main process goes through the block, then all others."""
-    main = PartialState().is_main_process
-    if not main:
+    """The main process goes through the block, then the first one of each other machine, which may have a cache of its
+    own to fill, then all others."""
+    state = PartialState()
+    turn = 0 if state.is_main_process else 1 if state.is_local_main_process else 2
+    for _ in range(turn):
         wait(what)
     yield
-    if main:
+    for _ in range(turn, 2):
         wait(what)
 
 
