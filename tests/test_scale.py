@@ -1,4 +1,4 @@
-"""Ranks that meet through one store (benchmarks/meeting.py, with 512 of them in docs/scale.md)."""
+"""What docs/scale.md stands on, in small: ranks that meet through one store, caches read once, a long lineage."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
+from benchmarks import lineage
 from benchmarks.meeting import KILLED, ROUNDS, SPEAKS, Run, Told, summary
 from sft.data.sources import store
 from sft.distributed import ranks
@@ -117,3 +118,15 @@ def test_a_cache_is_read_through_once_on_every_machine(
     monkeypatch.setattr(store, "xxh3", lambda path: read.append(path) or whole(path))
     assert store.stored("rows", rows.schema, fill).dataset["number"][:] == [1, 2]
     assert (len(made), len(read)) == (1, reads)
+
+
+def test_the_error_of_a_lineage_does_not_add_up(tmp_path: Path):
+    """Against the sum in float64: eight adapters are rounded once like one, where eight merges round eight times."""
+    sizes = 256, 256, 1, 64, 200_000
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    for folder in (one, eight):
+        folder.mkdir()
+    short, long = lineage.measure(one, 1, sizes), lineage.measure(eight, 8, sizes)
+    assert short["error"] == short["one_by_one_error"]
+    assert 0 < long["error"] < short["error"]
+    assert long["one_by_one_error"] > 2 * long["error"]
