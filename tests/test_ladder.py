@@ -1,6 +1,7 @@
 """The three-stage ladder end to end on a tiny model, and what it leaves on disk."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_every_stage_leaves_the_files_of_the_contract(ladder: Path):
         assert best >= {"adapter_model.safetensors", "config.json", "tokenizer.json", "best_model_info.json"}
         assert not [name for name in best if name.endswith(".bin")]
     assert (ladder / "out_report.html").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "official_content/TRAINING_GUIDE.md"])
+def test_every_file_of_a_stage_is_listed(ladder: Path, page: str):
+    """By its name, with <step> and <K> for the numbers; the tokenizer's own files stand there as such."""
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    names = {path.name for number in (1, 2, 3) for path in (ladder / f"out_stage{number}").iterdir()}
+    own = {name for name in names if not name.startswith(("tokenizer", "chat_template"))}
+    numbered = {re.sub(r"(step|checkpoint-)\d+", r"\1<step>", re.sub(r"stage\d+", "stage<K>", name)) for name in own}
+    assert {name for name in numbered if name not in text} == set()
 
 
 def test_stage_three_starts_from_base_plus_both_adapters(ladder: Path):
