@@ -82,6 +82,11 @@ def beside(name: str) -> dict[str, Any]:
 
 def one(name: str) -> dict[str, Any]:
     """In this process; a step of a tiny model of the kind goes before, so that what libraries load late is there."""
+    from sft.environment import silence_libraries, silence_torch
+
+    silence_libraries()
+    silence_torch()
+
     import torch
     from transformers import AutoConfig
 

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 from sft.distributed.launch import Launched, launched
 from sft.evaluation.at_once import AnswerBatch
@@ -37,7 +37,7 @@ BATCH = BatchShape(tokens=192, trained=64, rows=3)
 @pytest.fixture(autouse=True)
 def no_buffers(monkeypatch):
     """What libraries hold besides tensors is left out, so that sums can be made by hand."""
-    for name in ("_CPU_BUFFERS", "_CUBLAS", "_NCCL"):
+    for name in ("_CPU_BUFFERS", "_CPU_HALVES", "_CUBLAS", "_NCCL"):
         monkeypatch.setattr(f"sft.planning.memory.{name}", 0)
 
 
@@ -271,12 +271,22 @@ def measured(config, settings, batch, checkpointing):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config", [dense(), mixture()], ids=["dense", "mixture"])
 def test_a_step_of_shapes_takes_what_a_real_step_takes(settings, config, checkpointing):
-    """Within 10 % of the tensors alive at the peak of a real step: joined rows row by row, adapter on everything."""
+    """Within 2 % of the tensors alive at the peak of a real step: joined rows row by row, adapter on everything, keys
+    and values of grouped heads repeated, as the CPU's kernel keeps them."""
     chosen = settings(dtype="float32")
     expected = measured(config, chosen, BATCH, checkpointing)
     found = activation_bytes(config, chosen, BATCH, device=CPU, checkpointing=checkpointing)
-    assert found.size == pytest.approx(expected, rel=0.1)
+    assert found.size == pytest.approx(expected, rel=0.02)
     assert found.traced
+
+
+def test_dropout_makes_attention_on_the_cpu_keep_its_scores(settings):
+    """GPT-2 as it is published drops a tenth of them, which no fused kernel of the CPU does; a GPU's keeps no more."""
+    config = GPT2Config(n_embd=HIDDEN, n_layer=LAYERS, n_head=4, vocab_size=WORDS)
+    chosen = settings(dtype="float32", lora_target_modules="c_attn,c_proj,c_fc")
+    expected = measured(config, chosen, BATCH, checkpointing=False)
+    found = activation_bytes(config, chosen, BATCH, device=CPU, checkpointing=False)
+    assert found.size == pytest.approx(expected, rel=0.02)
 
 
 def test_checkpointing_is_turned_on_only_where_it_must(settings, monkeypatch):

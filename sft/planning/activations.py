@@ -211,10 +211,19 @@ def kept_scores(kept: Kept, *, tokens: int, heads: int, rows: int, dtype: torch.
 
 
 @contextmanager
-def _attention(kept: Kept, batch: BatchShape) -> Iterator[None]:
+def _attention(kept: Kept, batch: BatchShape, device: Device) -> Iterator[None]:
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **other: Any) -> Any:
-        sizes = {"tokens": batch.tokens, "heads": query.shape[1], "rows": batch.rows, "dtype": query.dtype}
-        output = _Attention.apply(query, key, value, kept_scores(kept, **sizes))
+        heads, dtype = query.shape[1], query.dtype
+        scores = kept_scores(kept, tokens=batch.tokens, heads=heads, rows=batch.rows, dtype=dtype)
+        if not device.fused_head:
+            if heads != key.shape[1]:  # sdpa's kernel of the CPU takes no grouped heads: they are repeated, and kept
+                key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
+            if (
+                other.get("dropout") and kept != "scores"
+            ):  # nor dropout: scaled states; softmax, noise, product of scores
+                query, key = torch.empty_like(query), torch.empty_like(key)
+                scores += [((heads, batch.tokens, -(-batch.tokens // batch.rows)), dtype)] * 3
+        output = _Attention.apply(query, key, value, scores)
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(ATTENTION, attend)
@@ -257,7 +266,7 @@ def _counted(
     checkpointing: bool,
 ) -> int:
     config._attn_implementation = ATTENTION
-    with _attention(kept, batch), _silent("torch._subclasses.fake_tensor"):
+    with _attention(kept, batch, device), _silent("torch._subclasses.fake_tensor"):
         bare = blank_model(config, settings)
         model = with_adapter(bare, settings)
         if checkpointing and bare.supports_gradient_checkpointing:

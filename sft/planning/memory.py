@@ -27,9 +27,10 @@ _NF4, _NF4_DOUBLE, _INT8 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 # Copies of the trained parameters an optimizer keeps; the first name that is part of the optimizer's name counts.
 _STATES = {"ademamix": 3, "grokadamw": 3, "adamw": 2, "adafactor": 0, "lomo": 0, "free_sgd": 1, "sgd": 0, "radam": 2}
 _STATES |= {"lion": 1, "rmsprop": 1, "adagrad": 1}
-# What libraries hold besides tensors: buffers of kernels and small blocks on a CPU (measured), cuBLAS's workspace on a
-# GPU, and NCCL's buffers where there are several.
-_CPU_BUFFERS, _CUBLAS, _NCCL = 96 * 2**20, 128 * 2**20, 2**30
+# What there is besides tensors. On a CPU: buffers of kernels, 12 MiB, in half precision 28 more, and holes that freed
+# blocks below 4 MiB leave in glibc's heap (70 to 180 MiB in seven shapes measured, 390 in one with checkpointing:
+# docs/log.md). On a GPU: cuBLAS's workspace, and NCCL's buffers where there are several.
+_CPU_BUFFERS, _CPU_HALVES, _CUBLAS, _NCCL = 96 * 2**20, 28 * 2**20, 128 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def estimate(
     gradients = parameters.trained // shares["gradients"]
     if launch.processes > 1 and shares["gradients"] == 1 and not launch.deepspeed:
         gradients *= 2  # data parallel training keeps a second copy, in which they are exchanged
-    buffers = _CUBLAS + (_NCCL if launch.processes > 1 else 0) if on_gpu else _CPU_BUFFERS
+    if on_gpu:
+        buffers = _CUBLAS + (_NCCL if launch.processes > 1 else 0)
+    else:
+        buffers = _CPU_BUFFERS + (0 if device.dtype == torch.float32 else _CPU_HALVES)
     step = activation_bytes(config, settings, batch, device=device, checkpointing=checkpointing)
     return Estimate(
         weights=(0 if "parameters" in launch.offload else weights // shares["weights"]) + gathered,
