@@ -56,11 +56,12 @@ def silence_libraries() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "BITSANDBYTES_NOWELCOME": "1",
         "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
-        # Threads that wait give their core away. Spinning, as OpenMP does by itself, two threads on two busy cores took
-        # 20 times as long (docs/log.md). It is read when torch is imported.
-        "OMP_WAIT_POLICY": "passive",
     }.items():
         os.environ.setdefault(name, value)
+    # Threads that wait give their core away after a moment. Spinning as long as OpenMP does by itself, two threads on
+    # two busy cores took 20 times as long; not at all costs 40 % on idle ones (docs/log.md). Read as torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Every micro-batch has another length: blocks that can grow leave no holes. torch reads it when it is imported.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

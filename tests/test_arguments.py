@@ -121,18 +121,15 @@ def test_the_cores_of_a_machine_are_shared_among_its_ranks(monkeypatch):
         assert taken == threads
 
 
-@pytest.mark.parametrize(("given", "then"), [(None, "passive"), ("active", "active")])
-def test_threads_that_wait_give_their_core_away(given: str | None, then: str):
+@pytest.mark.parametrize(
+    ("given", "then"), [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_threads_that_wait_give_their_core_away(given: dict[str, str], then: str):
     """Said before torch, and so OpenMP, is loaded; a person's own choice stays. In a program of its own."""
-    code = (
-        "import sys, os; from sft.environment import silence_libraries as s; s(); print(os.environ['OMP_WAIT_POLICY'])"
-    )
-    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environ |= {"OMP_WAIT_POLICY": given} if given else {}
-    loaded = "; print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code + loaded], env=environ, capture_output=True, text=True, check=True
-    )
+    code = "import os, sys; from sft.environment import silence_libraries; silence_libraries()"
+    code += "; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environ = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code], env=environ | given, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [then, "False"]
 
 
