@@ -171,10 +171,9 @@ def test_imports_run_in_no_circle():
 
 def test_a_room_can_be_overlooked():
     """At most 15 files in a folder, and the way in directly below sft/."""
-    files = [path for path in MODULES.values() if path.name != "__init__.py"]
-    counts = Counter(path.parent for path in files)
+    counts = Counter(path.parent for path in (*MODULES.values(), *(ROOT / "benchmarks").rglob("*.py")))
     assert {str(folder): count for folder, count in counts.items() if count > FILES_OF_A_WING} == {}
-    assert counts[PACKAGE] <= FILES_AT_THE_TOP
+    assert counts[PACKAGE] - 1 <= FILES_AT_THE_TOP  # __init__.py aside
 
 
 def test_nobody_imports_the_programs():

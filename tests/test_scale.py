@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from benchmarks import lineage
-from benchmarks.meeting import KILLED, ROUNDS, SPEAKS, Run, Told, summary
+from benchmarks.scale import lineage
+from benchmarks.scale.meeting import KILLED, ROUNDS, SPEAKS, Run, Told, summary
 from sft.data.sources import store
 from sft.distributed import ranks
 from sft.distributed.ranks import _spans
@@ -22,7 +22,7 @@ RANKS = 12
 MEETINGS = ROUNDS + 4  # start, value, merge, and the one at which one is missing
 RUNS = {SPEAKS: Run(RANKS, SPEAKS, busy=0.5, patience=60), KILLED: Run(RANKS, KILLED, busy=0.5, patience=2)}
 # In a process of its own: it forks, and this one may have threads.
-SIMULATE = "import json, sys; from benchmarks.meeting import Run, simulate; print(json.dumps(simulate({!r})))"
+SIMULATE = "import json, sys; from benchmarks.scale.meeting import Run, simulate; print(json.dumps(simulate({!r})))"
 
 
 def told_of(death: str) -> Told:

@@ -12,9 +12,17 @@ import torch
 from sft.evaluation import generation_evaluation
 from sft.evaluation.answers import Answer
 from sft.evaluation.generation_evaluation import GenerationEvaluation
-from sft.scoring.json_schema import first_error, load_schema
 from sft.scoring.metrics import metric_direction
-from sft.scoring.own import MeasureError, load_own, lower_is_better, measure, metric_name, parts_of
+from sft.scoring.own import (
+    MeasureError,
+    first_error,
+    load_own,
+    load_schema,
+    lower_is_better,
+    measure,
+    metric_name,
+    parts_of,
+)
 from sft.scoring.score import score
 from sft.training.callbacks import StageRhythm
 from tests.tiny import metric_lines, run_train, write_model, write_rows, write_stage

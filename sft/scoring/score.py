@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.scoring import edges, extraction, json_schema, own, structured
+from sft.scoring import edges, extraction, own, structured
 from sft.scoring.faults import faults_of_extraction
 from sft.scoring.metrics import KINDS
 from sft.scoring.payload import DEFAULT_MARKERS
@@ -68,12 +68,12 @@ def _hold_to_schema(
     path: Path, rows: Sequence[Mapping[str, Any]], scores: Sequence[dict[str, Any]], markers: Sequence[str]
 ) -> dict[str, float]:
     """Writes `schema_error` into the rows' scores; the share of answers without one, over all and per task."""
-    validator, held = json_schema.load_schema(path), defaultdict[str, list[bool]](list)
+    validator, held = own.load_schema(path), defaultdict[str, list[bool]](list)
     for row, result in zip(rows, scores, strict=True):
         task = row.get("task") or ""
         if structured.target_format(task) in (None, "json"):
-            result["schema_error"] = json_schema.first_error(validator, row["answer"], markers)
-            for name in {json_schema.METRIC, f"{json_schema.METRIC}/{task}" if task else json_schema.METRIC}:
+            result["schema_error"] = own.first_error(validator, row["answer"], markers)
+            for name in {own.SCHEMA_METRIC, f"{own.SCHEMA_METRIC}/{task}" if task else own.SCHEMA_METRIC}:
                 held[name].append(result["schema_error"] is None)
     return {name: sum(each) / len(each) for name, each in sorted(held.items())}
 

@@ -285,7 +285,7 @@ def check_json_schema(value: Any, info: ValidationInfo) -> Path:
     path = Path(str(expand(value, info)))
     if not (is_there(path) and path.is_file()):
         raise ValueError("is no file; correct the path of the JSON Schema")
-    from sft.scoring.json_schema import load_schema  # imports parsers that --help does without
+    from sft.scoring.own import load_schema  # imports parsers that --help does without
 
     load_schema(path)
     return path

@@ -1,7 +1,7 @@
 """A lineage of adapters folded at once, as the program does, beside folding each into the merge before it.
 
-`python -m benchmarks.lineage`: seconds, and how far the bfloat16 weights are from the sum computed in float64, as a
-share of the length of all updates together.
+`python -m benchmarks.scale.lineage`: seconds, and how far the bfloat16 weights are from the sum computed in float64,
+as a share of the length of all updates together.
 """
 
 from __future__ import annotations
@@ -83,6 +83,6 @@ def main(numbers: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lineage", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.lineage", description=__doc__)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8])
     main(parser.parse_args().adapters)

@@ -1,6 +1,6 @@
 """Hundreds of ranks meeting through one store on one machine: seconds, requests, and what is said when one dies.
 
-`python -m benchmarks.meeting --ranks 512`. The ranks are forked processes without a model; how they meet is the
+`python -m benchmarks.scale.meeting --ranks 512`. The ranks are forked processes without a model; how they meet is the
 program's own code (sft/distributed/ranks.py), to which only their number and the store are given.
 """
 
@@ -186,7 +186,7 @@ def main(numbers: list[int], busy: float, patience: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.meeting", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.meeting", description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--busy", type=float, default=10.0, help="seconds the main process lets the others wait")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds the others wait for a dead rank")

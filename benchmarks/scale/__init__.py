@@ -1,0 +1,1 @@
+"""What 512 GPUs would cost, simulated on one machine (docs/scale.md)."""
