@@ -61,6 +61,7 @@ def test_quantised_weights_are_not_split_and_more_than_one_machine_has_a_file_of
     assert names == ["ddp", "zero2", "zero3", "fsdp"]
     assert [name for name, _ in ways(Machine(4, 80), make_settings(load_in_4bit=True))] == ["ddp", "zero2"]
     assert [name for name, _ in ways(Machine(16, 80), make_settings())][2] == "multinode_zero3"
+    assert [launch[1:3] for _, launch in ways(Machine(64, 141), make_settings())] == [(64, 8)] * 4
     assert [name for name, _ in ways(Machine(1, 80), make_settings())] == ["single"]
     files = Path(__file__).parents[1] / "configs" / "accelerate"
     assert all((files / f"{name}.yaml").is_file() for name in (*names, "single", "multinode_zero3"))
@@ -120,6 +121,14 @@ def test_the_document_and_the_screen_plan_for_the_machine(tmp_path: Path, capsys
     on = document["on"]
     assert (on["devices"], on["gigabytes"], on["fits"]) == (4, 80, True)
     assert on["launch_file"] == "configs/accelerate/ddp.yaml"
+    assert "--num_machines" not in on["command"]
+    assert run_train("--check", "--json", *ask, "12x141") == 0
+    several = document_in(capsys.readouterr().out)["on"]
+    machines = (
+        "--num_processes 12 --num_machines 2 --machine_rank RANK --main_process_ip HOST --main_process_port 29500"
+    )
+    assert f"ddp.yaml {machines} train.py" in several["command"]
+    assert "nor is the network between machines of 8" in several["assumptions"][-1]
     assert document["memory"]["available"] == 80 * 10**9 - 2**29
     assert document["time"] > 0
     assert not (tmp_path / "out_stage1").exists()

@@ -12,17 +12,13 @@ import torch
 
 from sft.distributed.launch import Launched
 from sft.errors import Problems
-from sft.models.isolation import expected_isolation
 from sft.planning.activations import Device
 from sft.planning.document import Steps
-from sft.planning.kv_cache import largest_answers
-from sft.planning.memory import estimate, parameter_bytes
-from sft.planning.need import COMFORTABLE, Need, shape_of, tokens_that_fit
+from sft.planning.memory import parameter_bytes
+from sft.planning.need import Need, need_of
 from sft.programs.benchmark_shapes import flops_per_token, matmul_parameters
 from sft.settings.schema import NAMES
 from sft.settings.values import QUANTISING
-from sft.training.batches import heaviest_step
-from sft.training.passes import largest_pass
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -51,6 +47,7 @@ CARDS = (
 # What CUDA takes for itself before the first tensor; a GB of a data sheet is counted as 10^9 bytes.
 _CONTEXT = 2**29
 _MOST = 4096  # devices
+PER_MACHINE = 8  # devices; more stand in several machines
 
 
 class Machine(NamedTuple):
@@ -123,10 +120,13 @@ class Elsewhere:
     @property
     def command(self) -> str:
         """How to launch it."""
-        devices = self.machine.devices
+        count, several = self.machine.devices, ""
+        if count > PER_MACHINE:
+            several = f"--num_machines {-(-count // PER_MACHINE)} --machine_rank RANK "
+            several += "--main_process_ip HOST --main_process_port 29500 "
         return (
-            f"accelerate launch --config_file configs/accelerate/{self.way.launch_file}.yaml --num_processes {devices} "
-            f"train.py --stage {self.stage}"
+            f"accelerate launch --config_file configs/accelerate/{self.way.launch_file}.yaml --num_processes {count} "
+            f"{several}train.py --stage {self.stage}"
         )
 
     def assumptions(self) -> list[str]:
@@ -136,7 +136,8 @@ class Elsewhere:
             f"a device of {self.machine.gigabytes:g} GB is taken for a {card.name} (or as fast) with {card.rate:.0f} "
             f"TFLOP/s in training, of which {self.machine.devices} add up",
             f"{self.machine.gigabytes:g} GB are 10^9 bytes each, less {_CONTEXT / 2**30:g} GiB for CUDA",
-            "evaluation, saving and loading are not in the time",
+            "evaluation, saving and loading are not in the time"
+            + (f", nor is the network between machines of {PER_MACHINE}" if self.machine.devices > PER_MACHINE else ""),
         ]
 
     def record(self) -> dict[str, Any]:
@@ -163,11 +164,12 @@ def ways(machine: Machine, settings: Settings) -> Iterator[tuple[str, Launched]]
     if count == 1:
         yield "single", Launched(0, 1, 1)
         return
-    yield "ddp", Launched(0, count, count)
-    yield "zero2", Launched(0, count, count, "zero2", deepspeed=True)
+    here = min(count, PER_MACHINE)
+    yield "ddp", Launched(0, count, here)
+    yield "zero2", Launched(0, count, here, "zero2", deepspeed=True)
     if not settings.quantised:
-        yield "multinode_zero3" if count > 8 else "zero3", Launched(0, count, count, "zero3", deepspeed=True)
-        yield "fsdp", Launched(0, count, count, "fsdp")
+        yield "multinode_zero3" if count > here else "zero3", Launched(0, count, here, "zero3", deepspeed=True)
+        yield "fsdp", Launched(0, count, here, "fsdp")
 
 
 def there(settings: Settings, machine: Machine) -> Settings:
@@ -177,26 +179,9 @@ def there(settings: Settings, machine: Machine) -> Settings:
 
 
 def need_under(config: PretrainedConfig, settings: Settings, mix: Mix, launch: Launched, machine: Machine) -> Need:
-    """`need_of` for a process of such a launch: what a device needs, with checkpointing and passes as `auto` would have
-    them there."""
+    """What a device needs under such a launch, with checkpointing and passes as `auto` would have them there."""
     device = Device(getattr(torch, settings.dtype), fused_head=True)
-    where: dict[str, Any] = {"launch": launch, "device": device, "available": machine.available}
-    answers, count = largest_answers(mix.val, settings), launch.processes
-    tokens = settings.micro_batch_tokens or 0
-    batch = shape_of(mix.train, largest_pass(mix.train, settings, tokens, processes=count))
-    checkpointing = settings.gradient_checkpointing == "1"
-    found = estimate(config, settings, batch, checkpointing=checkpointing, answers=answers, **where)
-    if settings.gradient_checkpointing == "auto" and found.training > COMFORTABLE * found.available:
-        checkpointing = True
-        found = estimate(config, settings, batch, checkpointing=True, answers=answers, **where)
-    if settings.micro_batch_tokens is None and expected_isolation(config, settings).kept_apart:
-        whole, longest = heaviest_step(mix.train, settings, processes=count), int(max(mix.train["length"]))
-        tokens = tokens_that_fit(
-            config, settings, shape_of(mix.train, whole), longest=longest, checkpointing=checkpointing, **where
-        )
-        batch = shape_of(mix.train, largest_pass(mix.train, settings, tokens, processes=count))
-        found = estimate(config, settings, batch, checkpointing=checkpointing, answers=answers, **where)
-    return Need(found, batch, answers, checkpointing, tokens)
+    return need_of(config, settings, mix, launch=launch, device=device, available=machine.available)
 
 
 def plan_on(config: PretrainedConfig, settings: Settings, mix: Mix, *, machine: Machine, steps: Steps) -> Elsewhere:
@@ -237,7 +222,10 @@ def _remedies(config: PretrainedConfig, settings: Settings, mix: Mix, machine: M
     if settings.quantised:
         return
     for count in (2**power for power in range(math.ceil(math.log2(machine.devices + 1)), 7)):
-        more, launch = machine._replace(devices=count), Launched(0, count, count, "zero3", deepspeed=True)
+        more, launch = (
+            machine._replace(devices=count),
+            Launched(0, count, min(count, PER_MACHINE), "zero3", deepspeed=True),
+        )
         if need_under(config, settings, mix, launch, more).estimate.fits:
             yield f"{more} under ZeRO-3"
             return

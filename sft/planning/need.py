@@ -50,22 +50,27 @@ def largest_batch(rows: datasets.Dataset, settings: Settings, tokens: int = 0) -
 
 
 def pass_tokens(
-    config: PretrainedConfig, settings: Settings, rows: datasets.Dataset, *, checkpointing: bool, held: int = 0
+    config: PretrainedConfig, settings: Settings, rows: datasets.Dataset, *, checkpointing: bool, **where: Any
 ) -> int:
     """Most tokens of a pass as SFT_MICRO_BATCH_TOKENS has them; 0 for micro-batches as they are.
 
     `auto` on a GPU is the whole step if memory allows, else what does, and one row at least. Memory never grows more
     slowly than tokens do, so what lies between two estimates is no more than the straight line between them. On a CPU
-    `auto` changes nothing: there a pass of many tokens is no faster than several (docs/log.md has the figures).
+    `auto` changes nothing, so that results there stay what they were to the bit; a number saves small models up to a
+    third of their time (docs/log.md). `where`: as in `need_of`.
     """
     if settings.micro_batch_tokens is not None:
         return settings.micro_batch_tokens
-    if not torch.cuda.is_available() or not expected_isolation(config, settings).kept_apart:
+    if not (where or torch.cuda.is_available()) or not expected_isolation(config, settings).kept_apart:
         return 0
-    available = available_bytes(launched().local_processes)
-    whole = shape_of(rows, heaviest_step(rows, settings))
-    longest = int(max(rows["length"]))
-    return tokens_that_fit(config, settings, whole, longest=longest, checkpointing=checkpointing, available=available)
+    estimated = {name: value for name, value in where.items() if name != "available"}
+    available = where.get("available") or available_bytes(launched().local_processes)
+    processes = where["launch"].processes if where else None
+    whole, longest = heaviest_step(rows, settings, processes=processes), int(max(rows["length"]))
+    return tokens_that_fit(
+        config, settings, shape_of(rows, whole), longest=longest, checkpointing=checkpointing, available=available,
+        **estimated,
+    )  # fmt: skip
 
 
 def tokens_that_fit(
@@ -139,24 +144,29 @@ class Need:
     tokens: int = 0
 
 
-def need_of(config: PretrainedConfig, settings: Settings, mix: Mix) -> Need:
+def need_of(config: PretrainedConfig, settings: Settings, mix: Mix, **where: Any) -> Need:
     """What a device needs for the stage; gradient checkpointing where it is asked for or needed.
+
+    `where`: the launch, device and available bytes of a machine that is not this one.
 
     Raises:
         Problems: no target module of the adapter exists in the model.
     """
-    answers = largest_answers(mix.val, settings)
-    batch = largest_batch(mix.train, settings, settings.micro_batch_tokens or 0)
-    checkpointing = settings.gradient_checkpointing == "1"
-    found = estimate(config, settings, batch, checkpointing=checkpointing, answers=answers)
+    answers, processes = largest_answers(mix.val, settings), where["launch"].processes if where else None
+
+    def under(tokens: int, checkpointing: bool) -> tuple[BatchShape, Estimate]:
+        batch = shape_of(mix.train, largest_pass(mix.train, settings, tokens, processes=processes))
+        return batch, estimate(config, settings, batch, checkpointing=checkpointing, answers=answers, **where)
+
+    tokens, checkpointing = settings.micro_batch_tokens or 0, settings.gradient_checkpointing == "1"
+    batch, found = under(tokens, checkpointing)
     if settings.gradient_checkpointing == "auto" and found.training > COMFORTABLE * found.available:
         checkpointing = True
-        found = estimate(config, settings, batch, checkpointing=True, answers=answers)
-    tokens = pass_tokens(config, settings, mix.train, checkpointing=checkpointing)
-    if tokens and settings.micro_batch_tokens is None:
-        batch = largest_batch(mix.train, settings, tokens)
-        found = estimate(config, settings, batch, checkpointing=checkpointing, answers=answers)
-    return Need(found, batch, answers, checkpointing, tokens)
+        batch, found = under(tokens, checkpointing)
+    chosen = pass_tokens(config, settings, mix.train, checkpointing=checkpointing, **where)
+    if chosen != tokens:
+        batch, found = under(chosen, checkpointing)
+    return Need(found, batch, answers, checkpointing, chosen)
 
 
 def shortage(need: Estimate, settings: Settings, *, checkpointed: bool = False, tokens: int = 0) -> str:
