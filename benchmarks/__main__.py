@@ -34,6 +34,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="alternating rounds (3; 5 with --full)")
     parser.add_argument("--model", type=Path, help="a folder with SmolLM2-135M-Instruct (default: made from the extra)")
     parser.add_argument(
+        "--llamafactory",
+        type=Path,
+        metavar="PYTHON",
+        help="the Python of an environment with LLaMA-Factory: train with it too",
+    )
+    parser.add_argument(
         "--scratch", type=Path, help="where models and outputs of the runs go (default: a temporary folder)"
     )
     parser.add_argument("--output", type=Path, help="also write the JSON document there")
@@ -50,7 +56,7 @@ def main(options: argparse.Namespace) -> None:
     try:
         model, real = (options.model.resolve(), True) if options.model else benchmark_model(scratch)
         rounds = options.rounds or (5 if options.full else 3)
-        bench = Bench(options.full, rounds, scratch, model, benchmark_rows(scratch), real)
+        bench = Bench(options.full, rounds, scratch, model, benchmark_rows(scratch), real, options.llamafactory)
         report: dict[str, Any] = {"conditions": conditions(bench), "items": {}}
         for name in options.items or ITEMS:
             report["items"][name] = run(name, bench)

@@ -22,7 +22,10 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Bench:
-    """How much is measured, and on what. `real` is False where the model is a random one of the same shape."""
+    """How much is measured, and on what. `real` is False where the model is a random one of the same shape.
+
+    `llamafactory` is the Python of an environment that has it, None where it's not among the rivals.
+    """
 
     full: bool
     rounds: int
@@ -30,6 +33,7 @@ class Bench:
     model: Path
     rows: Path
     real: bool
+    llamafactory: Path | None = None
 
     def folder(self, name: str) -> Path:
         """An empty folder that was not there before."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     speeds = [
         comparison(
             f"{ANSWERS} answers, {size} at a time", seconds[1] / seconds[size], 1.0, unit="x", against="one at a time",
-            target=">= 6.0" if size == sizes[-1] else "",
+            target=">= 8" if size == sizes[-1] else "",
         )
         for size in sizes[1:]
     ]  # fmt: skip
@@ -40,7 +40,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     lines = [
         *speeds,
         limit("scoring", scored["per_second"], ">= 100", unit="answers/s"),
-        limit("evaluation, saving, tracking in a run", 100 * shares["share"], "<= 10", unit="% of its time"),
+        limit("checkpoints and tracking in a run", 100 * shares["kept"], "<= 3", unit="% of its time"),
+        limit("evaluation, checkpoints, tracking", 100 * shares["share"], "<= 10", unit="% of its time"),
     ]
     title = f"Evaluation: {ANSWERS} answers of {tokens} tokens from {'SmolLM2-135M' if bench.full else 'a small model'}"
     return {"title": title, "comparisons": lines, "figures": figures, "scoring": scored, "run": shares}
@@ -48,7 +49,8 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 def share_of_run(bench: Bench, folder: Path, model: Path) -> dict[str, float]:
     """How long a stage evaluates, saves and tracks at the default rhythm: a few steps with all three in between, each
-    weighed by its rhythm: 50 steps per evaluation, 100 per checkpoint, 10 per log."""
+    weighed by its rhythm: 50 steps per evaluation, 100 per checkpoint, 10 per log. What MLflow's thread computes beside
+    the steps counts in full, as though nothing else could run meanwhile."""
     values = {
         "SFT_BASE_MODEL": model, "SFT_DATASET_ID": bench.rows, "SFT_OUT_LORA_DIR": folder / "out", "SFT_LORA_R": 8,
         "SFT_MAX_STEPS": 4 if bench.full else 20, "SFT_MAX_SEQ_LEN": 1024, "SFT_OVERLONG": "drop",
@@ -59,9 +61,10 @@ def share_of_run(bench: Bench, folder: Path, model: Path) -> dict[str, float]:
     found = child("evaluation", "run", folder, HF_DATASETS_CACHE=str(bench.folder("cache"))).figures()
     steps = found["train"] - found["evaluate"] - found["save"] - found["log"]
     per_step = steps / found["steps"]
-    extra = found["evaluate"] / found["evaluations"] / 50 + found["save"] / found["saves"] / 100
-    extra += found["log"] / found["logs"] / 10
-    return found | {"share": extra / (per_step + extra), "seconds_per_step": per_step}
+    evaluated = found["evaluate"] / found["evaluations"] / 50
+    kept = found["save"] / found["saves"] / 100 + (found["log"] + found["send"]) / found["logs"] / 10
+    whole = per_step + evaluated + kept
+    return found | {"share": (evaluated + kept) / whole, "kept": kept / whole, "seconds_per_step": per_step}
 
 
 # In a child
@@ -106,6 +109,7 @@ def run_stage(env_dir: Path) -> dict[str, float]:
     """A stage as the program runs it, with a clock around training, evaluating, saving and logging."""
     import train
     from sft import cli, run
+    from sft.reporting.tracker import Tracker
     from sft.training.trainer import StagedTrainer
 
     clock: dict[str, float] = {}
@@ -113,6 +117,7 @@ def run_stage(env_dir: Path) -> dict[str, float]:
     clocked(StagedTrainer, "_save_checkpoint", "save", "saves", clock)
     clocked(StagedTrainer, "save_best", "save", "bests", clock)
     clocked(StagedTrainer, "log", "log", "logs", clock)
+    clocked(Tracker, "_send_metrics", "send", "sent", clock, time.thread_time)
     clocked(run, "train", "train", "trainings", clock)
     steps: list[int] = []
     finish_run = run.finish
@@ -125,31 +130,33 @@ def run_stage(env_dir: Path) -> dict[str, float]:
     return clock | {"steps": steps[0]}
 
 
-def clocked(owner: Any, name: str, column: str, counter: str, clock: dict[str, float]) -> None:
-    """Adds up what calls of `owner.name` take; a call inside another of the kind counts once."""
+def clocked(
+    owner: Any,
+    name: str,
+    column: str,
+    counter: str,
+    clock: dict[str, float],
+    now: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Adds up what calls of `owner.name` take; a call inside another of its thread counts once, `train` apart."""
     plain = getattr(owner, name)
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
-        with counting(clock, column, counter):
+        running = vars(_running)
+        nested = running.get("inside", False)
+        running["inside"] = column != "train"
+        started = now()
+        try:
             return plain(*arguments, **keywords)
+        finally:
+            running["inside"] = nested
+            clock[column] = clock.get(column, 0.0) + (0.0 if nested else now() - started)
+            clock[counter] = clock.get(counter, 0) + 1
 
     setattr(owner, name, timed)
 
 
-_open: set[str] = set()
-
-
-@contextmanager
-def counting(clock: dict[str, float], column: str, counter: str) -> Iterator[None]:
-    nested = bool(_open - {"train"})
-    _open.add(column)
-    started = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - started
-    _open.discard(column)
-    if not nested:
-        clock[column] = clock.get(column, 0.0) + seconds
-    clock[counter] = clock.get(counter, 0) + 1
+_running = threading.local()
 
 
 def main(name: str, *rest: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.common import Bench, alternate, answer, child, comparison
+from benchmarks.common import Bench, alternate, answer, child, comparison, finish
 from benchmarks.training_peers import TRL, bare_loop, train_trl
 
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -24,8 +24,10 @@ MEASURED = {
 }
 LABELS = {
     "bare": "bare loop, same batches, attention and head",
+    "bare-bfloat16": "bare loop, the same in bfloat16",
     "bare-sdpa": "bare loop, transformers' attention and head",
     **{name: found.label for name, found in TRL.items()},
+    "llamafactory": "LLaMA-Factory packed, float32",
     "trl-jemalloc": f"{TRL['trl'].label}, jemalloc",
 }
 
@@ -37,6 +39,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "ours": job.ours,
         "bare": job.bare,
         "ours-bfloat16": lambda: job.ours(SFT_DTYPE="bfloat16"),
+        "bare-bfloat16": lambda: job.bare("rows", "bfloat16"),
     }
     if preloaded := jemalloc():
         variants["ours-bfloat16-jemalloc"] = lambda: job.ours(preloaded, SFT_DTYPE="bfloat16")
@@ -45,6 +48,8 @@ def measure(bench: Bench) -> dict[str, Any]:
         variants["bare-sdpa"] = lambda: job.bare("sdpa")
     peers = TRL if bench.full else ("trl", "trl-packed")
     variants |= {name: lambda name=name: job.trl(name) for name in peers}  # type: ignore[misc]
+    if bench.llamafactory:
+        variants["llamafactory"] = job.llamafactory
     figures = alternate(variants, bench.rounds)
     return {
         "title": f"Training: {'SmolLM2-135M' if bench.real else 'a random model of its shape'}, LoRA r 8 on all linear "
@@ -60,13 +65,15 @@ def lines(figures: dict[str, Any]) -> list[dict[str, Any]]:
     middle = {name: found["median"] for name, found in figures.items()}
     packed = max((name for name in middle if name.startswith("trl-packed")), key=lambda n: middle[n]["speed"])
     wanted = [
-        ("speed", "ours", "bare", ">= 0.97"), ("speed", "ours", "bare-sdpa", ""), ("speed", "ours", "trl", ">= 1.9"),
-        ("speed", "ours", packed, ">= 1.2"), ("speed", "ours-bfloat16", "trl", ">= 1.9"),
-        ("speed", "ours-bfloat16-jemalloc", "trl-jemalloc", ">= 1.9"),
-        *[("cpu_speed", "ours", name, "") for name in ("bare", "trl", packed)],
+        ("speed", "ours", "bare", ">= 1.12"), ("speed", "ours", "bare-sdpa", ""), ("speed", "ours", "trl", ">= 2.2"),
+        ("speed", "ours", packed, ">= 1.2"), ("speed", "ours-bfloat16", "bare-bfloat16", ">= 1.12"),
+        ("speed", "ours-bfloat16", "trl", ">= 3"), ("speed", "ours-bfloat16-jemalloc", "trl-jemalloc", ">= 3"),
+        ("speed", "ours", "llamafactory", ">= 1.6"),
+        *[("cpu_speed", "ours", name, "") for name in ("bare", "trl", packed, "llamafactory")],
+        ("cpu_speed", "ours-bfloat16", "bare-bfloat16", ""),
         *[("peak_bytes", "ours", name, "") for name in ("bare", "trl", packed)],
-        ("peak_bytes", "ours-bfloat16", "trl", "<= 0.4"),
-        ("peak_bytes", "ours-bfloat16-jemalloc", "trl-jemalloc", "<= 0.4"),
+        ("peak_bytes", "ours-bfloat16", "trl", "<= 0.35"),
+        ("peak_bytes", "ours-bfloat16-jemalloc", "trl-jemalloc", "<= 0.35"),
         ("loss", "ours", "bare", ""), ("loss", "ours", "trl", ""), ("loss", "ours-bfloat16", "trl", ""),
     ]  # fmt: skip
     return [
@@ -88,7 +95,8 @@ def speeds(figures: dict[str, Any]) -> dict[str, Any]:
         between = f"{found['lowest']['speed']:.0f} to {found['highest']['speed']:.0f}"
         size = f"{middle['peak_bytes'] / 1e9:.2f} GB"
         cpu = f"{middle['cpu_speed']:.0f}"
-        rows.append([LABELS.get(name, name), f"{middle['speed']:.0f}", between, cpu, size, f"{middle['loss']:.4f}"])
+        loss = f"{middle['loss']:.4f}" if "loss" in middle else ""
+        rows.append([LABELS.get(name, name), f"{middle['speed']:.0f}", between, cpu, size, loss])
     return {
         "title": "All variants",
         "head": ["variant", "tokens/s", "rounds", "per CPU second", "peak memory", "loss"],
@@ -136,11 +144,17 @@ class TrainingJob:
         speeds = {"speed": tokens / seconds, "cpu_speed": tokens / cpu_seconds}
         return speeds | {"peak_bytes": finished.peak_bytes, "loss": loss}
 
-    def bare(self, attention: str = "rows") -> dict[str, float]:
-        return weighed("training", "bare", self.bench.model, self.folder, attention)
+    def bare(self, attention: str = "rows", dtype: str = "float32") -> dict[str, float]:
+        return weighed("training", "bare", self.bench.model, self.folder, attention, dtype)
 
     def trl(self, name: str, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, float]:
         return weighed("training", name, self.bench.model, self.folder, **variables)
+
+    def llamafactory(self) -> dict[str, float]:
+        folder = self.bench.folder("llamafactory")
+        command = [self.bench.llamafactory, "-m", "benchmarks.llamafactory", self.bench.model, self.rows, folder]
+        finished = finish([*command, TARGETS, SEQUENCE], DISABLE_VERSION_CHECK="1", HF_DATASETS_CACHE=self.cache)
+        return finished.figures() | {"peak_bytes": finished.peak_bytes}
 
 
 def jemalloc() -> dict[str, str]:
@@ -210,7 +224,7 @@ def main(name: str, *rest: str) -> None:
     model, folder = Path(rest[0]), Path(rest[1])
     accumulation = ROWS_PER_STEP // MICRO_BATCH
     if name == "bare":
-        found = bare_loop(model, folder, rest[2], accumulation=accumulation, targets=TARGETS.split(","))
+        found = bare_loop(model, folder, rest[2], rest[3], accumulation=accumulation, targets=TARGETS.split(","))
     else:
         found = train_trl(model, folder, TRL[name], rows_per_step=ROWS_PER_STEP, targets=TARGETS.split(","))
     answer(found | {"whole_seconds": time.perf_counter() - started})

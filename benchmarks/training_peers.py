@@ -29,21 +29,26 @@ TRL = {
 }
 
 
-def adapted_model(model: Path, targets: list[str]) -> Any:
+def adapted_model(model: Path, dtype: str, targets: list[str]) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     return loaded, get_peft_model(loaded, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules=targets))
 
 
-def bare_loop(model: Path, folder: Path, attention: str, *, accumulation: int, targets: list[str]) -> dict[str, float]:
-    """PyTorch and nothing around it. `rows`: our attention, and logits for trained positions only; `sdpa`: neither."""
+def bare_loop(
+    model: Path, folder: Path, attention: str, dtype: str, *, accumulation: int, targets: list[str]
+) -> dict[str, float]:
+    """PyTorch and nothing around it. `rows`: our attention, and logits for trained positions only; `sdpa`: neither.
+
+    In bfloat16: weights in it, adapters in float32 as PEFT makes them, autocast.
+    """
     import torch
 
-    loaded, adapted = adapted_model(model, targets)
+    loaded, adapted = adapted_model(model, dtype, targets)
     if attention == "rows":
         from sft.models.isolation import keep_rows_apart
 
@@ -58,7 +63,8 @@ def bare_loop(model: Path, folder: Path, attention: str, *, accumulation: int, t
         trained = sum(batch["num_items"] for batch in step)
         total = 0.0
         for batch in step:
-            loss = token_losses(adapted, batch, all_positions=attention != "rows").sum() / trained
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = token_losses(adapted, batch, all_positions=attention != "rows").sum() / trained
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
