@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.common import Bench, answer, child, progress, resident_bytes
 from benchmarks.inputs import tiny_model
-from benchmarks.merging import SMALL, make, merge_ours
+from benchmarks.merging import SIZES, make, merge_ours
 from benchmarks.tables import amount
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -99,7 +99,7 @@ def merge_many(folder: Path, adapters: int) -> dict[str, float]:
 
 def main(name: str, folder: Path, *rest: str) -> None:
     if name == "make":
-        answer(make(folder, SMALL))
+        answer(make(folder, SIZES["small"]))
     elif name == "step":
         answer(train_step(folder, int(rest[0])))
     else:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from benchmarks.merging import SMALL, make, matrices, write_adapter
+from benchmarks.merging import SIZES, make, matrices, write_adapter
 from benchmarks.tables import amount, grid
 from sft.merging.merge import merge
 
 SCALING = 2.0  # alpha 32 over rank 16, as benchmarks.merging writes them
 
 
-def measure(folder: Path, adapters: int, sizes: tuple[int, ...] = SMALL) -> dict[str, Any]:
+def measure(folder: Path, adapters: int, sizes: tuple[int, ...] = SIZES["small"]) -> dict[str, Any]:
     """The figures of one lineage of different random adapters; `folder` is empty."""
     make(folder, sizes)
     chain = [write_adapter(folder / f"adapter{number}", sizes, seed=number + 1) for number in range(adapters)]
