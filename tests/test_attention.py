@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from sft.models.attention import NAME, RowsUnknown, attend, row_lengths
+from sft.models.attention import NAME, RowsUnknown, attend, causal_row, row_lengths
 from sft.models.isolation import keep_rows_apart
+from sft.training.batches import join_rows
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -99,6 +100,65 @@ def test_no_mask_is_made_for_joined_rows(monkeypatch: pytest.MonkeyPatch):
     assert made == []
     padded(model)
     assert made == [max(LENGTHS)]
+
+
+def test_nothing_is_asked_of_the_positions_where_the_batch_knows_its_rows(
+    make_settings: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Lengths come with the micro-batch: each layer would wait for the device to find them again."""
+    model = llama()
+    found = keep_rows_apart(model, make_settings())
+
+    def fail(positions: torch.Tensor) -> list[int]:
+        raise AssertionError("found anew in a layer")
+
+    monkeypatch.setattr("sft.models.attention.row_lengths", fail)
+    batch = [
+        {"position": n, "epoch": 0, "input_ids": row.numpy(), "labels": row.numpy()} for n, row in enumerate(rows())
+    ]
+    known = join_rows([batch])
+    names = ("input_ids", "position_ids", "row_lengths", "row_ends")
+    (inputs,) = found.passes({name: known[name] for name in names})
+    assert model(**inputs, use_cache=False).logits.shape[1] == sum(LENGTHS)
+
+
+def test_on_a_gpu_rows_go_our_way_as_well(make_settings: Any, monkeypatch: pytest.MonkeyPatch):
+    """Not sdpa's under a mask of all tokens by all tokens."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    model = llama()
+    assert keep_rows_apart(model, make_settings()).lengths
+    assert model.config._attn_implementation == NAME
+
+
+def test_no_mask_is_made_for_windows(monkeypatch: pytest.MonkeyPatch):
+    """A window shorter than a row: blocks of it on a CPU, an argument of the kernel on a GPU."""
+    made = []
+    monkeypatch.setattr("sft.models.attention.sdpa_mask", lambda **keywords: made.append(keywords["q_length"]))
+    model = mistral(4)
+    model.set_attn_implementation(NAME)
+    joined(model)
+    assert made == []
+
+
+@pytest.mark.parametrize(("capability", "repeated"), [((7, 5), True), ((8, 0), False)])
+def test_kernels_before_ampere_get_a_key_for_every_head(
+    capability: tuple[int, int], repeated: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """They know no grouped heads: sdpa would keep all scores instead."""
+    asked: list[tuple[int, bool]] = []
+
+    def product(query: Any, key: Any, value: Any, **keywords: Any) -> Any:
+        asked.append((key.shape[1], keywords["enable_gqa"]))
+        return query
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr("sft.models.attention.scaled_dot_product_attention", product)
+    query, key = (torch.zeros(1, heads, 6, 8).as_subclass(OnGpu) for heads in (4, 2))
+    causal_row(query, key, key, window=6)
+    assert asked == [(4, False) if repeated else (2, True)]
 
 
 def test_left_padded_generation_is_that_of_sdpa():

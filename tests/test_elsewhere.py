@@ -152,4 +152,16 @@ def test_nothing_of_this_machine_decides(monkeypatch: pytest.MonkeyPatch, make_s
     """`auto` is the card's number format, not that of the CPU the question is asked on."""
     assert elsewhere.there(make_settings(), Machine(1, 80)).dtype == "bfloat16"
     assert elsewhere.there(make_settings(), Machine(1, 16)).dtype == "float16"
+    assert elsewhere.there(make_settings(use_lora=False), Machine(1, 16)).dtype == "float32"
     assert elsewhere.there(make_settings(dtype="float32"), Machine(1, 80)).dtype == "float32"
+
+
+@pytest.mark.parametrize(("file", "standard"), [("ddp", False), ("zero2", True), ("multinode_zero3", False)])
+def test_deepspeed_starts_on_several_machines_without_pdsh(file: str, standard: bool):
+    """accelerate takes pdsh and a host file where neither the launch file nor the command says otherwise."""
+    way: Any = SimpleNamespace(launch_file=file, fits=True)
+    plan = elsewhere.Elsewhere(Machine(64, 141), 1, [way], 1.0, 1.0, [])
+    assert ("--deepspeed_multinode_launcher standard" in plan.command) is standard
+    assert "--num_processes 64 --num_machines 8 --machine_rank RANK --main_process_ip HOST" in plan.command
+    text = (Path(__file__).parents[1] / "configs" / "accelerate" / f"{file}.yaml").read_text()
+    assert standard or "DEEPSPEED" not in text or "deepspeed_multinode_launcher: standard" in text

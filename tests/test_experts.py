@@ -163,14 +163,30 @@ def test_a_model_without_expert_adapters_is_left_alone():
     assert not any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
-@pytest.mark.slow
-def test_a_stage_trains_experts_the_routed_way(tmp_path, monkeypatch, capsys):
-    """train.py: the losses of a stage on PEFT's way, and no warning."""
+def write_mixture(folder):
     words = tiny.tokenizer()
     torch.manual_seed(0)
     special = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-    AutoModelForCausalLM.from_config(config(**special, bos_token_id=None)).save_pretrained(tmp_path / "base")
-    words.save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_config(config(**special, bos_token_id=None)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_attention_alone_is_said_by_check_and_run(tmp_path, capsys):
+    """Before the first step, in the same words."""
+    common = {"SFT_BASE_MODEL": write_mixture(tmp_path / "base"), "SFT_OUT_LORA_DIR": tmp_path / "out"}
+    common |= {"SFT_DATASET_ID": tiny.write_rows(tmp_path / "rows.jsonl", 24), "SFT_MAX_STEPS": 1}
+    tiny.write_stage(tmp_path, 1, common | {"SFT_LORA_TARGET_MODULES": "q_proj,v_proj"})
+    for arguments in (("--check",), ()):
+        assert tiny.run_train("--stage", 1, "--env-dir", tmp_path, *arguments) == 0
+        assert "[WARNING] only attention is trained in this mixture of experts" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_stage_trains_experts_the_routed_way(tmp_path, monkeypatch, capsys):
+    """train.py: the losses of a stage on PEFT's way, and no warning; how experts are multiplied is said."""
+    write_mixture(tmp_path / "base")
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 40)
     losses = {}
     for name in ("routed", "peft"):
@@ -180,8 +196,9 @@ def test_a_stage_trains_experts_the_routed_way(tmp_path, monkeypatch, capsys):
         if name == "peft":
             monkeypatch.setattr("sft.training.trainer.route_experts", lambda model: ["told to"])
         assert tiny.run_train("--stage", 1, "--env-dir", tmp_path) == 0
-        warned = "[WARNING] adapters on experts take PEFT's slower way" in capsys.readouterr().out
-        assert warned is (name == "peft")
+        said = capsys.readouterr().out
+        assert ("[WARNING] adapters on experts take PEFT's slower way" in said) is (name == "peft")
+        assert ("Experts with adapters: torch's kernel for products in groups" in said) is (name == "routed")
         losses[name] = tiny.metric_lines(tmp_path / f"{name}_stage1", "loss")
         assert json.loads((tmp_path / f"{name}_stage1" / "adapter_config.json").read_text())["r"] == 4
         best = json.loads((tmp_path / f"{name}_stage1" / "best_model" / "config.json").read_text())

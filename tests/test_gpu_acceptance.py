@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import runs
 from benchmarks.gpu.job import Job
 
 LINES = {
     "attention": 4 * 3, "head": 4, "experts": 1 + 2 * 2, "memory": 2 * 9, "speed": 4 + 1 + 2, "loading": 2 * 2,
-    "answers": 2 + 2, "formats": 4, "machine": 4, "ladder": 9, "engines": 6, "shortage": 3,
+    "answers": 2 + 2, "formats": 5, "machine": 4, "ladder": 12, "engines": 7, "shortage": 3,
 }  # fmt: skip
 """Figures of each item that are held against a threshold, on the CPU."""
 
@@ -22,14 +23,52 @@ LINES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", program.ITEMS)
 def test_every_item_runs_on_the_cpu(name: str, tmp_path: Path):
-    """With tiny shapes, all the way through: what is written down as it comes has all its thresholds, none missed."""
+    """With tiny shapes, all the way through: what is written down as it comes has all its thresholds, none missed; no
+    part is left out but for a missing package."""
     job = Job(name, tmp_path, time.monotonic() + 1000, rehearse=True)
     getattr(importlib.import_module(f"benchmarks.gpu.{program.ITEMS[name].module}"), name)(job)
     lines = json.loads((tmp_path / "found.json").read_text())
     assert lines == job.lines
     assert [line for line in lines if line.get("met") is False] == []
     assert sum("target" in line for line in lines) >= LINES[name]
+    assert [line for line in lines if not line.get("skipped", "missing").endswith("missing")] == []
     assert program.state(0, lines) in ("met", "in part", "not judged")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rehearse", "names"),
+    [
+        (1, True, ["ddp"]),
+        (1, False, ["ddp", "zero2", "zero3", "fsdp", "zero2 in 4 bits"]),
+        (2, False, ["ddp", "zero2", "zero3", "fsdp", "zero2 in 4 bits", *(f"{e} on two" for e in runs.ENGINES)]),
+    ],
+)
+def test_every_launch_file_is_run(gpus: int, rehearse: bool, names: list[str], tmp_path: Path, monkeypatch: Any):
+    """With two GPUs by two processes as well; `--gpus 2 --rehearse` runs the same. Without DeepSpeed it says so."""
+    monkeypatch.setattr("benchmarks.gpu.job.find_spec", lambda name: object())
+    assert list(runs.engine_kinds(Job("engines", tmp_path, 0.0, rehearse=rehearse, gpus=gpus))) == names
+    assert list(runs.engine_kinds(Job("engines", tmp_path, 0.0, rehearse=True, gpus=2)))[-4:] == [
+        f"{engine} on two" for engine in runs.ENGINES
+    ]
+    monkeypatch.setattr("benchmarks.gpu.job.find_spec", lambda name: None if name == "deepspeed" else object())
+    job = Job("engines", tmp_path, 0.0, rehearse=rehearse, gpus=gpus)
+    left = list(runs.engine_kinds(job))
+    assert left == [name for name in names if not name.startswith("zero")]
+    assert [line["what"] for line in job.lines] == [name for name in names if name not in left]
+
+
+@pytest.mark.slow
+def test_two_gpus_are_rehearsed_by_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Loss beside a run alone, what two gain, one of them killed; going on is rehearsed with one."""
+    monkeypatch.setattr(runs, "engine_kinds", lambda job: {"ddp on two": ("ddp", 2, {"SFT_GRAD_ACCUM": 1})})
+    monkeypatch.setattr(runs, "go_on", lambda *arguments: None)
+    job = Job("engines", tmp_path, time.monotonic() + 1000, rehearse=True, gpus=2)
+    runs.engines(job)
+    found = {line["what"]: line for line in job.lines}
+    assert [line for line in job.lines if line.get("met") is False] == []
+    assert found["ddp on two: loss beside a run alone"]["met"]
+    assert found["two beside one: tokens/s"]["value"] > 0
+    assert found["killed rank: ranks left"]["met"]
 
 
 def options(**values: Any) -> Any:

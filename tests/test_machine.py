@@ -268,6 +268,15 @@ def test_a_gpu_needs_a_compiler_and_python_h(cards):
     assert "Triton" not in cards("H100", (9, 0), [])
 
 
+def test_a_gpu_whose_figures_mlflow_could_not_read_is_a_warning(cards, monkeypatch):
+    """MLflow imports pynvml and stays silent without it."""
+    assert "GPU metrics" not in cards("H100", (9, 0), [])
+    known = machine.find_spec
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "pynvml" else known(name))
+    found = cards("H100", (9, 0), [])["GPU metrics"]
+    assert (found.state, found.remedy) == ("warning", "pip install nvidia-ml-py")
+
+
 def test_ways_to_compute_attention_are_those_sft_attn_takes(cards):
     """What is listed can be set."""
     listed = cards("H100", (9, 0), [])["attention"].found.split(", ")

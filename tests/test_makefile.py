@@ -6,6 +6,12 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +42,19 @@ def test_gpu_metrics_need_no_gpu_at_install_time():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "nvidia-ml-py" in project["dependencies"]
     importlib.import_module("pynvml")
+
+
+@pytest.mark.parametrize(("asked", "runs"), [(False, [True, False]), (True, [False, True])])
+def test_tests_for_a_gpu_run_when_they_are_asked_for_and_then_alone(asked, runs, monkeypatch):
+    """The others are equalities on a CPU, and mocks of machines. There are tests for a GPU."""
+    monkeypatch.setattr(conftest, "GPU_TESTS", asked)
+    skipped: list[list[Any]] = [[], []]
+    items: Any = [
+        SimpleNamespace(get_closest_marker=lambda name, gpu=gpu: gpu, add_marker=skipped[gpu].append) for gpu in (0, 1)
+    ]
+    conftest.pytest_collection_modifyitems(items)
+    assert [not marks for marks in skipped] == runs
+    assert "pytestmark = pytest.mark.gpu" in (ROOT / "tests" / "test_on_gpu.py").read_text(encoding="utf-8")
 
 
 def test_the_suite_sees_no_gpu():

@@ -1,5 +1,6 @@
 """Number formats: what the hardware has, adapters and trained weights in float32."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.gpu.job import Job
+from benchmarks.gpu.steps import in_float16, settings_of, trainer_of
+from sft.errors import RunFailed
 from sft.models.model import compute_dtype, load_model, weight_dtype
+from sft.programs.benchmark import random_model
+from sft.programs.benchmark_shapes import model_config
 from tests.tiny import run_train, write_model, write_rows, write_stage
 
 
@@ -60,6 +66,37 @@ def test_weights_that_are_trained_are_loaded_in_float32(tmp_path: Path, make_set
     base = write_model(tmp_path / "base")
     for adapter, kept in ((True, torch.bfloat16), (False, torch.float32)):
         assert load_model(base, make_settings(dtype="bfloat16", use_lora=adapter)).dtype == kept
+
+
+def half_trained(folder: Path, scale: float) -> Any:
+    """A tiny model in float16 on the CPU, where the Trainer refuses it and torch does not; from this loss scale."""
+    job = Job("formats", folder, time.monotonic() + 1000, rehearse=True)
+    settings = settings_of(job, "tiny", dtype="bfloat16", max_steps=25, grad_accum=1)
+    trainer = trainer_of(job, random_model(model_config("tiny"), torch.float16), settings, length=16)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return job, trainer
+
+
+def test_float16_whose_first_steps_overflow_trains_on(tmp_path: Path):
+    """The Trainer's own steps: those that overflow are skipped and logged without a norm, the scale is found."""
+    job, trainer = half_trained(tmp_path, 2.0**24)
+    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    with in_float16(job, trainer):
+        trainer.train()
+    after = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+    assert trainer.accelerator.scaler.get_scale() < 2.0**23
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.isfinite().all() for p in after)
+
+
+def test_float16_that_overflows_at_every_scale_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After twenty steps in a row, before anything is saved."""
+    job, trainer = half_trained(tmp_path, 2.0**24)
+    monkeypatch.setattr(trainer.train_dataset, "named", lambda row, tokenizer: f"row {row}")
+    broken = trainer.token_losses
+    monkeypatch.setattr(trainer, "token_losses", lambda *step: broken(*step) * float("inf"))
+    with in_float16(job, trainer), pytest.raises(RunFailed, match=r"not finite at step 20 "):
+        trainer.train()
 
 
 @pytest.mark.slow

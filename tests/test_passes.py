@@ -85,6 +85,18 @@ def test_the_heaviest_step_is_one_that_a_rank_has(make_settings: Any):
     assert lengths[heaviest_step(rows(), settings, processes=2)].sum() == max(sums)
 
 
+def test_a_step_with_more_ranks_than_rows_is_shared_out_too(make_settings: Any):
+    """64 ranks of 2 x 4 rows and 50 rows: nobody has more than one; of two ranks with 4 x 10 rows none has all 50."""
+    settings, lengths = make_settings(per_device_train_bs=2, grad_accum=4, seed=3), np.asarray(rows()["length"])
+    assert lengths[heaviest_step(rows(), settings, processes=64)].tolist() == [lengths.max()]
+    settings = make_settings(per_device_train_bs=10, grad_accum=4, seed=3)
+    sums = []
+    for rank in (0, 1):
+        batches = EpochBatches(Order(50, 3), batch_size=10, rank=rank, ranks=2)
+        sums.append(sum(lengths[key] for keys in batches for key in keys))
+    assert lengths[heaviest_step(rows(), settings, processes=2)].sum() == max(sums) < lengths.sum()
+
+
 # --- whole runs
 
 

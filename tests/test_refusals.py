@@ -14,10 +14,24 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArgumen
 from sft.errors import Problems
 from sft.models.model import cut_away
 from sft.planning import refusals
+from sft.planning.machine import Finding
 from sft.planning.refusals import cache_problems, file_problems, question_problems, unwritable, weight_problems
 from sft.settings.values import Optimizer
 from tests.architectures import CONFIGS, tiny_model
 from tests.ladders import make_settings
+from tests.tiny import run_train, write_model, write_rows, write_stage
+
+
+def test_a_gpu_that_torch_does_not_see_ends_run_and_check(tmp_path, monkeypatch, capsys):
+    """Training does not fall to the CPU: exit 2 with the remedy, nothing written."""
+    common = {"SFT_BASE_MODEL": write_model(tmp_path / "base"), "SFT_OUT_LORA_DIR": tmp_path / "out"}
+    write_stage(tmp_path, 1, common | {"SFT_DATASET_ID": write_rows(tmp_path / "rows.jsonl", 24)})
+    unseen = Finding("GPU", "broken", "driver 535.104.05 is too old", "update the driver to 580 or newer")
+    monkeypatch.setattr("sft.planning.machine.devices", lambda: iter([unseen]))
+    for arguments in ((), ("--check",)):
+        assert run_train("--stage", 1, "--env-dir", tmp_path, *arguments) == 2
+        assert unseen.text in capsys.readouterr().err
+    assert not (tmp_path / "out_stage1").exists()
 
 
 @pytest.fixture

@@ -533,6 +533,7 @@ def test_contradictions():
     """What cannot work together is refused; the same settings with the cause removed are accepted."""
     for text, start in {
         "SFT_LOAD_IN_4BIT=1\nSFT_USE_LORA=0": "SFT_LOAD_IN_4BIT=1: quantised weights cannot be trained themselves",
+        "SFT_USE_LORA=0\nSFT_DTYPE=float16": "SFT_DTYPE=float16: weights trained themselves overflow in float16; take",
         "SFT_EARLY_STOPPING_PATIENCE=3\nSFT_VAL_RATIO=0": "SFT_EARLY_STOPPING_PATIENCE=3: early stopping needs",
         "SFT_LR_SCHEDULER=greedy\nSFT_VAL_RATIO=0": "SFT_LR_SCHEDULER=greedy: greedy goes by the loss on validation",
         "SFT_MIN_LR_RATIO=0.1\nSFT_LR_SCHEDULER=linear": "SFT_MIN_LR_RATIO=0.1: SFT_LR_SCHEDULER=linear has no lowest",

@@ -4,19 +4,25 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from benchmarks.gpu.job import Job
+from benchmarks.gpu.steps import settings_of, trainer_of
 from sft.errors import RunFailed
 from sft.models.isolation import Isolation
 from sft.models.model import casts_left_to_autocast, lora_layers, trained_modules
 from sft.models.targets import adapter_config, targets_of
 from sft.planning.activations import Tally
+from sft.programs.benchmark import random_model
+from sft.programs.benchmark_shapes import model_config
 from sft.settings.values import Scheduler
+from sft.training import arguments
 from sft.training import trainer as trainer_module
 from sft.training.arguments import scheduler, steps_to_schedule
 from sft.training.batches import TrainingRows, join_rows
@@ -182,3 +188,37 @@ def test_packing_trains_the_same_tokens_in_fewer_steps(tmp_path: Path):
         steps.append(manifest["steps"])
     assert tokens[0] == tokens[1]
     assert steps[1] < steps[0] == 5
+
+
+def test_a_trainer_leaves_triton_out_where_it_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before TRL builds its head, in a stage and in a benchmark."""
+    asked: list[None] = []
+    monkeypatch.setattr(trainer_module, "leave_out_triton", lambda: asked.append(None))
+    job = Job("one", tmp_path, 0.0, rehearse=True)
+    trainer_of(job, random_model(model_config("tiny"), torch.float32), settings_of(job, "tiny"), length=8)
+    assert asked == [None]
+
+
+@pytest.mark.slow
+def test_a_compiled_stage_trains_and_saves_as_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SFT_TORCH_COMPILE=1, traced as on a GPU and run without a compiler: losses, evaluations, names and weights."""
+    plain = arguments.machine
+
+    def traced(settings: Any, **how: Any) -> dict[str, Any]:
+        return plain(settings, **how) | ({"torch_compile_backend": "aot_eager"} if settings.torch_compile else {})
+
+    monkeypatch.setattr(arguments, "machine", traced)
+    base, rows = write_model(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 24)
+    common = {"SFT_BASE_MODEL": base, "SFT_DATASET_ID": rows, "SFT_MAX_STEPS": 3, "SFT_GEN_EVAL": "structured"}
+    found = {}
+    for compiled in (0, 1):
+        out = tmp_path / f"out{compiled}"
+        write_stage(tmp_path, 1, common | {"SFT_OUT_LORA_DIR": out, "SFT_TORCH_COMPILE": compiled})
+        assert run_train("--stage", 1, "--env-dir", tmp_path) == 0
+        folder = Path(f"{out}_stage1")
+        losses = [*metric_lines(folder, "loss"), *metric_lines(folder, "eval_loss")]
+        found[compiled] = losses, load_file(folder / "adapter_model.safetensors")
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+    assert found[1][1].keys() == found[0][1].keys()
+    for name, weights in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], weights, rtol=1e-4, atol=1e-5, msg=name)

@@ -17,6 +17,8 @@ import torch
 
 from benchmarks.common import ROOT, environment, meets
 
+TRAIN = ROOT / "train.py"
+
 
 @dataclass
 class Job:
@@ -111,9 +113,11 @@ class Job:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def start(self, *arguments: object, launch: Sequence[str] = (), log: str, **variables: str) -> subprocess.Popen:
-        """train.py as a person starts it, or under a launcher; what it prints goes to `log` in the folder."""
-        command = [sys.executable, *launch, str(ROOT / "train.py"), *map(str, arguments)]
+    def start(
+        self, *arguments: object, launch: Sequence[str] = (), log: str, program: Path = TRAIN, **variables: str
+    ) -> subprocess.Popen:
+        """A program as a person starts it, or under a launcher; what it prints goes to `log` in the folder."""
+        command = [sys.executable, *launch, str(program), *map(str, arguments)]
         with (self.folder / log).open("w", encoding="utf-8") as file:
             hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {}
             there = environment(**hidden, **variables)

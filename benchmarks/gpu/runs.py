@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -70,27 +70,38 @@ class Runs:
             self.job.skip(f"{name}: the rest", self.said(name).strip()[-300:])
         return code == 0
 
-    def until_step(self, name: str, step: int) -> None:
-        """Waits until a checkpoint of that step is there, or the run has ended."""
-        while self.started[name].poll() is None and not (self.folder(name) / f"checkpoint-{step}").exists():
-            time.sleep(0.05)
+    def trains(self, name: str) -> bool:
+        """Whether the run goes on and has no checkpoint yet."""
+        return self.started[name].poll() is None and not (self.folder(name) / "checkpoint-1").exists()
+
+    def cut_off(self, *cuts: tuple[str, int]) -> None:
+        """Each run gets its signal as soon as its first checkpoint is there, and must not have ended by then."""
+        waiting = dict(cuts)
+        while waiting:
+            for name in [name for name in waiting if not self.trains(name)]:
+                self.started[name].send_signal(waiting.pop(name))
+            time.sleep(0.02)
+        for name, _ in cuts:
+            # 128 + 15, -9, or the launcher's 1; a run that had ended before its signal shows nothing.
+            self.job.check(f"{name}: exit code", abs(self.end(name)), ">= 1")
+
+
+# A stop must arrive while the run still has something to do, and a demo model's steps take milliseconds.
+SLOW = {"SFT_GEN_EVAL_SAMPLES": 8, "SFT_GEN_MAX_NEW_TOKENS": 48}
 
 
 def ladder(job: Job) -> None:
     """The embedded ladder, three stages: against float32, the merge's KL, stopped and killed runs that go on."""
     runs = Runs(job)
-    stages = job.size("all", 1)
-    runs.start("ladder", stage=stages)
+    stages = job.size((1, 2, 3), (1, 2))
+    cut: dict[str, Any] = SLOW | {"SFT_EVAL_STEPS": job.size(5, 1)}
+    runs.start("ladder", stage=f"1-{stages[-1]}")
     runs.start("float32", SFT_DTYPE="float32")
     for name in ("stopped", "killed"):
-        runs.start(name)
-    for name, number in (("stopped", signal.SIGTERM), ("killed", signal.SIGKILL)):
-        runs.until_step(name, 1)
-        if runs.started[name].poll() is None:
-            runs.started[name].send_signal(number)
-        # 128 + 15, or -9: one that had ended before it could be stopped shows nothing.
-        job.check(f"{name}: exit code", abs(runs.end(name)), ">= 9", of_gpu=True)
-        runs.start(name)
+        runs.start(name, **cut)
+    runs.cut_off(("stopped", signal.SIGTERM), ("killed", signal.SIGKILL))
+    for name in ("stopped", "killed"):
+        runs.start(name, **cut)
     if not runs.ended_well("ladder") or not runs.ended_well("float32"):
         return
     ours, exact = runs.losses("ladder"), runs.losses("float32")
@@ -100,15 +111,16 @@ def ladder(job: Job) -> None:
         if runs.ended_well(name):
             found = runs.losses(name)
             job.check(f"{name} and resumed: loss beside one go", abs(found[-1] - ours[-1]) / ours[-1], "<= 0.005")
-    for stage in job.size((2, 3), ()):
+    for stage in stages[1:]:
         merge = json.loads((runs.folder("ladder", stage) / "stage.json").read_text(encoding="utf-8"))["merge"]
-        job.check(f"stage {stage}: KL of the merged base", merge["kl"] or 0.0, "<= 0.05")
+        found_kl = math.nan if merge["kl"] is None else merge["kl"]
+        job.check(f"stage {stage}: KL of the merged base", found_kl, "<= 0.05")
     metrics = (runs.folder("ladder") / "metrics.jsonl").read_text(encoding="utf-8")
     job.check("answers are scored", float("gen_score" in metrics), ">= 1")
     if not find_spec("mlflow"):
         job.skip("GPU metrics in MLflow", "mlflow missing")
-    elif not job.rehearse:
-        job.check("GPU metrics in MLflow", gpu_metrics(job.folder / "ladder.db"), ">= 1")
+    else:
+        job.check("GPU metrics in MLflow", gpu_metrics(job.folder / "ladder.db"), ">= 1", of_gpu=True)
 
 
 def gpu_metrics(database: Path) -> int:
@@ -131,70 +143,113 @@ def launched(engine: str, processes: int) -> tuple[str, ...]:
     return ("-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes), *port)
 
 
-def engines(job: Job) -> None:
-    """Every launch file with one process, and with `--gpus 2` with two: loss beside a run alone, saved, gone on."""
-    runs = Runs(job)
-    four = {"SFT_MAX_STEPS": job.size(4, 2), "SFT_GRAD_ACCUM": 2}
-    runs.start("alone", **four)
-    kinds: dict[str, tuple[str, int, dict[str, Any]]] = {
-        name: (name, 1, {}) for name in job.size(("ddp", "zero2", "zero3", "fsdp"), ("ddp",))
-    }
-    if not job.rehearse:
+Kind = tuple[str, int, dict[str, Any]]
+ENGINES = ("ddp", "zero2", "zero3", "fsdp")
+
+
+def engine_kinds(job: Job) -> dict[str, Kind]:
+    """Launch file, processes and settings of every run; without the packages of some they are skipped."""
+    all_of_them = job.gpus > 1 or not job.rehearse  # the suite's rehearsal, with one process, has no time for them
+    kinds: dict[str, Kind] = {name: (name, 1, {}) for name in (ENGINES if all_of_them else ENGINES[:1])}
+    if all_of_them:
         kinds["zero2 in 4 bits"] = ("zero2", 1, {"SFT_LOAD_IN_4BIT": 1})
     if job.gpus > 1:
-        kinds |= {f"{name} on two": (name, 2, {"SFT_GRAD_ACCUM": 1}) for name in ("ddp", "zero2", "zero3", "fsdp")}
-    for name, (engine, processes, values) in list(kinds.items()):
-        if (engine.startswith("zero") and job.lacks(name, "deepspeed")) or (
-            "SFT_LOAD_IN_4BIT" in values and job.lacks(name, "bitsandbytes")
-        ):
-            del kinds[name]
-        else:
-            runs.start(name.replace(" ", "_"), launch=launched(engine, processes), **(four | values))
+        kinds |= {f"{name} on two": (name, 2, {"SFT_GRAD_ACCUM": 1}) for name in ENGINES}
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if not (kind[0].startswith("zero") and job.lacks(name, "deepspeed"))
+        and not ("SFT_LOAD_IN_4BIT" in kind[2] and job.lacks(name, "bitsandbytes"))
+    }
+
+
+def engines(job: Job) -> None:
+    """Every launch file with one process, and with `--gpus 2` with two: loss beside a run alone, saved, gone on; then
+    with two what they gain, and one of them killed."""
+    runs, kinds = Runs(job), engine_kinds(job)
+    four = {"SFT_MAX_STEPS": job.size(4, 3), "SFT_GRAD_ACCUM": 2}
+    runs.start("alone", **four)
+    for name, (engine, processes, values) in kinds.items():
+        runs.start(spelt(name), launch=launched(engine, processes), **(four | values))
     if not runs.ended_well("alone"):
         return
-    alone = runs.losses("alone")
-    for name, (engine, processes, values) in kinds.items():
-        run = name.replace(" ", "_")
-        if runs.ended_well(run):
-            worst = max(abs(a - b) / b for a, b in zip(runs.losses(run), alone, strict=True))
-            # In 4 bits it is another model: only that it trains.
-            job.check(
-                f"{name}: loss beside a run alone", worst, "<= 0.5" if "SFT_LOAD_IN_4BIT" in values else "<= 0.005"
-            )
-            weights = load_file(runs.folder(run) / "adapter_model.safetensors")
-            job.check(
-                f"{name}: saved adapter is finite", float(all(w.isfinite().all() for w in weights.values())), ">= 1"
-            )
-        if name == "ddp" and job.has_time("ddp: gone on", 15):
-            go_on(job, runs, engine, processes, four)
+    for name, (_, _, values) in kinds.items():
+        if runs.ended_well(spelt(name)):
+            same_as_alone(job, runs, name, quantised="SFT_LOAD_IN_4BIT" in values)
+    plain = {name: kind for name, kind in kinds.items() if "SFT_LOAD_IN_4BIT" not in kind[2]}
+    if job.has_time("gone on", 20):
+        go_on(job, runs, plain, four)
+    if job.gpus > 1 and job.has_time("two beside one", 60):
+        scaling(job)
     if job.gpus > 1 and job.has_time("a killed rank", 25):
         killed_rank(job, runs)
 
 
-def go_on(job: Job, runs: Runs, engine: str, processes: int, settings: dict[str, Any]) -> None:
-    """More steps from the checkpoint, under the same launcher."""
-    shutil.rmtree(runs.folder("ddp"), ignore_errors=True)
-    runs.start("ddp", launch=launched(engine, processes), **settings)
-    runs.until_step("ddp", 1)
-    runs.started["ddp"].terminate()
-    job.figure("ddp, stopped: exit code", runs.end("ddp"))
-    runs.start("ddp", launch=launched(engine, processes), **settings)
-    if runs.ended_well("ddp"):
-        job.check(
-            "ddp, gone on: loss beside one go", abs(runs.losses("ddp")[-1] / runs.losses("alone")[-1] - 1), "<= 0.005"
-        )
+def spelt(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def same_as_alone(job: Job, runs: Runs, name: str, *, quantised: bool) -> None:
+    """Losses of a run beside those of one process alone, and what it saved."""
+    worst = max(abs(a - b) / b for a, b in zip(runs.losses(spelt(name)), runs.losses("alone"), strict=True))
+    # In 4 bits it is another model: only that it trains.
+    job.check(f"{name}: loss beside a run alone", worst, "<= 0.5" if quantised else "<= 0.005")
+    weights = load_file(runs.folder(spelt(name)) / "adapter_model.safetensors")
+    finite = all(weight.isfinite().all() for weight in weights.values())
+    job.check(f"{name}: saved adapter is finite", float(finite), ">= 1")
+
+
+def go_on(job: Job, runs: Runs, kinds: dict[str, Kind], settings: dict[str, Any]) -> None:
+    """The same runs once more, stopped at their first checkpoint and gone on from it under the same launcher."""
+    again = {f"{spelt(name)}_again": kind for name, kind in kinds.items()}
+
+    def start() -> None:
+        for name, (engine, processes, values) in again.items():
+            slow = settings | values | SLOW | {"SFT_EVAL_STEPS": 1}
+            runs.start(name, launch=launched(engine, processes), **slow)
+
+    start()
+    runs.cut_off(*((name, signal.SIGTERM) for name in again))
+    start()
+    for name in again:
+        if runs.ended_well(name):
+            apart = abs(runs.losses(name)[-1] / runs.losses("alone")[-1] - 1)
+            job.check(f"{name}: loss beside one go", apart, "<= 0.005")
+
+
+def scaling(job: Job) -> None:
+    """Tokens/s of two processes beside those of one, plain data parallel, by the program that people measure with."""
+    program = ROOT / "official_content" / "benchmark.py"
+    work = ("--seq-len", job.size(512, 16), "--micro-batch", job.size(4, 2), "--warmup", 2, "--steps", job.size(6, 2))
+    speeds = []
+    for processes in (1, 2):
+        log = f"scaling_{processes}.log"
+        command = (job.size(QWEN, "tiny"), *work, "--results", job.folder / f"results_{processes}")
+        started = job.start(*command, launch=launched("ddp", processes), log=log, program=program)
+        if code := started.wait():
+            said = (job.folder / log).read_text(encoding="utf-8", errors="replace")
+            job.check(f"{processes} processes: exit code", code, "<= 0")
+            job.skip("two beside one", said.strip()[-300:])
+            return
+        lines = (job.folder / log).read_text(encoding="utf-8", errors="replace").splitlines()
+        speeds.append(json.loads([line for line in lines if line.startswith("{")][-1])["tokens_per_second"])
+        job.figure(f"{processes} processes", speeds[-1], "tokens/s")
+    job.check("two beside one: tokens/s", speeds[1] / speeds[0], ">= 1.7", of_gpu=True)
 
 
 def killed_rank(job: Job, runs: Runs) -> None:
     """kill -9 of one of two ranks: the launcher ends the other and itself."""
-    runs.start("killed_rank", launch=launched("ddp", 2), SFT_MAX_STEPS=2000)
-    runs.until_step("killed_rank", 1)
-    children = Path(f"/proc/{runs.started['killed_rank'].pid}/task/{runs.started['killed_rank'].pid}/children")
-    ranks = [int(each) for each in children.read_text(encoding="ascii").split()]
+    runs.start("killed_rank", launch=launched("ddp", 2), SFT_MAX_STEPS=2000, SFT_SAVE_TOTAL_LIMIT=1)
+    while runs.trains("killed_rank"):
+        time.sleep(0.05)
+    launcher = runs.started["killed_rank"].pid
+    ranks = [int(each) for each in Path(f"/proc/{launcher}/task/{launcher}/children").read_text("ascii").split()]
     os.kill(ranks[-1], signal.SIGKILL)
     start = time.monotonic()
-    runs.end("killed_rank")
+    code = runs.end("killed_rank")
     job.check("killed rank: all ended after", time.monotonic() - start, "<= 60", "s")
+    job.check("killed rank: exit code", abs(code), ">= 1")
+    job.check("killed rank: ranks left", sum(Path(f"/proc/{rank}").exists() for rank in ranks), "<= 0")
 
 
 def shortage(job: Job) -> None:

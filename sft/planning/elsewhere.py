@@ -124,6 +124,8 @@ class Elsewhere:
         if count > PER_MACHINE:
             several = f"--num_machines {-(-count // PER_MACHINE)} --machine_rank RANK "
             several += "--main_process_ip HOST --main_process_port 29500 "
+            if self.way.launch_file == "zero2":  # by itself it goes from machine to machine by pdsh
+                several += "--deepspeed_multinode_launcher standard "
         return (
             f"accelerate launch --config_file configs/accelerate/{self.way.launch_file}.yaml --num_processes {count} "
             f"{several}train.py --stage {self.stage}"
@@ -174,7 +176,8 @@ def ways(machine: Machine, settings: Settings) -> Iterator[tuple[str, Launched]]
 
 def there(settings: Settings, machine: Machine) -> Settings:
     """The settings with the number format that such a card takes for `auto`."""
-    dtype = "float16" if machine.card.name == "T4" and settings.use_lora else "bfloat16"
+    halves = "float16" if settings.use_lora else "float32"  # as `compute_dtype` on a card without bfloat16
+    dtype = halves if machine.card.name == "T4" else "bfloat16"
     return settings.model_copy(update={"dtype": dtype}) if settings.dtype == "auto" else settings
 
 

@@ -157,6 +157,8 @@ def devices() -> Iterator[Finding]:
         yield gpu(torch, number)
     if missing := triton_missing():
         yield Finding("Triton", "broken", f"{' and '.join(missing)} not found", f"apt-get install {_HEADERS}")
+    if find_spec("pynvml") is None:
+        yield Finding("GPU metrics", "warning", "pynvml not found: MLflow has none", "pip install nvidia-ml-py")
     if torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("bfloat16", "ok", "supported")
     else:

@@ -303,6 +303,13 @@ def heaviest_step(rows: datasets.Dataset, settings: Settings, *, processes: int 
     return _largest(rows, settings, micro_batches=settings.grad_accum, processes=processes or launched().processes)
 
 
+def _rest(order: np.ndarray, size: int, processes: int) -> list[np.ndarray]:
+    """What each device has of a step that an epoch does not fill; [] for none."""
+    together = size * processes
+    shares = [np.array_split(order[start : start + together], processes) for start in range(0, len(order), together)]
+    return [np.concatenate(parts) for parts in zip(*shares, strict=True)]
+
+
 def _largest(rows: datasets.Dataset, settings: Settings, *, micro_batches: int, processes: int) -> list[int]:
     """Rows of those successive micro-batches of one device that have most tokens together."""
     lengths, packs = np.asarray(rows["length"][:]), packs_of(rows, settings)
@@ -315,7 +322,6 @@ def _largest(rows: datasets.Dataset, settings: Settings, *, micro_batches: int, 
         whole = len(order) // together * together
         shape = -1, micro_batches, processes, size
         of_devices = order[:whole].reshape(shape).swapaxes(1, 2).reshape(-1, micro_batches * size)
-        found = of_devices if whole else order[None]
-        largest = found[sizes[found].sum(axis=1).argmax()]
-        best = largest if sizes[largest].sum() > sizes[best].sum() else best
+        heaviest = [of_devices[sizes[of_devices].sum(axis=1).argmax()]] if whole else []
+        best = max([best, *heaviest, *_rest(order[whole:], size, processes)], key=lambda items: sizes[items].sum())
     return best.tolist() if packs is None else [row for item in best for row in packs[item]]
