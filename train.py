@@ -13,7 +13,7 @@ from sft.stages.status_lines import announce
 
 def train_stage(settings: Settings, *, fresh: bool) -> None:
     """The stage in order. Imports wait until it is known that there is something to do: torch alone takes seconds."""
-    from sft.environment import silence_torch
+    from sft.environment import silence_torch, uncollected
     from sft.reporting.leftovers import look_after
     from sft.stages.opening import open_stage
 
@@ -23,14 +23,15 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
             look_after(stage)
             return
         cli.say("Loading libraries ...")
-        silence_torch()
-        from sft import run
-        from sft.merging.parents import load_verified, merge_parents
-        from sft.models.model import load_tokenizer
-        from sft.planning.disk import require_space
-        from sft.planning.refusals import require_ready
-        from sft.reporting.recording import tracked
-        from sft.stages.safety_copy import kept_safe
+        with uncollected():
+            silence_torch()
+            from sft import run
+            from sft.merging.parents import load_verified, merge_parents
+            from sft.models.model import load_tokenizer
+            from sft.planning.disk import require_space
+            from sft.planning.refusals import require_ready
+            from sft.reporting.recording import tracked
+            from sft.stages.safety_copy import kept_safe
 
         require_ready(settings)  # what --check lists as well
         tokenizer = load_tokenizer(settings)

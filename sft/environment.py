@@ -1,6 +1,8 @@
 """The process around a run: quiet libraries, and whether the hub can be reached (found out at once)."""
 
 import ctypes
+import gc
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -10,11 +12,12 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from threading import Thread
-from typing import TypeVar
+from threading import RLock, Thread
+from types import ModuleType
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -25,6 +28,7 @@ from sft.distributed.launch import launched
 # Where the package's bounds are wider than what was run: pip shall not replace the torch of a notebook service.
 TRIED = ("torch>=2.11,<2.15",)
 Answer = TypeVar("Answer")
+_all_distributions = importlib.metadata.packages_distributions
 
 # A name server that knows a name says so within this time.
 _NAME_SECONDS = 5.0
@@ -73,6 +77,65 @@ def silence_libraries() -> None:
     )
     for name in ("DeepSpeed", "bitsandbytes", "mlflow", "alembic", "accelerate", "torch.distributed", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    defer("bitsandbytes")  # PEFT imports it whatever the model; 0.7 s, and Inductor with it
+    if not launched().deepspeed:  # accelerate asks of every model whether it is DeepSpeed's; 1.2 s
+        defer("deepspeed", DeepSpeedEngine=type("DeepSpeedEngine", (), {}))
+
+
+class Deferred(ModuleType):
+    """A package that libraries import in case they need it: it is loaded when something of it is first used."""
+
+    _loading = RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__version__", "__all__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        with self._loading:
+            if type(self) is Deferred:
+                assert self.__spec__ is not None and self.__spec__.loader is not None
+                kind: Any = self
+                kind.__class__ = ModuleType
+                with ExitStack() as failed:  # whoever asks again is told why as well
+                    failed.callback(setattr, self, "__class__", Deferred)
+                    self.__spec__.loader.exec_module(self)
+                    failed.pop_all()
+        return getattr(self, name)
+
+
+def defer(name: str, **known: Any) -> None:
+    """Where the package is installed and not loaded yet, `import name` costs nothing until something other than what is
+    `known` is asked of it."""
+    spec = find_spec(name) if name not in sys.modules else None
+    if spec is not None:
+        module = sys.modules[name] = module_from_spec(spec)
+        vars(module).update(known)
+        module.__class__ = Deferred
+
+
+class Distributions(dict[str, list[str]]):
+    """importlib.metadata.packages_distributions as far as it is asked for: it reads the list of files of every package
+    there is, and most are distributed under the name they are imported by."""
+
+    def __missing__(self, name: str) -> list[str]:
+        self.update({name: [name]} if installed(name) else _all_distributions())
+        if name not in self:
+            raise KeyError(name)
+        return self[name]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For the first import of the libraries: nearly all it makes is there to stay, and looking through it for garbage
+    again and again takes a quarter of its time (docs/log.md). Afterwards it is left out of every search."""
+    if "transformers" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def return_freed_memory() -> None:
@@ -90,6 +153,12 @@ def silence_torch() -> None:
     """Call after torch and before accelerate: deepspeed would announce the accelerator it found."""
     import torch
 
+    # TRL has a list made of all packages installed, 0.3 s, for the versions of two.
+    vars(importlib.metadata).update(packages_distributions=Distributions)
+    try:
+        importlib.import_module("trl")
+    finally:
+        vars(importlib.metadata).update(packages_distributions=_all_distributions)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return_freed_memory()

@@ -59,6 +59,8 @@ NAMES = {
     "datasets:Dataset.map": "its results are found by `_fingerprint`",
     "trl:SFTTrainer._prepare_dataset": "a benchmark takes its time",
     "mlflow.system_metrics.system_metrics_monitor:SystemMetricsMonitor": "the machine's load in MLflow",
+    "peft.import_utils:is_bnb_4bit_available": "answered without bitsandbytes being loaded",
+    "trl.import_utils:PACKAGE_DISTRIBUTION_MAPPING": "filled as far as it is asked",
     "deepspeed.ops:__compatible_ops__": "no compilation on a CPU",
 }
 """module:attribute -> what for."""
@@ -87,6 +89,8 @@ TEXTS = {
     ("transformers:PretrainedConfig", "_name_or_path"): "the folder that was loaded, for the format it was merged in",
     ("transformers.integrations.moe", "_is_expert_parallel"): "experts that other processes hold",
     ("torch.distributed.tensor._api", "_local_tensor"): "this rank's part of a gradient",
+    ("peft.import_utils:is_bnb_4bit_available", 'hasattr(bnb.nn, "Linear4bit")'): "what PEFT asks of bitsandbytes",
+    ("accelerate.utils.other:extract_model_from_parallel", "import DeepSpeedEngine"): "known without DeepSpeed",
     ("bitsandbytes.nn:Linear4bit", "support_avx512bf16_for_cpu"): "switched off: packed weights can't be trained on",
     ("deepspeed.runtime.zero.partition_parameters", "ds_tensor"): "this rank's part of a weight under ZeRO-3",
 }

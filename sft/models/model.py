@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import getstate, setstate
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sft.data.labels.template import chat_template_for
 from sft.distributed.launch import launched
+from sft.environment import Deferred
 from sft.errors import Problems, first_line
 from sft.models.saved import keep_saved_exact
 from sft.settings.rules import NO_FOLDER, is_missing_folder
@@ -34,6 +38,13 @@ LOAD_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, StrictDataclassError, TypeError,
     ValueError,
 )  # fmt: skip
+
+# Before its first adapter PEFT asks whether bitsandbytes has 4-bit layers, and loads it for that; since 0.39 it has.
+_quantiser: Any = sys.modules.get("bitsandbytes")
+if isinstance(_quantiser, Deferred):
+    _quantiser.nn = SimpleNamespace(Linear4bit=None)
+    is_bnb_4bit_available()
+    del _quantiser.nn
 
 _DIGITS = re.compile(r"\d+")
 OTHER_SIZES = "its weights have other sizes than its config.json says"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sft.distributed.launch import launched
-from sft.environment import silence_torch
+from sft.environment import silence_torch, uncollected
 from sft.errors import Problems
 from sft.planning.document import Document, print_documents
 from sft.planning.plan import Plan, plan_stage
@@ -26,7 +27,10 @@ def check(ladder: list[Settings], options: argparse.Namespace) -> None:
     if launched().rank != 0:
         return
     quiet_start(ladder[0])
-    silence_torch()
+    with uncollected():
+        silence_torch()
+        for room in ("disk", "refusals"):
+            import_module(f"sft.planning.{room}")
     machine = machine_asked(options)
     plans = []
     held: set[int] = set()

@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from trl.kernels import chunked_logprob
 
 from sft.environment import triton_missing
 from sft.errors import RunFailed
@@ -61,6 +60,8 @@ OVERFLOWS_IN_A_ROW = 20  # each halves the scale: from 65,536 to below 1 are 17
 def leave_out_triton() -> None:
     """TRL's fused head folds its tiles in torch where Triton could not build its kernels: it asks only for the package,
     and the first step would end the run."""
+    from trl.kernels import chunked_logprob
+
     if triton_missing():
         chunked_logprob._TRITON_AVAILABLE = False
 
