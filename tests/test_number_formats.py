@@ -2,12 +2,14 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.steps import in_float16, settings_of, trainer_of
@@ -97,6 +99,30 @@ def test_float16_that_overflows_at_every_scale_ends_the_run(tmp_path: Path, monk
     monkeypatch.setattr(trainer, "token_losses", lambda *step: broken(*step) * float("inf"))
     with in_float16(job, trainer), pytest.raises(RunFailed, match=r"not finite at step 20 "):
         trainer.train()
+
+
+def test_deepspeeds_own_scaler_may_overflow_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It says that the norm is infinite and has skipped the step; accelerate has no scaler beside it. In bfloat16, and
+    after twenty steps in a row, such a norm ends the run."""
+    job, trainer = half_trained(tmp_path, 1.0)
+    trainer.accelerator.scaler = None
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scale=65536.0))
+    monkeypatch.setattr(SFTTrainer, "_get_grad_norm", lambda self, model, grad_norm=None: grad_norm)
+    with pytest.raises(RunFailed):
+        trainer._get_grad_norm(engine, grad_norm=float("inf"))
+    with in_float16(job, trainer):
+        assert [trainer._get_grad_norm(engine, grad_norm=float("inf")) for _ in range(19)] == [None] * 19
+        with pytest.raises(RunFailed):
+            trainer._get_grad_norm(engine, grad_norm=float("inf"))
+        assert trainer._get_grad_norm(engine, grad_norm=2.0) == 2.0
+
+
+def test_losses_are_summed_in_float32_whatever_the_model_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """1,001 tokens with a loss of 1 each: bfloat16 knows 1,000 and 1,008."""
+    _, trainer = half_trained(tmp_path, 1.0)
+    monkeypatch.setattr(trainer, "token_losses", lambda *step: torch.ones(1001, dtype=torch.bfloat16))
+    batch = {"input_ids": torch.zeros(1, 2), "labels": torch.zeros(1, 2), "row_lengths": [2]}
+    assert trainer.compute_loss(None, batch, num_items_in_batch=1).item() == 1001
 
 
 @pytest.mark.slow

@@ -82,6 +82,15 @@ class LossScale:
         return self.overflows < OVERFLOWS_IN_A_ROW and scale >= 1.0
 
 
+def current_scale(accelerator: Any, model: Any) -> float | None:
+    """What float16's loss is multiplied with, None in other formats: by torch's scaler, or by DeepSpeed's, which has
+    left a step that overflowed out by the time the Trainer asks for its norm, and calls that infinite."""
+    if accelerator.scaler is not None:
+        return accelerator.scaler.get_scale()
+    optimizer = getattr(model, "optimizer", None) if accelerator.mixed_precision == "fp16" else None
+    return None if optimizer is None else float(optimizer.loss_scale)
+
+
 def finite_norm(norm: torch.Tensor | float | None, *, step: int, rows: Iterable[object]) -> float | None:
     """The gradient norm of a step as a number. `rows` is looked at only when it is none.
 

@@ -40,6 +40,7 @@ from sft.training.batches import EpochLoader, TrainingRows, heaviest_step, join_
 from sft.training.callbacks import StageRhythm
 from sft.training.loss import (
     LossScale,
+    current_scale,
     finite_norm,
     leave_out_triton,
     require_finite,
@@ -252,8 +253,8 @@ class StagedTrainer(SFTTrainer):
         """The gradient's norm; a non-finite one ends the run before the optimizer step, naming the rows, unless
         float16's loss scaler skips the step: then there is none."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaler = self.accelerator.scaler
-        if scaler is not None and self.loss_scale.may_skip(norm, scaler.get_scale()):
+        scale = current_scale(self.accelerator, model)
+        if scale is not None and self.loss_scale.may_skip(norm, scale):
             return None
         named = (self.train_dataset.named(row, self.processing_class) for row in self.step_rows)
         return finite_norm(norm, step=self.state.global_step + 1, rows=named)
