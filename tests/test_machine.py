@@ -242,7 +242,9 @@ def cards(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number=0: capability)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number=0: (79 * 2**30, 80 * 2**30))
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation
+        )
         monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
         monkeypatch.setattr(machine, "triton_missing", lambda: missing)
         return {finding.name: finding for finding in machine.devices()}
@@ -266,6 +268,12 @@ def test_a_gpu_needs_a_compiler_and_python_h(cards):
     assert (found.state, found.found) == ("broken", "a C compiler and Python.h not found")
     assert re.fullmatch(r"apt-get install gcc python3\.\d+-dev", found.remedy)
     assert "Triton" not in cards("H100", (9, 0), [])
+
+
+@pytest.mark.parametrize(("bf16", "state"), [(True, "ok"), (False, "warning")])
+def test_bfloat16_in_emulation_is_none(cards, bf16, state):
+    """A T4 says that it has it."""
+    assert cards("Tesla T4", (7, 5), [], bf16=bf16)["bfloat16"].state == state
 
 
 def test_a_gpu_whose_figures_mlflow_could_not_read_is_a_warning(cards, monkeypatch):
