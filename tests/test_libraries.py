@@ -53,7 +53,6 @@ NAMES = {
     "accelerate.utils:DeepSpeedPlugin.set_deepspeed_weakref": "a model loaded whole under ZeRO-3",
     "torch.utils._pytree:tree_map": "what a layer returns, cast",
     "peft.utils:ModulesToSaveWrapper": "modules trained in full",
-    "peft.utils.other:EMBEDDING_LAYER_NAMES": "the heads and embeddings it ties",
     f"{EXPERTS}._apply_gate": "experts' activation",
     "dotenv.parser:parse_stream": "env files with their line numbers",
     "datasets:Dataset.map": "its results are found by `_fingerprint`",

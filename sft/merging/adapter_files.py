@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import EMBEDDING_LAYER_NAMES
-from torch import nn
 
 from sft.errors import Problems, RunFailed
-from sft.merging.layout import Layout, UnknownLayout
+from sft.merging.plain import Places, UnknownLayout
 from sft.merging.weights import StoredTensor, load, read_header
 from sft.stages.paths import ADAPTER as WEIGHTS
 from sft.stages.paths import ADAPTER_CONFIG as CONFIG
@@ -26,6 +24,7 @@ from sft.stages.paths import ADAPTER_PICKLE as PICKLED
 from sft.storage.seals import sha256
 
 PREFIX = "base_model.model."
+EMBEDDINGS = {"embed_tokens", "lm_head"}  # PEFT's EMBEDDING_LAYER_NAMES
 PARTS = r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 LORA_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{PARTS})(\.default)?(\.weight)?$")
 # Settings under which an adapter is more than W + scaling * B A (DoRA is handled): PEFT merges these itself.
@@ -91,13 +90,13 @@ def is_plain(adapter: Adapter) -> bool:
     config = adapter.config
     initialised = config.get("init_lora_weights", True) in (True, False, "gaussian")
     # Where head and embedding are saved in full, PEFT ties those; else it makes one pair of factors serve both.
-    saved = {name.rsplit(".", 1)[-1] for name in config.get("modules_to_save") or ()} & set(EMBEDDING_LAYER_NAMES)
+    saved = {name.rsplit(".", 1)[-1] for name in config.get("modules_to_save") or ()} & EMBEDDINGS
     tied = bool(config.get("ensure_weight_tying")) and not saved
     plain = config.get("peft_type") == "LORA" and initialised and not tied
     return plain and not any(config.get(name) for name in SPECIAL)
 
 
-def updates_of(adapters: Iterable[Adapter], layout: Layout) -> dict[str, list[Update]]:
+def updates_of(adapters: Iterable[Adapter], layout: Places) -> dict[str, list[Update]]:
     """Parameter (or, for experts stored one by one, checkpoint key) -> its updates in the order of the adapters.
 
     Raises UnknownLayout where PEFT has to do it, RunFailed naming every adapter tensor that has no place in the model.
@@ -115,7 +114,7 @@ def updates_of(adapters: Iterable[Adapter], layout: Layout) -> dict[str, list[Up
     return dict(updates)
 
 
-def _place(number: int, adapter: Adapter, *, layout: Layout, updates: dict[str, list[Update]]) -> list[str]:
+def _place(number: int, adapter: Adapter, *, layout: Places, updates: dict[str, list[Update]]) -> list[str]:
     """Adds the updates of one adapter; the names of its tensors that have no place."""
     homeless = []
     for module, parts in _modules(adapter.tensors).items():
@@ -147,15 +146,15 @@ def _modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredT
     return dict(modules)
 
 
-def _target(module: str, config: dict[str, Any], layout: Layout) -> str | None:
+def _target(module: str, config: dict[str, Any], layout: Places) -> str | None:
     """The parameter a pair of factors belongs to, None when there is none."""
     plain = re.sub(r"(\.base_layer)+$", "", module)
     depth = module.count(".base_layer")
+    if layout.is_matrix(plain):
+        return f"{plain}.weight"
     owner = layout.module(plain)
     if owner is None:
         return _stored_alone(f"{plain}.weight", layout)
-    if isinstance(owner, nn.Linear | nn.Embedding) or type(owner).__name__ == "Conv1D":
-        return f"{plain}.weight"
     wanted = [f"{plain}.{name}" for name, _ in owner.named_parameters(recurse=False)]
     wanted = [name for name in wanted if _is_targeted(name, config.get("target_parameters") or ())]
     if depth < len(wanted):  # PEFT wraps in the order of registration: the last parameter is the outermost
@@ -165,7 +164,7 @@ def _target(module: str, config: dict[str, Any], layout: Layout) -> str | None:
     raise UnknownLayout(f"{plain} is a {type(owner).__name__}")
 
 
-def _stored_alone(key: str, layout: Layout) -> str | None:
+def _stored_alone(key: str, layout: Places) -> str | None:
     """A weight by its name on disk: for experts trained one by one where they were kept so."""
     if key in layout.keys:
         return key
@@ -179,14 +178,14 @@ def _is_targeted(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _full_name(name: str, layout: Layout) -> str | None:
+def _full_name(name: str, layout: Places) -> str | None:
     """The parameter that a tensor saved in full stands for."""
     plain = name.removeprefix(PREFIX).replace(".modules_to_save.default", "").replace(".base_layer.", ".")
     return plain if plain in layout.parameters else None
 
 
 def _low_rank(
-    number: int, adapter: Adapter, *, parameter: str, parts: dict[str, StoredTensor], layout: Layout
+    number: int, adapter: Adapter, *, parameter: str, parts: dict[str, StoredTensor], layout: Places
 ) -> LowRank:
     where = f"{adapter.folder}: {parameter}"
     if missing := {"lora_A", "lora_B"} - parts.keys():

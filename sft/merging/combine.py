@@ -16,7 +16,8 @@ from torch import nn
 
 from sft.errors import Problems
 from sft.merging.adapter_files import PREFIX, Adapter, LowRank, Update, factors, is_plain, read_adapter, updates_of
-from sft.merging.layout import Layout, UnknownLayout, base_layout
+from sft.merging.layout import Layout, base_layout
+from sft.merging.plain import UnknownLayout
 from sft.merging.weights import model_folder
 from sft.stages.paths import ADAPTER, ADAPTER_CONFIG
 from sft.storage import json_files

@@ -11,7 +11,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,20 +28,8 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from sft.errors import Problems
+from sft.merging.plain import Place, UnknownLayout
 from sft.merging.weights import StoredTensor, convert_pickles, read_header, shard_paths
-
-
-class UnknownLayout(Exception):
-    """This adapter cannot be placed on the checkpoint tensor by tensor; PEFT itself has to merge it."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One tensor on disk that holds a parameter: all of it, or rows `first_row`... of its slice `expert`."""
-
-    key: str
-    expert: int | None = None
-    first_row: int = 0
 
 
 def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -96,6 +83,11 @@ class Layout:
         self.places: dict[str, list[Place]] = {}
         self._unknown: set[str] = set()
         self._find(self.keys)
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether an adapter's pair of factors belongs to the weight of this module."""
+        owner = self.module(name)
+        return isinstance(owner, nn.Linear | nn.Embedding) or type(owner).__name__ == "Conv1D"
 
     def module(self, name: str) -> nn.Module | None:
         """The module of the model, None where there is none."""

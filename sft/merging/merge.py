@@ -17,8 +17,8 @@ import torch
 from sft.errors import RunFailed
 from sft.merging.adapter_files import Adapter, LowRank, Update, read_adapter, updates_of
 from sft.merging.fold import Folded, Output, write_all
-from sft.merging.layout import Layout, UnknownLayout, base_layout
 from sft.merging.placement import Wanted, place
+from sft.merging.plain import Places, UnknownLayout, base_places
 from sft.merging.weights import (
     DTYPES,
     FLOATS,
@@ -90,11 +90,15 @@ def merge(
     folder, commit = model_folder(str(base), revision)
     config = read_config(folder)
     loaded = [read_adapter(Path(adapter)) for adapter in adapters]
+    changed = [name for adapter in loaded for name in adapter.tensors]
     identities = [{"path": str(adapter.folder), "sha256": adapter.sha256} for adapter in loaded]
     record = MergeRecord(str(base), commit, identities, dtype or "", dtype, fingerprint)
     with _disk_full_explained(target), atomic.published_folder(target) as partial:
         try:
-            with base_layout(folder, target, trust_remote_code=trust_remote_code) as (layout, shards):
+            with base_places(folder, target, config, changed=changed, trust_remote_code=trust_remote_code) as (
+                layout,
+                shards,
+            ):
                 untied = _stream(layout, shards, adapters=loaded, partial=partial, record=record)
         except UnknownLayout as reason:
             from sft.merging.peft_merge import merge_with_peft
@@ -163,7 +167,7 @@ def _disk_full_explained(target: Path) -> Iterator[None]:
 
 
 def _stream(
-    layout: Layout,
+    layout: Places,
     shards: dict[str, list[StoredTensor]],
     *,
     adapters: list[Adapter],

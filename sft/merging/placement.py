@@ -9,7 +9,7 @@ import torch
 from sft.errors import RunFailed
 from sft.merging.adapter_files import Replacement, Update
 from sft.merging.fold import Term
-from sft.merging.layout import Layout, Place, UnknownLayout
+from sft.merging.plain import Place, Places, UnknownLayout
 from sft.merging.weights import FLOATS, StoredTensor, load
 
 
@@ -27,7 +27,7 @@ class Wanted:
 
 
 def place(
-    layout: Layout, shards: Mapping[str, list[StoredTensor]], *, updates: Mapping[str, list[Update]], dtype: str | None
+    layout: Places, shards: Mapping[str, list[StoredTensor]], *, updates: Mapping[str, list[Update]], dtype: str | None
 ) -> tuple[dict[str, list[Wanted]], bool]:
     """The tensors of every shard, and whether tied embeddings had to be parted because only one of them changes."""
     landed: dict[str, list[tuple[Update, Place]]] = defaultdict(list)
@@ -58,13 +58,13 @@ def place(
     return wanted, untied
 
 
-def _places(parameter: str, layout: Layout) -> list[Place]:
+def _places(parameter: str, layout: Places) -> list[Place]:
     if parameter not in layout.parameters:
         return [Place(parameter)]  # updates_of only names checkpoint keys besides parameters
     return layout.whereabouts(parameter)
 
 
-def _partner(parameter: str, layout: Layout) -> str | None:
+def _partner(parameter: str, layout: Places) -> str | None:
     """The parameter that shares its weights with this one."""
     pairs = {**layout.tied, **{source: target for target, source in layout.tied.items()}}
     if len(pairs) != 2 * len(layout.tied):
@@ -72,14 +72,14 @@ def _partner(parameter: str, layout: Layout) -> str | None:
     return pairs.get(parameter)
 
 
-def _trained_as_one(parameter: str, layout: Layout, updates: Mapping[str, list[Update]]) -> bool:
+def _trained_as_one(parameter: str, layout: Places, updates: Mapping[str, list[Update]]) -> bool:
     """Whether both of a tied pair end as the same full copy: then they stay one."""
     last = [updates[name][-1] for name in (parameter, _partner(parameter, layout)) if name and name in updates]
     copies = [load(update.value) for update in last if isinstance(update, Replacement)]
     return len(copies) == 2 and torch.equal(*copies)
 
 
-def _tied_tensor(parameter: str, layout: Layout) -> StoredTensor:
+def _tied_tensor(parameter: str, layout: Places) -> StoredTensor:
     """The stored tensor of the parameter this one is tied to; RunFailed when there is none."""
     partner = _partner(parameter, layout)
     places = layout.whereabouts(partner) if partner else []
@@ -88,7 +88,7 @@ def _tied_tensor(parameter: str, layout: Layout) -> StoredTensor:
     return layout.keys[places[0].key]
 
 
-def _left_behind(layout: Layout, updates: Mapping[str, list[Update]]) -> list[str]:
+def _left_behind(layout: Places, updates: Mapping[str, list[Update]]) -> list[str]:
     """Tied parameters that stay as they are while their partner changes and that have no tensor of their own."""
     partners = [_partner(name, layout) for name in updates if name in layout.parameters]
     return [name for name in partners if name and name not in updates and not layout.whereabouts(name)]

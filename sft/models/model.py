@@ -40,11 +40,11 @@ LOAD_ERRORS = (
 )  # fmt: skip
 
 # Before its first adapter PEFT asks whether bitsandbytes has 4-bit layers, and loads it for that; since 0.39 it has.
-_quantiser: Any = sys.modules.get("bitsandbytes")
+_quantiser = sys.modules.get("bitsandbytes")
 if isinstance(_quantiser, Deferred):
-    _quantiser.nn = SimpleNamespace(Linear4bit=None)
+    vars(_quantiser)["nn"] = SimpleNamespace(Linear4bit=None)
     is_bnb_4bit_available()
-    del _quantiser.nn
+    del vars(_quantiser)["nn"]
 
 _DIGITS = re.compile(r"\d+")
 OTHER_SIZES = "its weights have other sizes than its config.json says"
