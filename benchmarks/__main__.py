@@ -16,10 +16,12 @@ from typing import Any
 from benchmarks import evaluation, growth, labels, merging, start, tables, training
 from benchmarks.common import Bench, conditions, load_average, progress
 from benchmarks.inputs import benchmark_model, benchmark_rows
+from benchmarks.scale import preparation
 
 ITEMS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "start": start.measure,
     "labels": labels.measure,
+    "preparation": preparation.measure,
     "training": training.measure,
     "merging": merging.measure,
     "evaluation": evaluation.measure,

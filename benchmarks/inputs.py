@@ -47,6 +47,22 @@ def generated_row(number: int, chance: random.Random) -> dict[str, Any]:
     return {"messages": messages, "subcategory": "text_to_json"}
 
 
+def short_rows(path: Path, count: int, *, seed: int = 0) -> Path:
+    """One short question and its answer a row, some 210 bytes, no two alike."""
+    chance = random.Random(seed)
+
+    def some(words: list[str]) -> str:
+        return f"{chance.choice(words)} {chance.choice(words)}"
+
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            asked = f"Request {number}: what is the {some(FIELDS)} of {some(WORDS)} {chance.randint(0, 9999)}?"
+            said = f"The {some(FIELDS)} is {some(WORDS)} {chance.randint(0, 9999)}, as {some(WORDS)} says."
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            file.write(json.dumps({"messages": messages, "subcategory": "text"}) + "\n")
+    return path
+
+
 def multiplied(rows: Path, target: Path, times: int) -> Path:
     """The same rows so many times over, each copy with a number in its prompt: no two rows are equal."""
     lines = rows.read_text(encoding="utf-8").splitlines()

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class Problems(Exception):
@@ -14,6 +16,9 @@ class Problems(Exception):
     def __init__(self, problems: Iterable[str], *, every_rank: bool = False) -> None:
         self.problems, self.every_rank = list(problems), every_rank
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # found by another process, it arrives as it was
+        return partial(type(self), every_rank=self.every_rank), (self.problems,)
 
 
 class RunFailed(Exception):

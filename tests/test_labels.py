@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from sft.data.labels import label as labelling
 from sft.data.labels.audit import audit
-from sft.data.labels.label import in_order, label, preview
+from sft.data.labels.label import label, preview
 from sft.data.labels.rendering import Rendered, render
 from sft.data.labels.template import BUILT_IN, Chat, chat_template_for, template_of
 from sft.data.labels.tokens import Encoded, encode_up_to, encoder
 from sft.data.sources.load import Rows, load_source
+from sft.data.workers import in_order
 from sft.errors import Problems, RunFailed
 from sft.settings import Source
 from tests.conftest import CHATML, byte_tokenizer, word_tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.data.labels.label import in_order
+from sft.data.workers import in_order
 from sft.planning.machine import no_gpu
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -138,7 +138,7 @@ def load_questions(settings: Settings) -> list[datasets.Dataset]:
     loaded = []
     for source in settings.gen_eval_sources:
         try:
-            loaded.append(load_source(source).dataset)
+            loaded.append(load_source(source, processes=settings.num_proc).dataset)
         except SourceError as error:
             raise Problems([f"SFT_GEN_EVAL_DATASET={source.id}: {error}"]) from error
     return loaded
@@ -160,7 +160,7 @@ def load_mix(
     loaded, failed = [], []
     for source in sources:
         try:
-            loaded.append(label(load_source(source), tokenizer, settings))
+            loaded.append(label(load_source(source, processes=settings.num_proc), tokenizer, settings))
         except SourceError as error:
             failed.append(f"[ERROR] Failed to load {source.id}: {error}")
     if failed and (settings.strict or not loaded):

@@ -38,7 +38,8 @@ def load_taught(taught: Sequence[Taught], settings: Settings, tokenizer: PreTrai
         loaded: list[Rows] = []
         for source in earlier.sources:
             try:
-                loaded.append(label(load_source(source), tokenizer, settings))
+                rows = load_source(source, processes=settings.num_proc)
+                loaded.append(label(rows, tokenizer, settings))
             except SourceError as error:
                 problems.append(f"SFT_REPLAY={settings.replay:g}: stage {earlier.stage}'s {source.id}: {error}")
         found.append((earlier, loaded))

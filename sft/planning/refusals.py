@@ -80,7 +80,7 @@ def failing_sources(settings: Settings) -> list[str]:
     failed = []
     for source in settings.sources:
         try:
-            load_source(source)
+            load_source(source, processes=settings.num_proc)
         except SourceError as error:
             failed.append(f"[ERROR] Failed to load {source.id}: {error}")
         except Problems as found:
@@ -232,7 +232,7 @@ def question_problems(settings: Settings) -> Iterator[str]:
     for source in settings.gen_eval_sources if settings.gen_eval != "none" else ():
         setting = "SFT_GEN_EVAL_DATASET"
         try:
-            rows = load_source(source)
+            rows = load_source(source, processes=settings.num_proc)
         except SourceError as error:
             yield f"{setting}={source.id}: {error}"
             continue

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -26,8 +20,7 @@ from sft.data.sources.columns import Tally
 from sft.data.sources.load import SCHEMA, Rows
 from sft.data.sources.store import Write, key_of, stored
 from sft.data.sources.turns import Dropped, packed
-from sft.distributed.signals import die_with_parent
-from sft.errors import RunFailed
+from sft.data.workers import cores, in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,49 +169,3 @@ def _label_batch(
         except Dropped as reason:
             dropped.add(str(reason), table["number"][row].as_py())
     return with_labels(table.take(pa.array(kept, pa.int64())), labelled, schema(settings)), dropped, noted
-
-
-_work: Callable[[Any], Any] | None = None
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def in_order(work: Callable[[Any], Any], items: Sequence[Any], *, processes: int) -> Iterator[Any]:
-    """`work(item)` for every item, in order. Processes are forked, so that `work` may be any function; on macOS, whose
-    libraries do not survive a fork, there is one process.
-
-    Raises:
-        RunFailed: a process was killed.
-    """
-    if processes <= 1 or sys.platform == "darwin" or "fork" not in multiprocessing.get_all_start_methods():
-        yield from map(work, items)
-        return
-    # The tokenizers library reads this when it is forked: unset it warns, and its threads do not survive a fork.
-    os.putenv("TOKENIZERS_PARALLELISM", "false")
-    try:
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(work,)) as pool:
-            yield from pool.map(_call, items)
-    except BrokenProcessPool as error:
-        raise RunFailed(
-            "A process that prepared rows was killed, most likely for memory: try SFT_NUM_PROC=1"
-        ) from error
-    finally:
-        os.unsetenv("TOKENIZERS_PARALLELISM")
-
-
-def _start(work: Callable[[Any], Any]) -> None:
-    """In the new process: take the work along, and leave signals to the parent."""
-    global _work
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    die_with_parent(signal.SIGKILL)  # else a killed run leaves its processes behind
-
-
-def _call(item: Any) -> Any:
-    assert _work is not None
-    return _work(item)

@@ -47,10 +47,10 @@ class Tally:
         self.rows[what] += 1
         self.first.setdefault(what, number)
 
-    def update(self, other: Tally) -> None:
-        """Take in the rows of a later part of the source."""
+    def update(self, other: Tally, before: int = 0) -> None:
+        """Take in the rows of a later part of the source, whose numbers leave out `before` rows."""
         self.rows += other.rows
-        self.first = other.first | self.first
+        self.first = {what: number + before for what, number in other.first.items()} | self.first
 
     def placed(self, of: str = "") -> dict[str, int]:
         """The counts, with the first row beside what tells too little without it; `of` names the source there."""
@@ -66,6 +66,7 @@ class Columns:
     def __init__(self, source: Source) -> None:
         self.source, self.mapped = source, source.columns or {}
         self.unread: set[str] = set()
+        self.number = 0  # rows seen
         self.usual: Shape | None = None
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
         self._left: dict[tuple[str, ...], list[str]] = {}
@@ -81,7 +82,7 @@ class Columns:
             Problems: the columns can be read in several ways, or a mapped column is not read.
         """
         waiting: list[tuple[int, tuple[str, ...]]] = []
-        number = 0
+        self.number = number = 0
         for number, raw in enumerate(raw_rows, start=1):
             row = self._renamed(raw)
             columns = tuple(row)
@@ -95,6 +96,7 @@ class Columns:
                 waiting.append((number, columns))
             else:
                 dropped.add(self._lacks(columns), number)
+        self.number = number
         if number:
             self._require_shape()
         for place, columns in waiting:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import huggingface_hub.errors
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from sft.data.sources.blocks import Part, blocks_of, parted, rows_of
 from sft.data.sources.columns import Columns, Tally, reason_of
 from sft.data.sources.files import SourceError, files_of_folder, files_of_pattern, has_kind, is_pattern, kind_of_file
 from sft.data.sources.readers import ROWS_AT_ONCE, read_file, tables_to_rows
@@ -27,6 +29,7 @@ from sft.data.sources.shapes import (
 )
 from sft.data.sources.store import Write, key_of, stored
 from sft.data.sources.turns import Dropped, packed
+from sft.data.workers import cores, in_order
 from sft.errors import first_line
 from sft.storage.seals import xxh3
 
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 VERSION = 3
 # Part of a cache's name besides: raise it when rows are kept in another form, and old caches are left alone.
 _FORM = 6
+# Below, starting processes takes about as long as they save.
+_BYTES_WORTH_PROCESSES = 1 << 22
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -67,8 +72,8 @@ class Rows:
     unread: tuple[str, ...] = ()
 
 
-def load_source(source: Source) -> Rows:
-    """The rows of a source as messages, in their order.
+def load_source(source: Source, *, processes: int | None = None) -> Rows:
+    """The rows of a source as messages, in their order; `processes` read them, by default as many as pay.
 
     Raises:
         SourceError: with the reason to show after "Failed to load <id>:".
@@ -77,7 +82,12 @@ def load_source(source: Source) -> Rows:
     fingerprint = key_of("rows", VERSION, identity, source.limit, source.columns)
 
     def fill(write: Write) -> dict[str, Counter[str]]:
-        return _write_rows(islice(raw_rows(), source.limit), source, write)
+        files = _files(source, Path(source.id).expanduser())
+        blocks = blocks_of(files, source.encoding) if files and source.limit is None else None
+        size = sum(file.stat().st_size for file in files) if source.limit is None else 0
+        count = processes or (cores() if size >= _BYTES_WORTH_PROCESSES else 1)
+        parts = parted(islice(raw_rows(), source.limit)) if blocks is None else blocks
+        return _write_rows(parts, source, write, processes=count)
 
     found = stored(f"rows-{fingerprint}-{_FORM}", SCHEMA, fill)
     counted = found.counted
@@ -177,21 +187,59 @@ def _dataset_rows(dataset: datasets.Dataset, wanted: frozenset[str]) -> Iterator
     return tables_to_rows(dataset.with_format("arrow").iter(ROWS_AT_ONCE), wanted)
 
 
-def _write_rows(raw_rows: Iterable[dict[str, Any]], source: Source, write: Write) -> dict[str, Counter[str]]:
-    """Normalise and write in batches, so that memory does not grow with the rows. Returns what was counted."""
+def _write_rows(parts: Iterable[Part], source: Source, write: Write, *, processes: int) -> dict[str, Counter[str]]:
+    """Normalise and write part by part, so that memory does not grow with the rows. Returns what was counted.
+
+    The first rows decide what the columns are; after them each process knows, and any part may be read by itself."""
     columns, dropped, noted = Columns(source), Tally(), Counter[str]()
-    batch: list[dict[str, Any]] = []
-    for number, row, shape in columns.rows(raw_rows, dropped):
-        try:
-            batch.append(_normalised(row, shape, noted) | {"number": number})
-        except Dropped as reason:
-            dropped.add(reason_of(reason, row), number)
-        if len(batch) == ROWS_AT_ONCE:
-            write(pa.Table.from_pylist(batch, schema=SCHEMA))
-            batch = []
-    write(pa.Table.from_pylist(batch, schema=SCHEMA))
+
+    def read(rows: Iterable[dict[str, Any]]) -> _Read:
+        return _read(rows, columns)
+
+    left = iter(parts)
+    number = 0
+    for found in chain(
+        [read(_first_rows(left))], in_order(lambda part: read(rows_of(part)), left, processes=processes)
+    ):
+        place = SCHEMA.get_field_index("number")
+        numbers = pc.add(found.table["number"], pa.scalar(number, pa.uint32()))
+        write(found.table.set_column(place, SCHEMA.field("number"), numbers))
+        dropped.update(found.dropped, number)
+        noted += found.noted
+        columns.unread |= found.unread
+        number += found.read
     unread = Counter(columns.unread)
     return {"dropped": dropped.rows, "first": Counter(dropped.first), "noted": noted, "unread": unread}
+
+
+def _first_rows(parts: Iterator[Part]) -> Iterator[dict[str, Any]]:
+    """The rows of as many parts as it takes to know the columns."""
+    count = 0
+    while count < ROWS_AT_ONCE and (part := next(parts, None)) is not None:
+        for row in rows_of(part):
+            count += 1
+            yield row
+
+
+class _Read(NamedTuple):
+    """Rows read, numbered from 1, how many there were, and what was seen of them."""
+
+    table: pa.Table
+    read: int
+    dropped: Tally
+    noted: Counter[str]
+    unread: set[str]
+
+
+def _read(rows: Iterable[dict[str, Any]], columns: Columns) -> _Read:
+    dropped, noted = Tally(), Counter[str]()
+    kept: list[dict[str, Any]] = []
+    for number, row, shape in columns.rows(rows, dropped):
+        try:
+            kept.append(_normalised(row, shape, noted) | {"number": number})
+        except Dropped as reason:
+            dropped.add(reason_of(reason, row), number)
+    return _Read(pa.Table.from_pylist(kept, schema=SCHEMA), columns.number, dropped, noted, columns.unread)
 
 
 def _normalised(row: dict[str, Any], shape: Shape, noted: Counter[str]) -> dict[str, Any]:

@@ -31,13 +31,13 @@ def read_file(path: Path, encoding: str | None, wanted: frozenset[str]) -> Itera
     """
     kind, packed = kind_of_file(path)
     try:
-        _refuse_others(path, kind, packed)
+        refuse_others(path, kind, packed)
         if kind == ".parquet":
             yield from _read_parquet(path, wanted)
         else:
             yield from _TEXT_READERS[kind](TextFile(path, encoding or "utf-8-sig", packed))
     except UnicodeError as error:
-        raise SourceError(_wrong_encoding(TextFile(path, encoding or "utf-8", packed))) from error
+        raise SourceError(wrong_encoding(TextFile(path, encoding or "utf-8", packed))) from error
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror or error}") from error
 
@@ -53,7 +53,7 @@ _OTHERS = {
 }
 
 
-def _refuse_others(path: Path, kind: str, packed: str | None) -> None:
+def refuse_others(path: Path, kind: str, packed: str | None) -> None:
     """Raises SourceError where the first bytes say that the file is something else than its name does."""
     with path.open("rb") as file:
         start = file.read(64)
@@ -130,14 +130,14 @@ def _first_value(column: Any) -> Any:
 
 
 def _read_jsonl(file: TextFile) -> Iterator[dict[str, Any]]:
-    if _begins_a_list(file):
+    if begins_a_list(file):
         yield from _read_json(file)  # a list of rows under the other name
         return
     with file.open() as lines:
-        yield from _json_lines(file, lines)
+        yield from json_lines(file, lines)
 
 
-def _begins_a_list(file: TextFile) -> bool:
+def begins_a_list(file: TextFile) -> bool:
     """Whether the first character that is no blank is a bracket."""
     with file.open() as text:
         while (character := text.read(1)).isspace():
@@ -145,8 +145,9 @@ def _begins_a_list(file: TextFile) -> bool:
     return character == "["
 
 
-def _json_lines(path: TextFile, lines: TextIO | list[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
+def json_lines(path: TextFile, lines: TextIO | list[str], first: int = 1) -> Iterator[dict[str, Any]]:
+    """The rows of lines, of which the first is the `first` of its file. Raises SourceError."""
+    for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
         try:
@@ -189,7 +190,7 @@ def _read_json(path: TextFile) -> Iterator[dict[str, Any]]:
     elif (value := _one_value(text, start)) is not None:
         raise SourceError(f"{path}: one JSON value where a list of rows belongs: [{{...}}, {{...}}]{_place(value)}")
     else:
-        yield from _json_lines(path, text.split("\n"))
+        yield from json_lines(path, text.split("\n"))
 
 
 def _one_value(text: str, start: int) -> Any:
@@ -300,7 +301,8 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Iterator[dict[str, Any]
         raise SourceError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _wrong_encoding(file: TextFile) -> str:
+def wrong_encoding(file: TextFile) -> str:
+    """What to say of a file that is not in its encoding."""
     try:
         with file.binary() as stream:
             content = stream.read()
