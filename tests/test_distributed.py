@@ -180,6 +180,19 @@ def test_fsdp_in_bfloat16_keeps_losses_and_sums_in_float32(ladder: Path):
 
 
 @pytest.mark.slow
+def test_deepspeed_in_float16_looks_for_its_scale(ladder: Path):
+    """ZeRO-2 over two ranks from a scale of 2^24: DeepSpeed skips the steps that overflow and calls their norm
+    infinite, which is logged as none; then it trains."""
+    settings = ("SFT_GRAD_ACCUM=1", "SFT_DTYPE=float16", "SFT_GEN_EVAL=none", "SFT_EVAL_STEPS=100", "SFT_MAX_STEPS=14")
+    out, script = ladder / "half", Path(__file__).with_name("half_on_cpu.py")
+    code, shown = run("zero2", out, "--stage", "1", *options(ladder, out.name, *settings), script=script)
+    assert code == 0, shown
+    losses, norms = (metric_lines(Path(f"{out}_stage1"), name) for name in ("loss", "grad_norm"))
+    assert len(losses) == 14
+    assert 0 < len(norms) < 14
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(ladder: Path, capsys: pytest.CaptureFixture[str]):
     """SIGTERM to rank 1 alone, under torchrun: a sealed checkpoint, exit code 143 on both, nobody left within a minute;
     the same command then ends with the very bytes of a run that was never stopped, one process with the same losses."""

@@ -25,8 +25,9 @@ def written(folder: Path, changes: dict[str, slice]) -> Path:
     return folder
 
 
-def gradients(value: float, rate: float = 1e-3, rows: int = 8) -> dict[str, torch.Tensor]:
-    """What is seen in a step in which every lora_B has this gradient, under names as DDP and PEFT have them."""
+def gradients(value: float, rate: float = 1e-3, rows: int = 8, left_out: bool = False) -> dict[str, torch.Tensor]:
+    """What is seen in a step in which every lora_B has this gradient, under names as DDP and PEFT have them, or which
+    float16's loss scaler leaves out then."""
     watch = GradientRows()
     model = torch.nn.ParameterDict()
     named = [(f"module.{NAME.format(n, 'q_proj')}".replace(".weight", ".default.weight"), n) for n in range(3)]
@@ -37,6 +38,8 @@ def gradients(value: float, rate: float = 1e-3, rows: int = 8) -> dict[str, torc
     optimizer = SimpleNamespace(param_groups=[{"lr": rate}])
     watch.on_step_begin(None, None, None, optimizer=optimizer)
     watch.on_pre_optimizer_step(None, None, None, model=model, optimizer=optimizer)
+    if left_out:
+        watch.left_out()
     return watch.rows
 
 
@@ -60,7 +63,9 @@ def test_a_ranks_share_that_had_a_gradient_and_is_zero_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "seen", [{}, gradients(0.0), gradients(float("nan")), gradients(1.0, rate=0.0)], ids=["none", "zero", "nan", "rate"]
+    "seen",
+    [{}, gradients(0.0), gradients(float("nan")), gradients(1.0, rate=0.0), gradients(1.0, left_out=True)],
+    ids=["none", "zero", "nan", "rate", "left-out"],
 )
 def test_a_matrix_without_a_gradient_may_stay_zero(tmp_path: Path, seen: dict[str, torch.Tensor]):
     """Unrouted experts, layers nothing passes through, a scaler's skipped step, the first step of a warm-up."""

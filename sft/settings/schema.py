@@ -188,7 +188,10 @@ class Settings(BaseModel):
     )
     group_by_length: Switch = setting(False, "Put rows of similar length into the same batch.")
     neftune_noise_alpha: NotNegative = setting(0.0, "Noise added to the embeddings in training (NEFTune); 0 is none.")
-    torch_compile: Switch = setting(False, "Compile the model with torch.compile.")
+    torch_compile: Switch = setting(
+        False,
+        "Compile the model with torch.compile; joined rows then go through sdpa under a mask of all their tokens.",
+    )
     dataloader_workers: Annotated[int, Field(ge=0)] = setting(
         0, "Processes that load batches; 0 loads in the main process."
     )

@@ -37,6 +37,7 @@ class GradientRows(TrainerCallback):
 
     def __init__(self) -> None:
         self.rows: dict[str, torch.Tensor] = {}
+        self.before: dict[str, torch.Tensor] = {}
         self.looks = 0
         self.looking = False
 
@@ -49,6 +50,12 @@ class GradientRows(TrainerCallback):
         groups = kwargs["optimizer"].param_groups
         self.looking = self.looks < LOOKS and any(group["lr"] > 0 for group in groups)
         self.looks += self.looking
+        self.before = dict(self.rows)
+
+    def left_out(self) -> None:
+        """float16's loss scaler skips this step: what had a gradient in it does not move."""
+        self.rows = self.before
+        self.looks -= self.looking
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for name, parameter in _watched(kwargs["model"]) if self.looking else ():

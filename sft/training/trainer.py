@@ -255,6 +255,7 @@ class StagedTrainer(SFTTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scale = current_scale(self.accelerator, model)
         if scale is not None and self.loss_scale.may_skip(norm, scale):
+            self.gradient_rows.left_out()
             return None
         named = (self.train_dataset.named(row, self.processing_class) for row in self.step_rows)
         return finite_norm(norm, step=self.state.global_step + 1, rows=named)
