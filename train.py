@@ -4,6 +4,13 @@
 import argparse
 import gc
 import sys
+from pathlib import Path
+
+from sft.heap import begin_tight
+
+# Before anything is read: as a program by itself, not where tests and notebooks import it.
+if __name__ == "__main__" or Path(sys.argv[0]).name == "staged-sft":
+    begin_tight()
 
 from sft import cli
 from sft.reporting.gate import exit_code, judge_stage, passed

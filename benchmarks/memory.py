@@ -6,14 +6,16 @@ step; what the process held at most (VmHWM) less what it held before there was a
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from sft.heap import return_freed_memory, return_holes, tight_environment
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
@@ -76,7 +78,8 @@ def main(names: list[str]) -> None:
 def beside(name: str) -> dict[str, Any]:
     """Estimate and peak of a shape, in bytes, from a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environ = tight_environment(os.environ)  # as train.py has it
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
     return {"shape": name} | json.loads(done.stdout.splitlines()[-1])
 
 
@@ -139,6 +142,7 @@ def train(config: Any, settings: Any, lengths: list[int], *, checkpointing: bool
     isolation = keep_rows_apart(bare, settings)
     model = with_adapter(bare, settings).train()
     if checkpointing:
+        return_freed_memory(sparingly=True)
         bare.gradient_checkpointing_enable({"use_reentrant": False})
         bare.enable_input_require_grads()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -158,7 +162,7 @@ def train(config: Any, settings: Any, lengths: list[int], *, checkpointing: bool
 def settle() -> None:
     """Gives free memory back and begins the peak anew."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return_holes()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 

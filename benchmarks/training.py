@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.common import Bench, alternate, answer, child, comparison, finish
 from benchmarks.training_peers import TRL, bare_loop, train_trl
+from sft.heap import tight_environment
 
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 ROWS_PER_STEP, MICRO_BATCH, SEQUENCE = 8, 2, 1024
@@ -135,7 +136,8 @@ class TrainingJob:
     def ours(self, variables: Mapping[str, str] = MappingProxyType({}), **settings: object) -> dict[str, float]:
         """The program as people run it, every step logged and tracked; the first step is not timed."""
         folder = self.stage(**settings)
-        finished = child("training", "ours", folder, HF_DATASETS_CACHE=self.cache, **variables)
+        tight = tight_environment({}) or {}  # train.py begins anew with it
+        finished = child("training", "ours", folder, HF_DATASETS_CACHE=self.cache, **tight, **variables)
         steps = finished.figures()["steps"]
         assert len(steps) == self.steps, steps
         tokens, seconds, cpu_seconds = (b - a for a, b in zip(steps[0][:3], steps[-1][:3], strict=True))

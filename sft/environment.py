@@ -1,6 +1,5 @@
 """The process around a run: quiet libraries, and whether the hub can be reached (found out at once)."""
 
-import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -24,6 +23,7 @@ from urllib.request import getproxies
 from packaging.requirements import Requirement
 
 from sft.distributed.launch import launched
+from sft.heap import return_freed_memory
 
 # Where the package's bounds are wider than what was run: pip shall not replace the torch of a notebook service.
 TRIED = ("torch>=2.11,<2.15",)
@@ -32,8 +32,6 @@ _all_distributions = importlib.metadata.packages_distributions
 
 # A name server that knows a name says so within this time.
 _NAME_SECONDS = 5.0
-# mallopt's number in glibc's malloc.h; smaller thresholds cost speed (docs/log.md).
-_M_MMAP_THRESHOLD, _RETURNED_BYTES = -3, 4 * 2**20
 
 
 @contextmanager
@@ -136,17 +134,6 @@ def uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def return_freed_memory() -> None:
-    """Blocks of 4 MiB and more go back to the system when they are freed (glibc on Linux).
-
-    By default freed blocks of up to 32 MiB stay in the heap, in holes that seldom fit again: a training step on the CPU
-    then takes 1.8 times the memory of its tensors, with gradient checkpointing 3.7 times, in the same time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
 
 
 def silence_torch() -> None:

@@ -21,6 +21,7 @@ from sft.evaluation.general import METRIC
 from sft.evaluation.generation_evaluation import GenerationEvaluation, write_questions
 from sft.evaluation.held_out import earlier_questions, write_held_out
 from sft.evaluation.ladder_scores import general_after, general_before, ladder_scores, score_earlier
+from sft.heap import return_freed_memory
 from sft.merging.parents import keep_probe, verify_merged
 from sft.models.experts import products
 from sft.models.fitness import require_known_tokens
@@ -160,6 +161,8 @@ def build_trainer(
     for note in target_notes(model, settings):
         say(note)
     checkpointing = checkpoints_gradients(settings, model, mix)
+    if checkpointing and model.device.type == "cpu":
+        return_freed_memory(sparingly=True)
     trainer = StagedTrainer(
         model,
         args=training_arguments(

@@ -22,13 +22,14 @@ LIGHT = ("sft.settings", "sft.stages", "sft.storage", "sft.scoring", "sft.cli", 
 # From the top of the house to its ground: a wing imports only what stands after it, types included.
 WINGS = (
     "variants", "cli", "run", "planning", "programs", "reporting", "training", "evaluation", "merging", "stages",
-    "models", "environment", "data", "distributed", "settings", "storage", "scoring", "errors",
+    "models", "environment", "data", "distributed", "settings", "storage", "scoring", "errors", "heap",
 )  # fmt: skip
 READS_ENVIRONMENT = {
     "sft.settings.schema": "the settings",
     "sft.distributed.launch": "what a launcher says to the processes it starts",
     "sft.stages.launch_checks": "whether that agrees with the settings",
     "sft.environment": "variables of the hub client, CUDA and compilers, before the libraries are imported",
+    "sft.heap": "what glibc was told when the process started",
 }
 # Where a broad `except` stands, and what it answers with.
 CATCHES_EVERYTHING = {

@@ -24,6 +24,7 @@ from sft.data.labels.template import chat_template_for
 from sft.distributed.launch import launched
 from sft.environment import Deferred
 from sft.errors import Problems, first_line
+from sft.heap import return_holes
 from sft.models.saved import keep_saved_exact
 from sft.settings.rules import NO_FOLDER, is_missing_folder
 
@@ -315,7 +316,9 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def answering(model: torch.nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode with its key-value cache on, and back as it was."""
+    """Puts the model into evaluation mode with its key-value cache on, and back as it was; holes that training left in
+    the heap, and answers in turn, go back to the system."""
+    return_holes()
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -324,3 +327,4 @@ def answering(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        return_holes()

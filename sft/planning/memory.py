@@ -28,9 +28,9 @@ _NF4, _NF4_DOUBLE, _INT8 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 _STATES = {"ademamix": 3, "grokadamw": 3, "adamw": 2, "adafactor": 0, "lomo": 0, "free_sgd": 1, "sgd": 0, "radam": 2}
 _STATES |= {"lion": 1, "rmsprop": 1, "adagrad": 1}
 # What there is besides tensors. On a CPU: buffers of kernels, 12 MiB, in half precision 28 more, and holes that freed
-# blocks below 4 MiB leave in glibc's heap (70 to 180 MiB in seven shapes measured, 390 in one with checkpointing:
-# docs/log.md). On a GPU: cuBLAS's workspace, and NCCL's buffers where there are several.
-_CPU_BUFFERS, _CPU_HALVES, _CUBLAS, _NCCL = 96 * 2**20, 28 * 2**20, 128 * 2**20, 2**30
+# blocks leave in the heap as sft/heap.py has it (docs/log.md: eight shapes). On a GPU: cuBLAS's workspace, and NCCL's
+# buffers where there are several.
+_CPU_BUFFERS, _CPU_HALVES, _CUBLAS, _NCCL = 56 * 2**20, 28 * 2**20, 128 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
