@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from benchmarks.scale import lineage
+from benchmarks.scale import lineage, preparation
 from benchmarks.scale.meeting import KILLED, ROUNDS, SPEAKS, Run, Told, summary
 from sft.data.sources import store
 from sft.distributed import ranks
@@ -130,3 +130,9 @@ def test_the_error_of_a_lineage_does_not_add_up(tmp_path: Path):
     assert short["error"] == short["one_by_one_error"]
     assert 0 < long["error"] < short["error"]
     assert long["one_by_one_error"] > 2 * long["error"]
+
+
+def test_more_processes_share_what_does_not_run_alone():
+    """One second alone, eight to share, half a second of writing beside: 9, 3, and no less than 1.5 seconds."""
+    ours = {"alone_seconds": 1.0, "workers_cpu_seconds": 8.0, "parent_beside_seconds": 0.5}
+    assert [preparation.seconds(ours, processes) for processes in (1, 4, 64)] == [9.0, 3.0, 1.5]
