@@ -26,8 +26,13 @@ def measure(bench: Bench) -> dict[str, Any]:
     def run(size: int) -> dict[str, float]:
         return child("evaluation", "generate", model, bench.rows, size, tokens).figures()
 
-    figures = alternate({str(size): lambda size=size: run(size) for size in sizes}, 3 if bench.full else bench.rounds)
+    def theirs() -> dict[str, float]:
+        return child("evaluation", "transformers", model, bench.rows, sizes[-1], tokens).figures()
+
+    variants: dict[str, Any] = {str(size): lambda size=size: run(size) for size in sizes}
+    figures = alternate(variants | {"transformers": theirs}, 3 if bench.full else bench.rounds)
     seconds = {size: figures[str(size)]["median"]["seconds"] for size in sizes}
+    plain = figures["transformers"]["median"]["seconds"]
     speeds = [
         comparison(
             f"{ANSWERS} answers, {size} at a time", seconds[1] / seconds[size], 1.0, unit="x", against="one at a time",
@@ -35,6 +40,8 @@ def measure(bench: Bench) -> dict[str, Any]:
         )
         for size in sizes[1:]
     ]  # fmt: skip
+    rival = {"unit": "answers/s", "against": "transformers' generate, the same batch", "target": ">= 1.0"}
+    speeds.append(comparison(f"{ANSWERS} answers at once", ANSWERS / seconds[sizes[-1]], ANSWERS / plain, **rival))
     scored = child("evaluation", "score", bench.rows).figures()
     shares = share_of_run(bench, folder, model if bench.full else small)
     lines = [
@@ -70,22 +77,34 @@ def share_of_run(bench: Bench, folder: Path, model: Path) -> dict[str, float]:
 # In a child
 
 
-def generate(model: Path, rows: Path, size: int, tokens: int) -> dict[str, float]:
-    """Greedy answers to the first prompts, every one `tokens` long."""
+def generate(model: Path, rows: Path, size: int, tokens: int, *, plain: bool = False) -> dict[str, float]:
+    """Greedy answers to the first prompts, every one `tokens` long; `plain`: by transformers' own generate, at once."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sft.evaluation.answers import generate_answers
+    from sft.evaluation.answers import end_tokens, generate_answers, prompt_texts
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded.generation_config.min_new_tokens = tokens
     lines = rows.read_text(encoding="utf-8").splitlines()[:ANSWERS]
     prompts = [json.loads(line)["messages"][:-1] for line in lines]
-    generate_answers(loaded, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
+
+    def ours(count: int) -> None:
+        assert (
+            len(generate_answers(loaded, tokenizer, prompts[:count], max_new_tokens=tokens, batch_size=size)) == count
+        )
+
+    def theirs(count: int) -> None:
+        texts = prompt_texts(prompts[:count], tokenizer)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        ends = {"eos_token_id": end_tokens(loaded, tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        loaded.generate(**batch, max_new_tokens=tokens, do_sample=False, **ends)
+
+    way = theirs if plain else ours
+    way(1)
     started = time.perf_counter()
-    found = generate_answers(loaded, tokenizer, prompts, max_new_tokens=tokens, batch_size=size)
-    assert len(found) == ANSWERS
+    way(ANSWERS)
     return {"seconds": time.perf_counter() - started}
 
 
@@ -160,8 +179,9 @@ _running = threading.local()
 
 
 def main(name: str, *rest: str) -> None:
-    if name == "generate":
-        answer(generate(Path(rest[0]), Path(rest[1]), int(rest[2]), int(rest[3])))
+    if name in ("generate", "transformers"):
+        model, rows, size, tokens = rest
+        answer(generate(Path(model), Path(rows), int(size), int(tokens), plain=name == "transformers"))
     else:
         answer({"score": score, "run": run_stage}[name](Path(rest[0])))
 

@@ -34,6 +34,7 @@ NAMES = {
     "transformers.masking_utils:sdpa_mask": "the mask of what is no joined row",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": "and its attention",
     "transformers.cache_utils:DynamicLayer.lazy_initialization": "a roomy cache of answers",
+    "transformers:GenerationMixin._optimize_model_for_decode": "experts as transformers' own loop has them",
     "transformers.modeling_utils:set_zero3_state": "a model of shapes under ZeRO-3",
     "transformers.quantizers.base:get_keys_to_not_convert": "what bitsandbytes leaves alone",
     "transformers.quantizers.quantizers_utils:should_convert_module": "and what it converts",
@@ -101,7 +102,8 @@ TEXTS = {
 PRIVATE = {
     "_TRITON_AVAILABLE", "_apply_gate", "_attn_implementation", "_fingerprint", "_get_default_store",
     "_global_mapping", "_globalstep_last_logged", "_grouped_mm", "_is_expert_parallel", "_local_tensor", "_n_gpu",
-    "_name_or_path", "_prepare_dataset", "_prepare_inputs", "_pytree", "_python_dispatch", "_subclasses", "_tr_loss",
+    "_name_or_path", "_optimize_model_for_decode", "_prepare_dataset", "_prepare_inputs", "_pytree", "_python_dispatch",
+    "_subclasses", "_tr_loss",
 }  # fmt: skip
 """Private names of others in our code; each stands in a table above."""
 NO_LIBRARY = {"_asdict", "_replace", "_exit"}  # namedtuples and os

@@ -1,4 +1,4 @@
-"""Answers of a model: batched, greedy, left-padded, on every rank together."""
+"""Answers of a model: batched, greedy, on every rank together."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from sft.evaluation.at_once import answers_at_once
+from sft.evaluation.at_once import USUAL, answers_at_once
+from sft.evaluation.decoding import Decoder
+from sft.evaluation.reading import Kept, bare, left_padded, read_prompts
+from sft.evaluation.shared import Prompt, pass_cost, with_beginnings
 from sft.models.model import answering, factors_cast, lora_layers, preserved_random_state
 
 if TYPE_CHECKING:
@@ -47,11 +48,28 @@ def prompt_texts(prompts: Sequence[str | list[dict[str, str]]], tokenizer: PreTr
 def answer_batch(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, max_new_tokens: int, together: bool
 ) -> list[Answer]:
-    """Greedy answers to rendered prompts, one batch. `together`: ranks share parameters, so all call the model equally
-    often, which prompts read in groups would break, and make the same number of decoding steps (`synced_gpus`)."""
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    order = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
-    asked = {name: batch[name][order].to(model.device) for name in ("input_ids", "attention_mask")}
+    """Greedy answers to rendered prompts, one batch."""
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return answer_prompts(
+        model, tokenizer, list(map(Prompt, ids)), max_new_tokens=max_new_tokens, together=together, kept={}
+    )
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    together: bool,
+    kept: Kept,
+) -> list[Answer]:
+    """Greedy answers, one batch. `together`: ranks share parameters, so all call the model equally often, which
+    prompts read in groups would break, and make the same number of decoding steps (`synced_gpus`)."""
+    read = None if together else read_prompts(bare(model), prompts, room=max_new_tokens, kept=kept)
+    order = read.order if read else range(len(prompts))
+    rows = [prompts[number].ids for number in order]
+    ids, mask = left_padded(rows, pad=tokenizer.pad_token_id, device=model.device)
     greedy = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
@@ -63,15 +81,14 @@ def answer_batch(
         "eos_token_id": end_tokens(model, tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if hasattr(model.config.get_text_config(), "output_router_logits"):
-        # Where the model's settings ask for them, a mixture weighs its experts' loads by a mask that is longer than
-        # the one token it is handed behind a cache.
-        greedy["output_router_logits"] = False
-    cache = None if together else read_prompts(model, **asked, **greedy)
-    ids = model.generate(**asked, **greedy, past_key_values=cache)
-    answers = ids[order.argsort(), asked["input_ids"].shape[1] :]
+    if read:
+        greedy["custom_generate"] = Decoder(read, room=max_new_tokens, pad=tokenizer.pad_token_id).decode
+    elif hasattr(model.config.get_text_config(), "output_router_logits"):
+        greedy["output_router_logits"] = False  # see forward_settings
+    made = model.generate(input_ids=ids, attention_mask=mask, **greedy)
+    answers = made[torch.tensor(order).argsort().to(made.device), ids.shape[1] :]
     ended = torch.isin(answers, torch.tensor(greedy["eos_token_id"], device=answers.device)).any(dim=1)
-    cut = (~ended).tolist() if answers.shape[1] >= max_new_tokens else [False] * len(texts)
+    cut = (~ended).tolist() if answers.shape[1] >= max_new_tokens else [False] * len(prompts)
     return list(map(Answer, tokenizer.batch_decode(answers, skip_special_tokens=True), cut))
 
 
@@ -109,14 +126,19 @@ def generate_answers(
         expected_lengths: of prompt and answer together, any unit: rows that end together are batched together.
         interrupted: called before each batch; may raise to stop.
     """
-    texts = prompt_texts(prompts, tokenizer)
+    ids = tokenizer(prompt_texts(prompts, tokenizer), add_special_tokens=False)["input_ids"] if prompts else []
+    longest = max(map(len, ids), default=0)
     ranks = accelerator.num_processes if accelerator else 1
     if batch_size is None:
-        longest = len(tokenizer(max(texts, key=len), add_special_tokens=False)["input_ids"]) if texts else 0
-        batch_size = answers_at_once(model, longest=longest, new=max_new_tokens, count=len(texts), processes=ranks)
-    batches = batches_by_length(expected_lengths or [len(text) for text in texts], batch_size)
+        batch_size = answers_at_once(model, longest=longest, new=max_new_tokens, count=len(ids), processes=ranks)
+    batches = batches_by_length(expected_lengths or [len(each) for each in ids], batch_size)
     rank = accelerator.process_index if accelerator else 0
     together = ranks > 1 and is_split(model)
+    mine = batches[rank::ranks]
+    # Beginnings that prompts share may take an eighth of the memory of a usual batch's keys and values.
+    cost, room = pass_cost(model.device.type), max(batch_size, USUAL) * (longest + max_new_tokens) // 8
+    asked = iter(with_beginnings([ids[i] for batch in mine for i in batch], cost=cost, room=room))
+    kept: Kept = {}
     found: list[tuple[int, Answer]] = []
     rounds = -(-len(batches) // ranks)
     show = tqdm(range(rounds), desc="generating", leave=False, disable=True if rank or rounds < 2 else None)
@@ -124,102 +146,9 @@ def generate_answers(
     with preserved_random_state(), answering(model), factors_cast(layers, model.get_input_embeddings().weight.dtype):
         for turn in show:
             interrupted()
-            idle = turn * ranks + rank >= len(batches)
-            if idle and not together:
-                continue
-            mine = [0] if idle else batches[turn * ranks + rank]
-            asked = [texts[position] for position in mine]
-            answers = answer_batch(model, tokenizer, asked, max_new_tokens=max_new_tokens, together=together)
-            found += [] if idle else zip(mine, answers, strict=True)
-    if ranks > 1:
-        found = gather_object(found)
-    return [answer for _, answer in sorted(found)]
-
-
-# The shortest prompt of a group, as a share of its longest: at most a quarter of what is computed is padding.
-_SIMILAR = 0.75
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values (rows, heads, columns, size) of one layer, allocated once; `keys` and `values` are the used part.
-
-    Between groups `turn_to` moves the used part: rows, and columns from the first of them on.
-    """
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.shape = rows, columns
-        self.rooms: tuple[torch.Tensor, ...] = ()
-        self.rows, self.first = slice(0, rows), 0
-
-    def turn_to(self, rows: slice, first: int, end: int) -> None:
-        self.rows, self.first = rows, first
-        if self.rooms:
-            self.keys, self.values = (room[rows, :, first:end] for room in self.rooms)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, columns = self.shape
-            # Zeros, as what is left of a short prompt is masked but still multiplied.
-            self.rooms = tuple(
-                states.new_zeros(rows, states.shape[1], columns, states.shape[3])
-                for states in (key_states, value_states)
-            )
-        start = self.first + self.get_seq_length()
-        end = start + key_states.shape[2]
-        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room[self.rows, :, start:end] = states
-        self.turn_to(self.rows, self.first, end)
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
-
-
-def similar_lengths(lengths: Sequence[int]) -> list[slice]:
-    """Groups of neighbours for lengths in falling order."""
-    groups, start = [], 0
-    for position in range(1, len(lengths) + 1):
-        if position == len(lengths) or lengths[position] < _SIMILAR * lengths[start]:
-            groups.append(slice(start, position))
-            start = position
-    return groups
-
-
-def read_prompts(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, max_new_tokens: int, **generate: Any
-) -> DynamicCache | None:
-    """The cache of all prompts but their last token, which `generate` reads when it is handed the cache.
-
-    Args:
-        input_ids, attention_mask: (rows, tokens), padded on the left, the longest prompt first.
-        generate: further arguments of the model's `generate`.
-
-    Returns:
-        None where a layer of the model keeps something else than all keys and values of its own (a window, a recurrent
-        state, those of another layer), or the model's settings ask for another cache.
-    """
-    cache = DynamicCache(config=model.config)
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-    if not plain or model.generation_config.cache_implementation is not None:
-        return None
-    count, width = input_ids.shape
-    layers = [RoomyLayer(count, width + max_new_tokens) for _ in cache.layers]
-    cache.layers = list(layers)
-    lengths = attention_mask.sum(dim=1).tolist()
-    for rows in similar_lengths(lengths):
-        first = width - lengths[rows.start]
-        for layer in layers:
-            layer.turn_to(rows, first, first)
-        model.generate(
-            input_ids=input_ids[rows, first:],
-            attention_mask=attention_mask[rows, first:],
-            past_key_values=cache,
-            **generate | {"max_new_tokens": 1, "min_new_tokens": 0},
-        )
-        if any(layer.get_seq_length() != width - first for layer in layers):
-            return None
-    for layer in layers:
-        layer.turn_to(slice(0, count), 0, width - 1)
-    return cache
+            batch = mine[turn] if turn < len(mine) else []
+            if batch or together:
+                read = [next(asked) for _ in batch] or [Prompt(ids[0])]
+                limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "together": together}
+                found += zip(batch, answer_prompts(model, tokenizer, read, kept=kept, **limits), strict=False)
+    return [answer for _, answer in sorted(gather_object(found) if ranks > 1 else found)]
