@@ -88,6 +88,7 @@ TEXTS = {
     ("peft.tuners.lora:LoraModel._add_modules_to_save_to_tie", "modules_to_tie"): "a tied pair trained as one",
     ("transformers.integrations.moe", "has_gate"): "layouts of experts that are known",
     ("transformers.integrations.moe", "is_transposed"): "likewise",
+    ("datasets:Dataset", "self._indices"): "a view's column of numbers at once",
     ("datasets:Dataset", "self._fingerprint"): "the name of prepared rows",
     ("transformers:PretrainedConfig", "_name_or_path"): "the folder that was loaded, for the format it was merged in",
     ("transformers.integrations.moe", "_is_expert_parallel"): "experts that other processes hold",
@@ -100,7 +101,7 @@ TEXTS = {
 """(object, text of its source) -> what for: attributes that only exist while something runs."""
 
 PRIVATE = {
-    "_TRITON_AVAILABLE", "_apply_gate", "_attn_implementation", "_fingerprint", "_get_default_store",
+    "_TRITON_AVAILABLE", "_apply_gate", "_attn_implementation", "_fingerprint", "_indices", "_get_default_store",
     "_global_mapping", "_globalstep_last_logged", "_grouped_mm", "_is_expert_parallel", "_local_tensor", "_n_gpu",
     "_name_or_path", "_optimize_model_for_decode", "_prepare_dataset", "_prepare_inputs", "_pytree", "_python_dispatch",
     "_subclasses", "_tr_loss",

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 
+from sft.data.chosen import numbers_of
 from sft.environment import Deferred, Distributions, defer
 from tests.tiny import write_model, write_rows, write_stage
 
@@ -138,3 +141,15 @@ def test_distributions_are_those_of_all_packages(monkeypatch):
     assert {name: found[name] for name in asked} == {name: list(dict.fromkeys(whole[name])) for name in asked}
     with pytest.raises(KeyError):
         found["no_such_package_anywhere"]
+
+
+def test_a_column_of_numbers_is_that_of_the_view():
+    """Of joined data sets, views of views and ranges, as whole numbers that can be negated."""
+    joined = datasets.concatenate_datasets([
+        datasets.Dataset.from_dict({"length": list(part)}).cast_column("length", datasets.Value("uint16"))
+        for part in (range(50), range(100, 130))
+    ])  # fmt: skip
+    view = joined.select(np.random.default_rng(0).permutation(80))
+    for rows in (joined, view, view.select([7, 3, 3, 60]), view.select(range(5, 9)), joined.select(range(48, 53))):
+        assert numbers_of(rows, "length").tolist() == list(rows["length"])
+        assert numbers_of(rows, "length").dtype == np.int64

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from sft.data.chosen import numbers_of
 from sft.data.masked_loss.edge_mask import MASKED
 from sft.distributed import ranks
 from sft.distributed.launch import launched
@@ -66,7 +67,7 @@ def pass_tokens(
     estimated = {name: value for name, value in where.items() if name != "available"}
     available = where.get("available") or available_bytes(launched().local_processes)
     processes = where["launch"].processes if where else None
-    whole, longest = heaviest_step(rows, settings, processes=processes), int(max(rows["length"]))
+    whole, longest = heaviest_step(rows, settings, processes=processes), int(numbers_of(rows, "length").max())
     return tokens_that_fit(
         config, settings, shape_of(rows, whole), longest=longest, checkpointing=checkpointing, available=available,
         **estimated,

@@ -35,6 +35,8 @@ REQUEST_SECONDS = "10"
 CLOSING_SECONDS = 20.0
 # After a failure the server is left alone this long; what came meanwhile waits.
 RETRY_SECONDS = 30.0
+# MLflow's import would take turns with the start of training, second for second; a slow first step is not waited for.
+FIRST_STEP_SECONDS = 30.0
 MOST_TRIES = 3  # of one call while the server answers: then it is refused, and would hold up the others for ever
 # A record is of one kind; kind and step tell whether a server has it.
 KINDS = ("loss", "eval_loss", "gen_score")
@@ -125,6 +127,7 @@ class Tracker:
         self.refused: set[str] = set()
         self.monitor: Any = None
         self.started = threading.Event()
+        self.begun = threading.Event()
         self.client: MlflowClient | None = None
         self.calls: queue.Queue[Call | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -146,6 +149,7 @@ class Tracker:
 
     def log_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
+        self.begun.set()
         self.calls.put(lambda client: self._send_metrics(client, record))
 
     def log_artifact(self, path: Path) -> None:
@@ -158,11 +162,13 @@ class Tracker:
 
     def wait_for_run(self, seconds: float) -> str | None:
         """The run's id as soon as it is known, None when the server does not answer in time."""
+        self.begun.set()
         self.started.wait(seconds)
         return self.run_id or None
 
     def close(self, status: str) -> None:
         """Sends what is left and ends the run; gives up after CLOSING_SECONDS. Status: FINISHED, FAILED, KILLED."""
+        self.begun.set()
         self.calls.put(self._send_missing)
         self.calls.put(lambda client: client.set_terminated(self.run_id, status))
         self.calls.put(None)
@@ -179,6 +185,7 @@ class Tracker:
     def _work(self) -> None:
         waiting: deque[Call] = deque()
         retry_at = 0.0
+        self.begun.wait(FIRST_STEP_SECONDS)
         while (call := self.calls.get()) is not None:
             waiting.append(call)
             if time.monotonic() >= retry_at and not self._send(waiting):

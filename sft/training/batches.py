@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sft.data.chosen import REPLAYED
+from sft.data.chosen import REPLAYED, numbers_of
 from sft.data.masked_loss.edge_mask import MASKED, masked_labels, token_weights
 from sft.distributed.launch import launched
 from sft.distributed.signals import follow_parent
@@ -76,7 +76,7 @@ class TrainingRows(Dataset):
     ) -> None:
         self.rows, self.packs, self.edge_mask, self.mode = rows, packs, edge_mask, mode
         self.names = names
-        self._sources = np.asarray(rows["source"][:]) if len(names) > 1 else np.zeros(len(rows), np.int64)
+        self._sources = numbers_of(rows, "source") if len(names) > 1 else np.zeros(len(rows), np.int64)
 
     def __len__(self) -> int:
         return len(self.rows) if self.packs is None else len(self.packs)
@@ -251,7 +251,7 @@ def packs_of(rows: datasets.Dataset, settings: Settings) -> list[list[int]] | No
     """
     if not settings.packing:
         return None
-    lengths = rows["length"][:]
+    lengths = numbers_of(rows, "length").tolist()
     if settings.shuffle == "mix":
         return pack(lengths, settings.max_seq_len)
     if settings.shuffle == "none":
@@ -277,7 +277,7 @@ def blocks_of(
 
 def _blocks(rows: datasets.Dataset) -> np.ndarray:
     """The source of each of the rows that come source after source; a replayed one, of none, stays where it stands."""
-    return np.maximum.accumulate(np.asarray(rows["source"][:])).clip(min=0)
+    return np.maximum.accumulate(numbers_of(rows, "source")).clip(min=0)
 
 
 def order_of(
@@ -287,7 +287,7 @@ def order_of(
     return Order(
         len(rows) if packs is None else len(packs),
         settings.seed,
-        lengths=np.asarray(rows["length"][:]) if settings.group_by_length and packs is None else None,
+        lengths=numbers_of(rows, "length") if settings.group_by_length and packs is None else None,
         group=settings.per_device_train_bs * processes * settings.grad_accum,
         blocks=blocks_of(rows, settings, packs),
     )
@@ -312,7 +312,7 @@ def _rest(order: np.ndarray, size: int, processes: int) -> list[np.ndarray]:
 
 def _largest(rows: datasets.Dataset, settings: Settings, *, micro_batches: int, processes: int) -> list[int]:
     """Rows of those successive micro-batches of one device that have most tokens together."""
-    lengths, packs = np.asarray(rows["length"][:]), packs_of(rows, settings)
+    lengths, packs = numbers_of(rows, "length"), packs_of(rows, settings)
     sizes = lengths if packs is None else np.array([lengths[pack].sum() for pack in packs])
     size, in_order = settings.per_device_train_bs, order_of(rows, settings, packs, processes=processes)
     together = size * processes * micro_batches

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from sft.data.chosen import numbers_of
 from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.distributed.ranks import say
@@ -70,7 +70,7 @@ def largest_pass(rows: datasets.Dataset, settings: Settings, tokens: int, *, pro
     if not tokens:
         return largest_items(rows, settings, processes=processes)
     step = heaviest_step(rows, settings, processes=processes)
-    lengths = np.asarray(rows["length"])[step].tolist()
+    lengths = numbers_of(rows, "length")[step].tolist()
     return [step[row] for row in divide(lengths, tokens)[0]]
 
 
