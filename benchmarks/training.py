@@ -24,7 +24,7 @@ MEASURED = {
     "loss": ("loss per trained token", ""),
 }
 LABELS = {
-    "bare": "bare loop, same batches, attention and head",
+    "bare": "bare loop, same batches, attention by rows, trained positions",
     "bare-bfloat16": "bare loop, the same in bfloat16",
     "bare-sdpa": "bare loop, transformers' attention and head",
     **{name: found.label for name, found in TRL.items()},

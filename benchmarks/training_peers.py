@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 
@@ -42,7 +41,8 @@ def adapted_model(model: Path, dtype: str, targets: list[str]) -> Any:
 def bare_loop(
     model: Path, folder: Path, attention: str, dtype: str, *, accumulation: int, targets: list[str]
 ) -> dict[str, float]:
-    """PyTorch and nothing around it. `rows`: our attention, and logits for trained positions only; `sdpa`: neither.
+    """PyTorch and nothing around it. `rows`: each row by torch's attention, and logits for trained positions only;
+    `sdpa`: neither.
 
     In bfloat16: weights in it, adapters in float32 as PEFT makes them, autocast.
     """
@@ -50,9 +50,7 @@ def bare_loop(
 
     loaded, adapted = adapted_model(model, dtype, targets)
     if attention == "rows":
-        from sft.models.isolation import keep_rows_apart
-
-        keep_rows_apart(loaded, SimpleNamespace(attn="auto", torch_compile=False))
+        attend_by_rows(loaded)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     adapted.train()
@@ -74,6 +72,24 @@ def bare_loop(
         tokens = sum(batch["input_ids"].shape[1] for batch in step)
         times.append((time.perf_counter(), time.process_time(), tokens))
     return speed(times) | {"loss": per_token(losses)}
+
+
+def attend_by_rows(loaded: Any) -> None:
+    """Joined rows one after the other through torch's scaled_dot_product_attention, without a mask."""
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from sft.models.attention import causal_row, mask, row_lengths
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **keywords: Any) -> Any:
+        lengths = row_lengths(keywords["position_ids"])
+        parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        rows = [causal_row(*part, window=query.shape[2], scale=keywords["scaling"]) for part in parts]
+        return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("bare_rows", attend)
+    AttentionMaskInterface.register("bare_rows", mask)
+    loaded.set_attn_implementation("bare_rows")
 
 
 def token_losses(adapted: Any, batch: dict[str, Any], *, all_positions: bool) -> Any:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.models.isolation import Isolation
+from sft.models.last_layer import LastLayer
 from sft.training.trainer import StagedTrainer
 
 _COMMON = {
@@ -54,7 +55,7 @@ def tiny_model(kind: str, *, seed: int = 1, **values: Any) -> Any:
 
 def token_losses(model: Any, batch: dict[str, Any], isolation: Isolation) -> torch.Tensor:
     """The trainer's loss of each trained token of a joined micro-batch."""
-    trainer: Any = SimpleNamespace(keeps_logits=True, isolation=isolation)
+    trainer: Any = SimpleNamespace(keeps_logits=True, isolation=isolation, last_layer=LastLayer(model))
     trainer.pass_losses = partial(StagedTrainer.pass_losses, trainer)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "row_lengths", "row_ends")}
     return StagedTrainer.token_losses(trainer, model, inputs, batch["labels"])

@@ -29,6 +29,7 @@ NAMES = {
     "torch.utils._python_dispatch:TorchDispatchMode": "its operations are seen",
     "torch.utils._pytree:tree_iter": "its tensors are found",
     "torch:ops.aten._grouped_mm": "products of experts among them",
+    "torch:ops.aten._softmax_backward_data": "attention of a row on a CPU",
     "transformers:AttentionInterface._global_mapping": "attention of shapes in place of the real one",
     "transformers:AttentionMaskInterface.register": "rows keep to themselves",
     "transformers.masking_utils:sdpa_mask": "the mask of what is no joined row",
@@ -104,7 +105,7 @@ PRIVATE = {
     "_TRITON_AVAILABLE", "_apply_gate", "_attn_implementation", "_fingerprint", "_indices", "_get_default_store",
     "_global_mapping", "_globalstep_last_logged", "_grouped_mm", "_is_expert_parallel", "_local_tensor", "_n_gpu",
     "_name_or_path", "_optimize_model_for_decode", "_prepare_dataset", "_prepare_inputs", "_pytree", "_python_dispatch",
-    "_subclasses", "_tr_loss",
+    "_softmax_backward_data", "_subclasses", "_tr_loss",
 }  # fmt: skip
 """Private names of others in our code; each stands in a table above."""
 NO_LIBRARY = {"_asdict", "_replace", "_exit"}  # namedtuples and os

@@ -3,7 +3,8 @@
 A mask of T x T for T joined tokens makes a device compute, and throw away, what lies outside the rows: with B rows of
 equal length B times as much work as needed, twice that for the half above the diagonal, and keys repeated for every
 query head besides. Here rows are causal calls without a mask, which also take grouped heads as they are: all of them
-in one kernel on a GPU that has it (`torch.nn.attention.varlen`), one after the other elsewhere.
+in one kernel on a GPU that has it (`torch.nn.attention.varlen`), one after the other elsewhere,
+made of matrix products on a CPU (`row_on_cpu`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from sft.models.row_on_cpu import row_on_cpu, takes_row_on_cpu
 
 NAME = "staged_sft_rows"
 # What the kernel for rows of any length takes: two number formats, heads up to 256 wide, Ampere and later.
@@ -77,7 +80,12 @@ def attend(
         ends = row_ends(lengths).to(query.device) if ends is None else ends
         return rows_at_once(query, key, value, ends=ends, longest=max(lengths), window=window, scale=scale), None
     parts = zip(*(states.split(list(lengths), dim=2) for states in (query, key, value)), strict=True)
-    rows = [causal_row(*part, window=window, dropout_p=dropout, scale=scale) for part in parts]
+    rows = [
+        row_on_cpu(*part, window=window, scale=scale)
+        if not dropout and takes_row_on_cpu(part[0])
+        else causal_row(*part, window=window, dropout_p=dropout, scale=scale)
+        for part in parts
+    ]
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
 
 

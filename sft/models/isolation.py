@@ -156,10 +156,14 @@ def _ways(model: PreTrainedModel, settings: Settings) -> Iterator[Isolation]:
     yield Isolation(boundaries=True)
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """How far logits of the same tokens may lie apart by rounding, as a share of the largest."""
+    return _TOLERANCES.get(dtype, 0.0)
+
+
 def _same(joined: _Seen, alone: _Seen, dtype: torch.dtype) -> bool:
-    tolerance = _TOLERANCES.get(dtype, 0.0)
     pairs = ((joined.logits, alone.logits), (joined.gradient, alone.gradient))
-    close = all(bool((a - b).abs().max() <= tolerance * b.abs().max()) for a, b in pairs)
+    close = all(bool((a - b).abs().max() <= tolerance(dtype) * b.abs().max()) for a, b in pairs)
     return close and joined.crossing <= _CROSSING
 
 

@@ -21,6 +21,7 @@ from sft.distributed.ranks import say
 from sft.errors import RunFailed
 from sft.models.experts import route_experts
 from sft.models.isolation import keep_rows_apart
+from sft.models.last_layer import lighter_on_a_cpu
 from sft.models.model import (
     RandomState,
     answering,
@@ -118,8 +119,8 @@ class StagedTrainer(SFTTrainer):
         self.loss_scale = LossScale()
         if not self.is_deepspeed_enabled:  # it casts what it trains and keeps float32 copies itself
             keep_adapters_exact(self.model)
-        self.unrouted = route_experts(self.model)
-        self.lora_layers = lora_layers(self.model)
+        self.unrouted, self.lora_layers = route_experts(self.model), lora_layers(self.model)
+        self.last_layer = lighter_on_a_cpu(self.model, checkpointing=self.args.gradient_checkpointing)
         self.train_dataset, self.val_rows = rows, val_rows
         self.loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared as None, meant as a switch
         self.model_accepts_loss_kwargs = True  # what transformers 5.17 goes by, which knows no such switch
@@ -219,8 +220,7 @@ class StagedTrainer(SFTTrainer):
     def pass_losses(self, model: torch.nn.Module, *, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """`token_losses` of one forward pass.
 
-        On a GPU TRL's fused head does it in tiles. On the CPU that head scores masked positions too, so there the
-        model itself is asked for the logits of the positions that count.
+        On a GPU in tiles by TRL's fused head, which on a CPU scores masked positions too: there by the model itself.
         """
         # Without this the model makes a cache, and transformers then no longer confines attention to each row.
         inputs = inputs | {"use_cache": False}
@@ -228,7 +228,8 @@ class StagedTrainer(SFTTrainer):
             outputs = model(**inputs, labels=labels, fused_lm_head=True)
             return -outputs.log_probs[outputs.label_mask]
         targets = (labels[0] != MASKED).nonzero()[:, 0]
-        logits = model(**inputs, logits_to_keep=targets - 1).logits.squeeze(0)
+        with self.last_layer.at(targets - 1, labels.shape[1]):
+            logits = model(**inputs, logits_to_keep=targets - 1).logits.squeeze(0)
         return token_cross_entropy(logits, labels[0, targets])
 
     def compute_loss(
