@@ -169,6 +169,18 @@ def test_reasoning_is_context_where_chains_of_thought_are(
     assert noted == {}
 
 
+def test_a_word_of_the_answer_is_no_reasoning(make_settings: Any):
+    """A template that writes none, and an answer that happens to hold the text of it: once a start at -1."""
+    tokenizer, settings = byte_tokenizer(CHATML), make_settings(mask_cot=True)
+    chat = Chat([ASKED, said("6 times 7 is 42. Answer: 42", reasoning_content="42")])
+    (row,) = render(template_of(tokenizer), [chat])
+    assert not isinstance(row, Dropped)
+    (encoded,) = encoder(tokenizer)([row.text])
+    found = label_row(row, encoded, settings, noted=Counter())
+    trained = tokenizer.decode([token for start, end in found.trained for token in found.ids[start:end]])
+    assert trained == " 42<|im_end|>"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -172,13 +172,15 @@ def _answered(row: Rendered, message: Message) -> Rendered:
     place = row.text.find(content.strip(), *span)
     answer = None
     thoughts = row.text.find(reasoning, *span) if reasoning else -1
-    if thoughts >= 0:
-        behind = thoughts_apart(content)[1]
-        answer = row.text.find(behind.strip(), thoughts + len(reasoning), span[1])
+    behind = thoughts_apart(content)[1]
+    # Without the answer behind it, it is a word of the answer, from a template that writes no reasoning.
+    found = row.text.find(behind.strip(), thoughts + len(reasoning), span[1]) if thoughts >= 0 else -1
+    if found >= 0:
+        answer = found
         if place < 0 or behind == content:
             content, place = behind, answer
     elif place < 0:
-        content = thoughts_apart(content)[1]
+        content = behind
         place = row.text.find(content.strip(), *span)
     shift = None if place < 0 else place - (len(content) - len(content.lstrip()))
     return replace(row, content=content, shift=shift, answer=answer)
