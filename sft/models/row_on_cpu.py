@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 _BLOCK = 64
 # Scores at once: 1 MiB in float32, what a core keeps near it.
 _SCORES = 1 << 18
-_TAKEN = (torch.float32, torch.bfloat16)
+TAKEN = (torch.float32, torch.bfloat16)
 # Shorter rows gain nothing. A row goes its way by its own length alone, whatever it is joined with.
 _SHORTEST = 16
 
 
 def takes_row_on_cpu(query: torch.Tensor) -> bool:
     """Whether a row with these queries, (1, heads, tokens, size), is for `row_on_cpu`."""
-    return query.device.type == "cpu" and query.dtype in _TAKEN and query.shape[2] >= _SHORTEST
+    return query.device.type == "cpu" and query.dtype in TAKEN and query.shape[2] >= _SHORTEST
 
 
 def row_on_cpu(

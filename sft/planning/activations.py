@@ -26,6 +26,7 @@ from sft.models.experts import route_experts
 from sft.models.fitness import blank
 from sft.models.isolation import expected_isolation
 from sft.models.model import casts_left_to_autocast, lora_layers, weight_dtype
+from sft.models.row_on_cpu import TAKEN
 from sft.models.saved import keep_saved_exact
 from sft.models.stand_in import shortened
 from sft.models.targets import adapter_config
@@ -185,11 +186,15 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = Non
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what fused attention kernels keep: query, key, value, output, one number per row and what masks need."""
+    """Keeps what fused attention kernels keep: query, key, value, output, one number per row and what masks need; by
+    matrix products, `kept` being None, the first three alone."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: Any) -> torch.Tensor:
         output = torch.empty_like(query)
+        if kept is None:
+            ctx.save_for_backward(query, key, value)
+            return output
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         scores = [query.new_empty(shape, dtype=dtype) for shape, dtype in kept]
         ctx.save_for_backward(query, key, value, output, sums, *scores)
@@ -215,7 +220,8 @@ def _attention(kept: Kept, batch: BatchShape, device: Device) -> Iterator[None]:
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **other: Any) -> Any:
         heads, dtype = query.shape[1], query.dtype
         scores = kept_scores(kept, tokens=batch.tokens, heads=heads, rows=batch.rows, dtype=dtype)
-        if not device.fused_head:
+        by_products = kept == "states" and not other.get("dropout") and query.dtype in TAKEN
+        if not device.fused_head and not by_products:
             if heads != key.shape[1]:  # sdpa's kernel of the CPU takes no grouped heads: they are repeated, and kept
                 key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
             if (
@@ -223,7 +229,7 @@ def _attention(kept: Kept, batch: BatchShape, device: Device) -> Iterator[None]:
             ):  # nor dropout: scaled states; softmax, noise, product of scores
                 query, key = torch.empty_like(query), torch.empty_like(key)
                 scores += [((heads, batch.tokens, -(-batch.tokens // batch.rows)), dtype)] * 3
-        output = _Attention.apply(query, key, value, scores)
+        output = _Attention.apply(query, key, value, None if by_products and not device.fused_head else scores)
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(ATTENTION, attend)
