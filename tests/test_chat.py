@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sft.errors import Problems
-from sft.evaluation.answers import answer_batch, prompt_texts
+from sft.evaluation.answers import generate_answers, prompt_texts
 from sft.settings import load_settings
 from sft.stages.manifest import with_digest
 from tests import tiny
@@ -125,7 +125,7 @@ def expected_answer(folder: Path, messages: list[dict[str, str]]) -> str:
     model = PeftModel.from_pretrained(model, folder / "out_stage1").merge_and_unload()
     model = PeftModel.from_pretrained(model, folder / "out_stage2").eval()
     texts = prompt_texts([messages], tokenizer)
-    return answer_batch(model, tokenizer, texts, max_new_tokens=8, together=False)[0].text
+    return generate_answers(model, tokenizer, texts, max_new_tokens=8, batch_size=1)[0].text
 
 
 @pytest.mark.slow

@@ -135,8 +135,8 @@ def as_configured(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [40, 200, 100_000])
-def test_the_division_changes_no_result(inputs: Path, tmp_path: Path, as_configured: Path, tokens: int):
+@pytest.mark.parametrize("tokens", [40, 200, 100_000, "auto"])
+def test_the_division_changes_no_result(inputs: Path, tmp_path: Path, as_configured: Path, tokens: int | str):
     """Row by row, a few passes, all eight rows in one: losses and adapters of four passes of two rows."""
     assert_equal(trained(inputs, tmp_path, SFT_MICRO_BATCH_TOKENS=tokens, SFT_LR="1e-3"), as_configured)
 
@@ -196,7 +196,7 @@ def test_a_run_goes_on_as_it_was_divided(
     another kind of machine it is chosen anew, and said."""
     chosen = {"tokens": 250}
     monkeypatch.setattr(need, "pass_tokens", lambda *rows, **how: chosen["tokens"])
-    dropout = {"SFT_LORA_DROPOUT": 0.1}
+    dropout = {"SFT_LORA_DROPOUT": 0.1, "SFT_MICRO_BATCH_TOKENS": "auto"}
     whole = trained(inputs, tmp_path / "whole", **dropout)
     for name, machine, same in (("here", "1 x CPU", True), ("elsewhere", "1 x NVIDIA X of 80 GiB", False)):
         chosen["tokens"] = 250
@@ -298,16 +298,38 @@ def test_the_size_of_a_pass_goes_by_memory(make_settings: Any, monkeypatch: pyte
     assert found == [16_000, 8_000, 1_000]
 
 
-def test_auto_is_the_micro_batches_on_a_cpu_and_for_rows_that_go_one_by_one(
+def test_auto_goes_by_the_device_and_leaves_rows_that_go_one_by_one(
     make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """A number is itself."""
-    assert need.pass_tokens(None, make_settings(), rows(), checkpointing=False) == 0  # type: ignore[arg-type]
+    """A number is itself; a GPU takes what fits, a CPU what is enough for it."""
     assert need.pass_tokens(None, make_settings(micro_batch_tokens=512), rows(), checkpointing=False) == 512  # type: ignore[arg-type]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(need, "available_bytes", lambda processes: 10**9)
     monkeypatch.setattr(need, "tokens_that_fit", lambda *step, **how: 777)
-    for kept_apart, expected in ((True, 777), (False, 0)):
-        apart = Isolation(kept_apart=kept_apart)
-        monkeypatch.setattr(need, "expected_isolation", lambda config, settings, apart=apart: apart)
-        assert need.pass_tokens(None, make_settings(), rows(), checkpointing=False) == expected  # type: ignore[arg-type]
+    monkeypatch.setattr(need, "cpu_tokens", lambda *step, **how: 99)
+    for there, fitting in ((True, 777), (False, 99)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        for kept_apart, expected in ((True, fitting), (False, 0)):
+            apart = Isolation(kept_apart=kept_apart)
+            monkeypatch.setattr(need, "expected_isolation", lambda config, settings, apart=apart: apart)
+            assert need.pass_tokens(None, make_settings(), rows(), checkpointing=False) == expected  # type: ignore[arg-type]
+
+
+def test_a_pass_on_a_cpu_is_as_long_as_pays_where_memory_allows(make_settings: Any, monkeypatch: pytest.MonkeyPatch):
+    """States smaller than blocks that are mapped, or the longest row; less only where a quarter of memory is short."""
+    monkeypatch.setattr(need, "rule_of_thumb", lambda config, shape, **how: shape.tokens)
+    asked: list[tuple[int, int]] = []
+
+    def fit(config: Any, settings: Any, shape: BatchShape, *, longest: int, **how: Any) -> int:
+        asked.append((shape.tokens, longest))
+        return 150
+
+    monkeypatch.setattr(need, "tokens_that_fit", fit)
+    settings = make_settings(per_device_train_bs=5, grad_accum=4, dtype="float32")
+    step = int(np.asarray(rows()["length"])[heaviest_step(rows(), settings, processes=1)].sum())
+    wide = need.LARGE // (200 * 4)  # the width of which 200 tokens in float32 make a large block
+    for width, available, expected in ((wide, 10_000, 200), (2**30, 10_000, 29), (wide, 100, 150), (1, 100, 150)):
+        text = SimpleNamespace(hidden_size=1, intermediate_size=width)
+        monkeypatch.setattr(need, "available_bytes", lambda processes, available=available: available)
+        config: Any = SimpleNamespace(get_text_config=lambda text=text: text)
+        assert need.cpu_tokens(config, settings, rows(), checkpointing=False) == expected
+    assert asked == [(200, 29), (step, 29)]

@@ -96,7 +96,7 @@ def test_an_evaluation_cut_off_twice_is_made_up_once(inputs, tmp_path, monkeypat
     """Stopped in the evaluation of step 3, stopped again in the one that makes up for it, killed after that."""
     for what, place, when in (
         (tell, "sft.training.trainer.StagedTrainer.validation_loss", at_step(3)),
-        (tell, "sft.evaluation.answers.answer_batch", lambda *a, **k: True),
+        (tell, "sft.evaluation.answers.answer_prompts", lambda *a, **k: True),
         (kill, "sft.training.trainer.StagedTrainer.compute_loss", at_step(3)),
     ):
         with monkeypatch.context() as patched:

@@ -154,7 +154,7 @@ PHASES = {
     "data preparation": ("sft.run.prepare_mix", lambda *a, **k: True),
     "merge": ("sft.merging.merge._write_side_files", lambda *a, **k: True),
     "loading": ("sft.merging.parents.load_model", lambda *a, **k: True),
-    "evaluation before training": ("sft.evaluation.answers.answer_batch", lambda *a, **k: True),
+    "evaluation before training": ("sft.evaluation.answers.answer_prompts", lambda *a, **k: True),
     "a step": ("sft.training.trainer.StagedTrainer.compute_loss", lambda self, *a, **k: self.state.global_step == 2),
     "evaluation": (
         "sft.training.trainer.StagedTrainer.validation_loss",

@@ -71,7 +71,7 @@ def write_stage(folder: Path, number: int, settings: Mapping[str, object]) -> No
     small = {
         "SFT_MAX_SEQ_LEN": 256, "SFT_LORA_R": 4, "SFT_PER_DEVICE_TRAIN_BS": 4, "SFT_GRAD_ACCUM": 2, "SFT_LR": "1e-2",
         "SFT_LOGGING_STEPS": 1, "SFT_EVAL_STEPS": 3, "SFT_SAVE_STEPS": 2, "SFT_VAL_RATIO": 0.1, "SFT_REPORT_TO": "none",
-        "SFT_GENERAL_EVAL": 0,
+        "SFT_GENERAL_EVAL": 0, "SFT_MICRO_BATCH_TOKENS": 0,  # steps are divided as the test says
     }  # fmt: skip
     lines = [f"{name}='{value}'" for name, value in (small | dict(settings)).items()]
     (folder / f"stage{number}.env").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -45,16 +45,6 @@ def prompt_texts(prompts: Sequence[str | list[dict[str, str]]], tokenizer: PreTr
     ]
 
 
-def answer_batch(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, max_new_tokens: int, together: bool
-) -> list[Answer]:
-    """Greedy answers to rendered prompts, one batch."""
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return answer_prompts(
-        model, tokenizer, list(map(Prompt, ids)), max_new_tokens=max_new_tokens, together=together, kept={}
-    )
-
-
 def answer_prompts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -17,6 +17,7 @@ from sft.distributed import ranks
 from sft.distributed.launch import launched
 from sft.errors import RunFailed
 from sft.evaluation.at_once import USUAL, AnswerBatch
+from sft.heap import LARGE
 from sft.models.isolation import expected_isolation
 from sft.planning.activations import BatchShape, rule_of_thumb
 from sft.planning.kv_cache import largest_answers
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 # Above this share of what is available SFT_GRADIENT_CHECKPOINTING=auto turns checkpointing on, and no pass is larger.
 COMFORTABLE = 0.9
+# Tokens of a pass after which a CPU gains nothing by more: Python between kernels is then a hundredth or two of its
+# time even for the smallest models (docs/log.md).
+ENOUGH = 1536
 
 
 def shape_of(rows: datasets.Dataset, numbers: list[int]) -> BatchShape:
@@ -57,13 +61,14 @@ def pass_tokens(
 
     `auto` on a GPU is the whole step if memory allows, else what does, and one row at least. Memory never grows more
     slowly than tokens do, so what lies between two estimates is no more than the straight line between them. On a CPU
-    `auto` changes nothing, so that results there stay what they were to the bit; a number saves small models up to a
-    third of their time (docs/log.md). `where`: as in `need_of`.
+    a pass has no more than pays there (`cpu_tokens`). `where`: as in `need_of`.
     """
     if settings.micro_batch_tokens is not None:
         return settings.micro_batch_tokens
-    if not (where or torch.cuda.is_available()) or not expected_isolation(config, settings).kept_apart:
+    if not expected_isolation(config, settings).kept_apart:
         return 0
+    if not (where or torch.cuda.is_available()):
+        return cpu_tokens(config, settings, rows, checkpointing=checkpointing)
     estimated = {name: value for name, value in where.items() if name != "available"}
     available = where.get("available") or available_bytes(launched().local_processes)
     processes = where["launch"].processes if where else None
@@ -72,6 +77,31 @@ def pass_tokens(
         config, settings, shape_of(rows, whole), longest=longest, checkpointing=checkpointing, available=available,
         **estimated,
     )  # fmt: skip
+
+
+def cpu_tokens(config: PretrainedConfig, settings: Settings, rows: datasets.Dataset, *, checkpointing: bool) -> int:
+    """What pays on a CPU, or less where it might not fit; one row at least. A function of sizes, no trial: a run and
+    its repetition divide their steps alike. Only where memory is short does it depend on how much there is.
+
+    More than ENOUGH gains nothing; it costs where states become blocks that are mapped anew each time.
+    """
+    device, available, text = (
+        this_device(settings),
+        available_bytes(launched().local_processes),
+        config.get_text_config(),
+    )
+    widest = max(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    whole, longest = shape_of(rows, heaviest_step(rows, settings)), int(max(rows["length"]))
+    paying = max(longest, min(ENOUGH, LARGE // (widest * device.dtype.itemsize)))
+    share = min(1.0, paying / whole.tokens)
+    shape = BatchShape(round(whole.tokens * share), max(1, round(whole.trained * share)), rows=whole.rows)
+    # As in checkpointing_needed: the seconds of the exact answer are saved where there is plenty.
+    if 4 * rule_of_thumb(config, shape, device=device, checkpointing=checkpointing) < available:
+        return paying
+    fitting = tokens_that_fit(
+        config, settings, shape, longest=longest, checkpointing=checkpointing, available=available
+    )
+    return min(paying, fitting)
 
 
 def tokens_that_fit(

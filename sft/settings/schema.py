@@ -163,7 +163,7 @@ class Settings(BaseModel):
     micro_batch_tokens: TokenBudget = setting(
         None,
         "Most tokens of a forward pass, into which a step's rows are joined whatever the micro-batches: auto is what"
-        " memory allows on a GPU and the micro-batches as they are on a CPU; 0 is the latter everywhere.",
+        " memory allows, on a CPU no more than pays there; 0 leaves the micro-batches as they are.",
     )
     lr: Positive = setting(1e-4, "Highest learning rate.")
     lr_scheduler: Scheduler = setting(
