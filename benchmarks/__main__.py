@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("items", nargs="*", metavar="ITEM", help=f"only these of {', '.join(ITEMS)}")
     parser.add_argument("--full", action="store_true", help="five rounds and sizes of real work: about two hours")
-    parser.add_argument("--rounds", type=int, help="alternating rounds (3; 5 with --full)")
+    parser.add_argument("--rounds", type=int, help="alternating rounds (5)")
     parser.add_argument("--model", type=Path, help="a folder with SmolLM2-135M-Instruct (default: made from the extra)")
     parser.add_argument(
         "--llamafactory",
@@ -57,7 +57,7 @@ def main(options: argparse.Namespace) -> None:
     os.environ.setdefault("HF_DATASETS_CACHE", str(scratch / "datasets"))
     try:
         model, real = (options.model.resolve(), True) if options.model else benchmark_model(scratch)
-        rounds = options.rounds or (5 if options.full else 3)
+        rounds = options.rounds or 5
         bench = Bench(options.full, rounds, scratch, model, benchmark_rows(scratch), real, options.llamafactory)
         report: dict[str, Any] = {"conditions": conditions(bench), "items": {}}
         for name in options.items or ITEMS:
