@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +14,15 @@ from sft.data.labels.template import TEMPLATE_ERRORS, Chat, ChatTemplate, chats_
 from sft.data.labels.tokens import encoder
 from sft.data.masked_loss.edge_mask import MASKED
 from sft.data.sources.load import Rows
+from sft.data.sources.store import clean_mark
+from sft.storage.atomic import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft.settings import Settings
 
+VERSION = 1  # raise it when more is asked of rows
 _ROWS_AT_ONCE = 1000  # of 2,048 tokens: 16 MB of labels in memory
 _ROWS_SHOWN = 5  # enough to see whether they have something in common
 _PROMPTS_CHECKED = 100  # spread over the rows; each is rendered once more
@@ -27,7 +32,27 @@ def audit(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) ->
     """Problems of labelled rows, each naming the first rows that have it (numbered from 0 among the kept rows).
 
     Labels are read as they are, not made again: a damaged cache or a template with marks in the wrong place shows.
+    Stored rows that passed are not read again while they are the same: their name says with which tokenizer, template
+    and settings they were made, all that is asked here.
     """
+    mark = clean_mark(rows.labels) if rows.labels else None
+    if mark and _says(mark[0], f"{VERSION} {mark[1]}"):
+        return []
+    problems = _problems(rows, tokenizer, settings)
+    if mark and not problems:
+        with contextlib.suppress(OSError):
+            write_text(mark[0], f"{VERSION} {mark[1]}")
+    return problems
+
+
+def _says(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        return False
+
+
+def _problems(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
     template = template_of(tokenizer, settings.template_options)
     untrained, unended, altered = _scan(rows, _end_tokens(template, tokenizer))
     if settings.overlong == "truncate":

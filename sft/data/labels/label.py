@@ -54,6 +54,7 @@ def label(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) ->
     return replace(
         rows,
         dataset=found.dataset,
+        labels=found.path,
         dropped=rows.dropped + found.counted["dropped"],
         noted=rows.noted + found.counted["noted"],
         first=dict(found.counted["first"]) | rows.first,

@@ -27,11 +27,10 @@ from sft.data.sources.shapes import (
     task_key,
     tools_of,
 )
-from sft.data.sources.store import Write, key_of, stored
+from sft.data.sources.store import Write, digest_of, key_of, stored
 from sft.data.sources.turns import Dropped, packed
 from sft.data.workers import cores, in_order
 from sft.errors import first_line
-from sft.storage.seals import xxh3
 
 if TYPE_CHECKING:
     from sft.settings import Source
@@ -61,6 +60,7 @@ class Rows:
 
     `dropped` counts lost rows by reason, `noted` what happened to kept ones (truncated, no marker); `first` has the
     number of the first row lost for a reason. `unread` are columns, and keys of messages, whose text nothing reads.
+    `labels` is the file that tokens and labels come from as they are.
     """
 
     source: Source
@@ -70,6 +70,7 @@ class Rows:
     noted: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    labels: Path | None = None
 
 
 def load_source(source: Source, *, processes: int | None = None) -> Rows:
@@ -105,11 +106,11 @@ def open_source(source: Source) -> tuple[Any, Callable[[], Iterator[dict[str, An
     path = Path(source.id).expanduser()
     files = _files(source, path)
     if files:
-        content: list[Any] = [source.encoding, *([kind_of_file(file), xxh3(file)] for file in files)]
+        content: list[Any] = [source.encoding, *([kind_of_file(file), digest_of(file)] for file in files)]
         return content, lambda: chain.from_iterable(read_file(file, source.encoding, wanted) for file in files)
     if path.is_dir():
         below = sorted(file for file in path.rglob("*") if file.is_file())
-        content = [source.split, *([str(file.relative_to(path)), xxh3(file)] for file in below)]
+        content = [source.split, *([str(file.relative_to(path)), digest_of(file)] for file in below)]
         return content, lambda: _dataset_rows(_from_folder(path, source.split), wanted)
     dataset = _from_hub(source)
     return ["hub", dataset._fingerprint], lambda: _dataset_rows(dataset, wanted)
