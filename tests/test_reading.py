@@ -123,6 +123,8 @@ def theirs(model: PreTrainedModel, texts: list[str], new: int = NEW_TOKENS) -> l
     """transformers' own generate on the padded batch."""
     batch = WORDS(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     ends: Any = model.generation_config.eos_token_id or WORDS.eos_token_id
+    if hasattr(model.config, "output_router_logits"):
+        batch["output_router_logits"] = False  # its loss of the router fails on a padded batch
     with torch.no_grad():
         made = model.generate(
             **batch, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=WORDS.pad_token_id

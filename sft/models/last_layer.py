@@ -33,6 +33,8 @@ class LastLayer:
 
     def __init__(self, model: Any, *, checkpointing: bool = False) -> None:
         left_alone = checkpointing or torch.cuda.is_available() or launched().splits_weights
+        # Asking one without gradients makes bitsandbytes repack its weights for answering.
+        left_alone = left_alone or getattr(model, "is_quantized", False)
         self.parts = [] if left_alone else _parts(model)
         if self.parts and not self._holds(model):
             self.parts = []
