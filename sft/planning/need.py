@@ -91,7 +91,7 @@ def cpu_tokens(config: PretrainedConfig, settings: Settings, rows: datasets.Data
         config.get_text_config(),
     )
     widest = max(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
-    whole, longest = shape_of(rows, heaviest_step(rows, settings)), int(max(rows["length"]))
+    whole, longest = shape_of(rows, heaviest_step(rows, settings)), int(numbers_of(rows, "length").max())
     paying = max(longest, min(ENOUGH, LARGE // (widest * device.dtype.itemsize)))
     share = min(1.0, paying / whole.tokens)
     shape = BatchShape(round(whole.tokens * share), max(1, round(whole.trained * share)), rows=whole.rows)
