@@ -9,7 +9,7 @@ from pathlib import Path
 from sft.heap import begin_tight
 
 # Before anything is read: as a program by itself, not where tests and notebooks import it.
-if __name__ == "__main__" or Path(sys.argv[0]).name == "staged-sft":
+if (__name__ == "__main__" or Path(sys.argv[0]).name == "staged-sft") and not {"-h", "--help"} & set(sys.argv):
     begin_tight()
 
 from sft import cli
