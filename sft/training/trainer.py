@@ -120,7 +120,7 @@ class StagedTrainer(SFTTrainer):
         if not self.is_deepspeed_enabled:  # it casts what it trains and keeps float32 copies itself
             keep_adapters_exact(self.model)
         self.unrouted, self.lora_layers = route_experts(self.model), lora_layers(self.model)
-        self.last_layer = lighter_on_a_cpu(self.model, checkpointing=self.args.gradient_checkpointing)
+        self.last_layer = lighter_on_a_cpu(self.model, checkpointing=bool(self.args.gradient_checkpointing))
         self.train_dataset, self.val_rows = rows, val_rows
         self.loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared as None, meant as a switch
         self.model_accepts_loss_kwargs = True  # what transformers 5.17 goes by, which knows no such switch
