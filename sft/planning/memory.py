@@ -27,10 +27,10 @@ _NF4, _NF4_DOUBLE, _INT8 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 # Copies of the trained parameters an optimizer keeps; the first name that is part of the optimizer's name counts.
 _STATES = {"ademamix": 3, "grokadamw": 3, "adamw": 2, "adafactor": 0, "lomo": 0, "free_sgd": 1, "sgd": 0, "radam": 2}
 _STATES |= {"lion": 1, "rmsprop": 1, "adagrad": 1}
-# What there is besides tensors. On a CPU: buffers of kernels, 12 MiB, in half precision 28 more, and holes that freed
-# blocks leave in the heap as sft/heap.py has it (docs/log.md: eight shapes). On a GPU: cuBLAS's workspace, and NCCL's
-# buffers where there are several.
-_CPU_BUFFERS, _CPU_HALVES, _CUBLAS, _NCCL = 56 * 2**20, 28 * 2**20, 128 * 2**20, 2**30
+# What there is besides tensors. On a CPU: buffers of kernels, in half precision 14 MiB more, and holes freed blocks
+# leave in the heap as sft/heap.py has it, more where layers run again (docs/log.md: eight shapes). On a GPU: cuBLAS's
+# workspace, and NCCL's buffers where there are several.
+_CPU_BUFFERS, _CPU_HALVES, _CPU_AGAIN, _CUBLAS, _NCCL = 56 * 2**20, 14 * 2**20, 36 * 2**20, 128 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def estimate(
     if on_gpu:
         buffers = _CUBLAS + (_NCCL if launch.processes > 1 else 0)
     else:
-        buffers = _CPU_BUFFERS + (0 if device.dtype == torch.float32 else _CPU_HALVES)
+        halves = 0 if device.dtype == torch.float32 else _CPU_HALVES
+        buffers = _CPU_BUFFERS + halves + (_CPU_AGAIN if checkpointing else 0)
     step = activation_bytes(config, settings, batch, device=device, checkpointing=checkpointing)
     return Estimate(
         weights=(0 if "parameters" in launch.offload else weights // shares["weights"]) + gathered,
