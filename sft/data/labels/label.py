@@ -34,6 +34,8 @@ VERSION = 6
 _ROWS_AT_ONCE = 512  # handed to a process at once
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000
+# Up to so many, looking words up in one process is as fast as the tokenizer's own threads.
+_CORES_LIKE_KNOWN_WORDS = 4
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 
 
@@ -96,7 +98,11 @@ def _label_all(
     total = len(rows.dataset)
     tables = rows.dataset.with_format("arrow")
     opening = template.opening if template else ""
-    encode, ends = _row_encoder(tokenizer, settings.max_seq_len, opening), plain_ends(tokenizer)
+    processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
+    if template is None:
+        processes = 1  # that a row needs one is found here, not in another process
+    known = processes > 1 or cores() <= _CORES_LIKE_KNOWN_WORDS
+    encode, ends = _row_encoder(tokenizer, settings.max_seq_len, opening, known=known), plain_ends(tokenizer)
 
     def label_from(start: int) -> tuple[pa.Table, Tally, Counter[str]]:
         table = tables[start : start + _ROWS_AT_ONCE]
@@ -104,9 +110,6 @@ def _label_all(
         rendered = render(template, chats, ends=ends, train=settings.train_turns)
         return _label_batch(table, rendered, encode(rendered), settings)
 
-    processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
-    if template is None:
-        processes = 1  # that a row needs one is found here, not in another process
     starts = range(0, total, _ROWS_AT_ONCE)
     dropped, noted = Tally(), Counter[str]()
     for labelled, lost, notes in in_order(label_from, starts, processes=min(processes, len(starts))):
@@ -117,12 +120,14 @@ def _label_all(
 
 
 def _row_encoder(
-    tokenizer: PreTrainedTokenizerBase, most: int, opening: str
+    tokenizer: PreTrainedTokenizerBase, most: int, opening: str, *, known: bool
 ) -> Callable[[Sequence[Rendered | Dropped]], list[Encoded]]:
     """A function from rows to their encodings; those of plain text begin as the tokenizer begins texts, the trained
     answers of others, where they stand right behind the prompt's `opening`, as they would be said. Of rows with more
-    than `most` tokens only the beginning may be encoded."""
-    alone, plain = (partial(encode_up_to, encoder(tokenizer, special=own), most=most) for own in (False, True))
+    than `most` tokens only the beginning may be encoded. `known`: words that were met are looked up."""
+    alone, plain = (
+        partial(encode_up_to, encoder(tokenizer, special=own, known=known), most=most) for own in (False, True)
+    )
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

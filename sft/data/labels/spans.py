@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from sft.data.labels.template import MARK, PROBE, TEMPLATE_ERRORS, Chat, ChatTemplate, Span, shared
 from sft.data.sources.turns import Message
 
@@ -55,7 +53,10 @@ def _rooms(template: ChatTemplate, text: str, count: int) -> list[Span] | list[N
     header = template.header
     if not header or text.count(header) != count:
         return [None] * count
-    starts = [match.end() for match in re.finditer(re.escape(header), text)]
+    starts, place = [], -len(header)
+    for _ in range(count):
+        place = text.find(header, place + len(header))
+        starts.append(place + len(header))
     return list(zip(starts, [*(start - len(header) for start in starts[1:]), len(text)], strict=True))
 
 

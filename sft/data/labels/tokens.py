@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from sft.data.labels.words import words_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -77,6 +80,54 @@ class FastEncoded:
         return self.encoding.token_to_chars(token) or (0, 0) if token < len(self.ids) else behind
 
 
+class KnownEncoded:
+    """A text of words that were met before. Where a question goes into a token with spaces at its border, which some
+    tokenizers leave out of its offsets, the library answers, as it does for all offsets."""
+
+    def __init__(self, text: str, ids: list[int], sizes: Mapping[int, int], backend: tokenizers.Tokenizer) -> None:
+        self.text, self.ids, self._sizes, self._backend = text, ids, sizes, backend
+
+    def first(self, char: int) -> int:
+        if char == 0:
+            return 0
+        token, start = self._containing(char)
+        if token is None or (start < char and self.text[start] == " "):
+            return self._asked.first(char)
+        return token if start >= char else self._behind(token, start, char)
+
+    def end(self, char: int) -> int:
+        token, _ = self._containing(char)
+        return self._asked.end(char) if token is None else token
+
+    def offsets(self) -> Sequence[tuple[int, int]]:
+        return self._asked.offsets()
+
+    def crosses(self, char: int) -> bool:
+        """Whether one token holds this character and the one before it."""
+        return 0 < char < len(self.text) and self.end(char - 1) == self.end(char)
+
+    def _behind(self, token: int, start: int, char: int) -> int:
+        """The token after this one, unless only white space of it is before the character."""
+        blank = self.text[start:char].isspace() and bool(self.text[char : self._ends[token]].strip())
+        return token if blank else token + 1
+
+    def _containing(self, char: int) -> tuple[int | None, int]:
+        """The token with this character and where it begins; None where it ends with a space."""
+        token = bisect_right(self._ends, char)
+        if token == len(self.ids):
+            return token, len(self.text)
+        end = self._ends[token]
+        return None if self.text[end - 1] == " " else token, self._ends[token - 1] if token else 0
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(self._sizes.__getitem__, self.ids)))
+
+    @cached_property
+    def _asked(self) -> FastEncoded:
+        return FastEncoded(self.text, self._backend.encode(self.text, add_special_tokens=False))
+
+
 class SlowEncoded:
     """A tokenizer without offsets: a character's token is found by encoding the text up to it."""
 
@@ -141,13 +192,13 @@ class PromptBorder:
         """`borders`: of each text, where answers begin that are to be kept apart from what is before them, in order."""
         found = list(encodings)
         for row, (whole, starts) in enumerate(zip(encodings, borders, strict=True)):
-            if starts and isinstance(whole, FastEncoded):
+            if starts and isinstance(whole, FastEncoded | KnownEncoded):
                 crossed = [start for start in starts if start < len(whole.text)]
                 crossed = crossed if self.always else [start for start in crossed if whole.crosses(start)]
                 found[row] = self._parted(whole, crossed) if crossed else whole
         return found
 
-    def _parted(self, whole: FastEncoded, borders: Sequence[int]) -> Encoded:
+    def _parted(self, whole: FastEncoded | KnownEncoded, borders: Sequence[int]) -> Encoded:
         places = [0, *borders, len(whole.text)]
         *before, parted = self.encode([whole.text[start:end] for start, end in pairwise(places)])
         for part, (start, end) in zip(reversed(before), reversed(list(pairwise(places[:-1]))), strict=True):
@@ -155,10 +206,13 @@ class PromptBorder:
         return parted if self.decode(parted.ids) == self.decode(whole.ids) else whole
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> Callable[[list[str]], Sequence[Encoded]]:
+def encoder(
+    tokenizer: PreTrainedTokenizerBase, *, special: bool = False, known: bool = False
+) -> Callable[[list[str]], Sequence[Encoded]]:
     """A function from texts to encodings; with `special` the tokenizer adds what it adds to any text, such as BOS.
 
-    A fast tokenizer encodes a batch on all cores in one call; it holds no lock of Python's while it does.
+    A fast tokenizer encodes a batch on all cores in one call; it holds no lock of Python's while it does. With `known`
+    words that were met are looked up: the same tokens in a third of the time of one core.
     """
 
     def encode(text: str) -> list[int]:
@@ -168,13 +222,25 @@ def encoder(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> Cal
         return lambda texts: [SlowEncoded(text, encode) for text in texts]
     backend = tokenizer.backend_tokenizer
 
-    def encode_batch(texts: list[str]) -> Sequence[Encoded]:
+    def encode_batch(texts: list[str]) -> list[Encoded]:
         return [
             FastEncoded(*pair)
             for pair in zip(texts, backend.encode_batch(texts, add_special_tokens=special), strict=True)
         ]
 
-    return encode_batch
+    words = words_of(backend) if known and not special else None
+    if words is None:
+        return encode_batch
+
+    def encode_known(texts: list[str]) -> list[Encoded]:
+        found = [words.ids(text) for text in texts]
+        left = iter(encode_batch([text for text, ids in zip(texts, found, strict=True) if ids is None]))
+        return [
+            next(left) if ids is None else KnownEncoded(text, ids, words.sizes, backend)
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    return encode_known
 
 
 def plain_ends(tokenizer: PreTrainedTokenizerBase) -> PlainEnds:
