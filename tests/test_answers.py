@@ -1,5 +1,8 @@
 """Answers in batches: what reading prompts in groups and writing into a roomy cache must not change."""
 
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers import (
 from sft.distributed import ranks
 from sft.evaluation.answers import generate_answers, read_prompts
 from sft.evaluation.at_once import answers_at_once
-from sft.evaluation.roomy import RoomyLayer
+from sft.evaluation.roomy import RoomyLayer, zeros
 from sft.models.model import keep_adapters_exact
 from tests.tiny import tokenizer
 
@@ -143,6 +146,21 @@ def test_the_cache_stays_where_it_is():
     assert more.data_ptr() == keys.data_ptr()
     assert torch.equal(more, torch.cat([states, states[:, :, :1]], dim=2))
     assert layer.get_seq_length() == 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_room_that_no_row_writes_is_not_taken():
+    """A column of each of 64 rows takes a page each per head, not the 32 MiB that there is room for."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    torch.zeros(64, 2, 1, 64)
+    before = resident()
+    room = zeros((64, 2, 1024, 64), like=torch.zeros(1))
+    room[:, :, 500] = 1
+    assert resident() - before < 8 * 2**20
+    assert room.sum() == 64 * 2 * 64
 
 
 def test_a_mixture_that_returns_router_logits_answers_prompts_of_unequal_length():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from sft.models import ragged
 
-_ALIGNED = 64  # bytes, as torch's own memory is
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -112,10 +113,16 @@ class RoomyCache(DynamicCache):
 
 
 def zeros(shape: tuple[int, ...], *, like: torch.Tensor) -> torch.Tensor:
-    """On a CPU without touching the memory: what no row writes is never taken from the machine."""
-    if like.device.type != "cpu":
+    """On a CPU without touching the memory: a page that no row writes is never taken from the machine.
+
+    Pages stay small. Of those of 2 MiB, which numpy asks for, nearly each holds columns of some row: all of the room
+    would be zeroed when prompts are placed.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or not size:
         return like.new_zeros(shape)
-    size = int(np.prod(shape)) * like.element_size()
-    raw = torch.from_numpy(np.zeros(size + _ALIGNED, np.uint8))
-    start = -raw.data_ptr() % _ALIGNED
-    return raw[start : start + size].view(like.dtype).view(shape)
+    raw = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel that knows no huge pages
+            raw.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(raw, dtype=like.dtype).view(shape)
