@@ -459,3 +459,19 @@ def test_document_000_s_second_stage(make_settings: Any):
     first, second = mixed.upsampling
     assert len(mixed.train) == 570 + 2 * first["matched"] + second["matched"]
     assert first["matched"] > 0
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("ratio", [0.0, 0.05, 0.5, 0.99])
+def test_contents_are_chosen_and_found_as_by_telling_them_apart_first(ratio: float, copies: int):
+    """The quick ways by one sort and by marks give what numpy's own functions do, row for row."""
+    random = np.random.default_rng(5)
+    for count in (0, 1, 2, 300):
+        hashes = random.permuted(np.repeat(random.integers(0, 2**64, count, np.uint64), copies))
+        contents, first = np.unique(hashes, return_index=True)
+        wanted = min(max(1, round(count * ratio)), count - 1) if ratio and count > 1 else 0
+        chosen = np.argsort(draws.scrambled(contents, 7), kind="stable")[:wanted]
+        assert draws.validation_rows(hashes, ratio, 7).tolist() == np.sort(first[chosen]).tolist()
+        assert draws.distinct(hashes) == count
+        some = np.concatenate([hashes[::3], random.integers(0, 2**64, 9, np.uint64), hashes[:5] ^ np.uint64(1 << 60)])
+        assert draws.among(hashes, some).tolist() == np.isin(hashes, some).tolist()

@@ -4,13 +4,16 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from sft.data.chosen import numbers_of
+from sft.data.sources import store
 from sft.environment import Deferred, Distributions, defer
 from tests.tiny import write_model, write_rows, write_stage
 
@@ -153,3 +156,18 @@ def test_a_column_of_numbers_is_that_of_the_view():
     for rows in (joined, view, view.select([7, 3, 3, 60]), view.select(range(5, 9)), joined.select(range(48, 53))):
         assert numbers_of(rows, "length").tolist() == list(rows["length"])
         assert numbers_of(rows, "length").dtype == np.int64
+
+
+def test_stored_rows_are_few_batches_however_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A thousand batches are gone through with every view of the rows."""
+    monkeypatch.setattr(store, "cache_folder", lambda: tmp_path)
+    parts = [pa.table({"number": [n, n + 1], "text": ["a", "b" * 3000]}) for n in range(0, 8000, 2)]
+
+    def fill(write: store.Write) -> dict[str, Counter[str]]:
+        for part in parts:
+            write(part)
+        return {}
+
+    found = store.stored("rows", parts[0].schema, fill).dataset
+    assert found.data.column("number").num_chunks == 2  # of 8 MiB and what is left
+    assert found["number"][:] == list(range(8000))

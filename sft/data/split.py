@@ -53,7 +53,7 @@ def _split(hashes: Hashes, pool: Indices, val: Indices, secret: Hashes, question
     left_out: Counter[str] = Counter()
     train = pool
     for reason, contents in {VALIDATION: secret, **questions}.items():
-        kept = train[~np.isin(hashes[train], contents)]
+        kept = train[~draws.among(hashes[train], contents)] if len(contents) else train
         lost = len(train) - len(kept) - (len(val) if reason == VALIDATION else 0)
         left_out += Counter({reason: lost})  # adding leaves out what is zero
         train = kept
@@ -64,6 +64,8 @@ def _copies_asked_for(hashes: Hashes, pool: Indices, val: Indices) -> int:
     """Copies of the rows set apart that go with them, up to what as many average contents have."""
     if not len(val):
         return 0
-    copies = int(np.isin(hashes[pool], hashes[val]).sum()) - len(val)
-    average = len(pool) / len(np.unique(hashes[pool]))
+    copies = int(draws.among(hashes[pool], hashes[val]).sum()) - len(val)
+    if not copies:
+        return 0
+    average = len(pool) / draws.distinct(hashes[pool])
     return min(copies, int(np.ceil(len(val) * (average - 1))))

@@ -25,6 +25,7 @@ _DAY = 86_400  # seconds
 _WORTH_REMEMBERING = 1 << 20
 # A change this soon after another may leave a file's times as they are: a tick of the kernel's clock, and room.
 _TICK = 100_000_000  # nanoseconds
+_BATCH_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,27 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _write(path: Path, schema: pa.Schema, fill: Callable[[Write], dict[str, Counter[str]]]) -> dict[str, Counter[str]]:
+    """As few batches as reading needs: whoever opens the file goes through all of them, again with every view of it."""
+    waiting: list[pa.Table] = []
+    size = 0
     with path.open("wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        counted = fill(stream.write_table)
+
+        def write_out() -> None:
+            nonlocal size
+            if waiting:
+                stream.write_table(pa.concat_tables(waiting).combine_chunks())
+            waiting.clear()
+            size = 0
+
+        def write(table: pa.Table) -> None:
+            nonlocal size
+            waiting.append(table)
+            size += table.nbytes
+            if size >= _BATCH_BYTES:
+                write_out()
+
+        counted = fill(write)
+        write_out()
         file.flush()
     return counted
 
