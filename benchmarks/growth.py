@@ -72,17 +72,20 @@ def train_step(model: Path, length: int, *, total: int = 4096) -> dict[str, floa
     from benchmarks.training import TARGETS
     from benchmarks.training_peers import adapted_model
     from sft.models.isolation import keep_rows_apart
+    from sft.models.last_layer import lighter_on_a_cpu
     from sft.training.loss import token_cross_entropy
 
-    loaded, adapted = adapted_model(model, TARGETS.split(","))
+    loaded, adapted = adapted_model(model, "float32", TARGETS.split(","))
     keep_rows_apart(loaded, SimpleNamespace(attn="auto", torch_compile=False))
+    last_layer = lighter_on_a_cpu(adapted.train(), checkpointing=False)
     ids = torch.randint(0, 1000, (1, total), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(total)[None] % length
     trained = (positions[0] >= length // 2).nonzero()[:, 0]
     before, seconds, peak = resident_bytes(), [], 0
     for _ in range(2):
         started = time.perf_counter()
-        logits = adapted(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=trained - 1).logits
+        with last_layer.at(trained - 1, total):
+            logits = adapted(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=trained - 1).logits
         loss = token_cross_entropy(logits.squeeze(0), ids[0, trained]).sum()
         del logits
         peak = max(peak, resident_bytes())

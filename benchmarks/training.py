@@ -115,7 +115,7 @@ class TrainingJob:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.steps = 6 if bench.full else 2
+        self.steps = 6 if bench.full else 3
         self.folder = bench.folder("training")
         lines = bench.rows.read_text(encoding="utf-8").splitlines()
         self.rows = self.folder / "rows.jsonl"
@@ -125,12 +125,14 @@ class TrainingJob:
 
     def stage(self, **settings: object) -> Path:
         folder = self.bench.folder("stage")
+        # The general questions are answered after training; the rivals answer none.
         values = {
             "SFT_BASE_MODEL": self.bench.model, "SFT_DATASET_ID": self.rows, "SFT_OUT_LORA_DIR": folder / "out",
             "SFT_LORA_R": 8, "SFT_LORA_ALPHA": 16, "SFT_LORA_TARGET_MODULES": TARGETS, "SFT_MAX_SEQ_LEN": SEQUENCE,
             "SFT_OVERLONG": "truncate", "SFT_VAL_RATIO": 0, "SFT_PER_DEVICE_TRAIN_BS": MICRO_BATCH, "SFT_EPOCHS": 1,
             "SFT_GRAD_ACCUM": ROWS_PER_STEP // MICRO_BATCH, "SFT_LOGGING_STEPS": 1, "SFT_LR_SCHEDULER": "constant",
-            "SFT_LR": 1e-4, "SFT_WARMUP_RATIO": 0, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "SFT_LR": 1e-4, "SFT_WARMUP_RATIO": 0, "SFT_GENERAL_EVAL": 0,
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         } | settings  # fmt: skip
         (folder / "stage1.env").write_text("".join(f"{name}='{value}'\n" for name, value in values.items()))
         return folder

@@ -91,6 +91,15 @@ def test_help_and_mistakes_import_nothing_heavy(mistake: list[str], tmp_path: Pa
     assert loaded & heavy == set()
 
 
+def test_the_step_of_the_growth_table_trains(tmp_path: Path):
+    """The item ends a long benchmark; an argument missing in it was found only there."""
+    from benchmarks.growth import train_step
+    from tests.architectures import tiny_model
+
+    tiny_model("qwen3", vocab_size=1024).save_pretrained(tmp_path)
+    assert train_step(tmp_path, 16, total=64)["seconds"] > 0
+
+
 def test_the_spread_of_a_benchmark_is_taken_per_figure():
     """Median, lowest and highest of three rounds; a figure need not come with every variant."""
     runs = [{"seconds": 3.0}, {"seconds": 1.0}, {"seconds": 2.0}]
