@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Staged LoRA fine-tuning: one stage from its env file to its report, or a ladder of them. See README.md."""
 
+from __future__ import annotations
+
 import argparse
 import gc
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sft.heap import begin_tight
 
@@ -13,9 +16,9 @@ if (__name__ == "__main__" or Path(sys.argv[0]).name == "staged-sft") and not {"
     begin_tight()
 
 from sft import cli
-from sft.reporting.gate import exit_code, judge_stage, passed
-from sft.settings import Settings
-from sft.stages.status_lines import announce
+
+if TYPE_CHECKING:
+    from sft.settings import Settings
 
 
 def train_stage(settings: Settings, *, fresh: bool) -> None:
@@ -23,6 +26,7 @@ def train_stage(settings: Settings, *, fresh: bool) -> None:
     from sft.environment import silence_torch, uncollected
     from sft.reporting.leftovers import look_after
     from sft.stages.opening import open_stage
+    from sft.stages.status_lines import announce
 
     with open_stage(settings, fresh=fresh) as stage:  # lineage and lock
         announce(stage, cli.say)
@@ -79,6 +83,8 @@ def main(options: argparse.Namespace) -> int:
         from sft.variants import try_variants
 
         return try_variants(ladder, options, train_stage)
+    from sft.reporting.gate import exit_code, judge_stage, passed
+
     gates = []
     for settings in ladder:
         train_stage(settings, fresh=options.fresh)

@@ -11,17 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.distributed.launch import launched
 from sft.distributed.signals import STOP, Stopped
-from sft.environment import required, untested_versions
 from sft.errors import STARTED_AS, Problems, RunFailed, hide_secrets, plainly
-from sft.planning.document import Document, print_documents
-from sft.settings import Settings, load_settings
-from sft.settings.schema import NAMES
-from sft.settings.values import QUANTISING
-from sft.settings.variants import incomparable, pairings
+
+if TYPE_CHECKING:
+    from sft.settings import Settings
 
 EPILOG = """exit codes: 0 done, or already complete; 2 something to change (settings, data, lineage, lock);
 3 complete, but a gate failed (--gate); 1 the run failed;
@@ -91,6 +88,8 @@ def stage_numbers(text: str, env_dir: Path) -> list[int]:
 
 def load_ladder(options: argparse.Namespace) -> list[Settings]:
     """The settings of every stage asked for; the mistakes of all of them in one listing, and as JSON if asked for."""
+    from sft.settings import load_settings  # with pydantic, which --help does without
+
     ladder: list[Settings] = []
     found: dict[int | None, list[str]] = {}
     for number in _numbers(options, found):
@@ -102,9 +101,14 @@ def load_ladder(options: argparse.Namespace) -> list[Settings]:
     counts = Counter(settings.variant for settings in ladder if settings.variant)
     if twice := [name for name, count in counts.items() if count > 1]:
         found[ladder[0].stage] = [f"--try: {name} is named twice; leave one out" for name in twice]
-    elif options.tries and ladder and (problem := incomparable(ladder[0])):
-        found[ladder[0].stage] = [problem]
+    elif options.tries and ladder:
+        from sft.settings.variants import incomparable
+
+        if problem := incomparable(ladder[0]):
+            found[ladder[0].stage] = [problem]
     if found and options.json:
+        from sft.planning.document import Document, print_documents
+
         print_documents([Document(number, problems=problems) for number, problems in found.items()])
     if found:
         raise Problems(dict.fromkeys(text for problems in found.values() for text in problems))
@@ -120,6 +124,9 @@ def variants_of(number: int, options: argparse.Namespace, found: dict[int | None
     """What each variant of a stage tries, one that tries nothing where none are asked for; problems go to `found`."""
     if not options.tries:
         return [()]
+    from sft.settings.schema import NAMES
+    from sft.settings.variants import pairings
+
     combined, problems = pairings(options.tries, NAMES, options.overrides)
     if options.gate:
         problems.append("--try: --gate judges a stage; adopt one of the variants, then run --stage N --gate")
@@ -208,6 +215,8 @@ def say(text: str, *, every_rank: bool = False) -> None:
 
 def say_untested() -> None:
     """One line where libraries are installed that nobody has tried with this program."""
+    from sft.environment import required, untested_versions  # after the settings: a mistake is told without
+
     if warning := untested_versions(required()):
         say(warning)
 
@@ -232,6 +241,8 @@ def explain(error: BaseException) -> str:
             "what it ended with. The same command goes on from the last checkpoint."
         )
     if "out of memory" in text.lower() or isinstance(error, MemoryError):
+        from sft.settings.values import QUANTISING
+
         return (
             "Out of memory. In this order: SFT_PER_DEVICE_TRAIN_BS lower with SFT_GRAD_ACCUM higher, SFT_LORA_R=8, "
             f"{' or '.join(f'{name}=1' for name in QUANTISING)}, SFT_GRADIENT_CHECKPOINTING=1, a shorter "
