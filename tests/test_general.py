@@ -84,6 +84,28 @@ def test_reading_a_prompt_once_changes_no_likelihood(kind: str):
             assert together == [pytest.approx(each, abs=1e-4) for each in alone]
 
 
+def test_what_questions_begin_with_alike_is_read_once_for_all_batches(model):
+    """Eight prompts in two batches with 60 tokens in common, read once; the likelihoods are those of whole prompts."""
+    common = [5 + place % 40 for place in range(60)]
+    prompts = [[*common, *range(50 + line, 52 + 2 * line)] for line in range(8)]
+    choices = [[[20 + place] * (1 + (place + line) % 3) for place in range(4)] for line in range(8)]
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
+    kept: general.Kept = {}
+    with torch.no_grad():
+        found = [
+            each
+            for part in (slice(0, 4), slice(4, 8))
+            for each in general._behind_prompts(model, prompts[part], choices[part], kept)
+        ]
+        hook.remove()
+        assert found == [pytest.approx(each, abs=1e-4) for each in general._one_by_one(model, prompts, choices)]
+    own = sum(len(prompt) - len(common) for prompt in prompts)
+    behind = 4 * 4 * 2 * 2  # two batches of four questions with four choices, of which up to two tokens are read
+    assert sum(read) < len(common) + 2 * own + behind
+    assert read.count(len(common)) == 1
+
+
 def test_accuracy_over_all_by_kind_and_by_language():
     """Three of four: the wrong one is a Japanese reading question."""
     kinds = (("knowledge", "en"), ("knowledge", "ja"), ("reading", "en"), ("reading", "ja"))

@@ -8,19 +8,20 @@ nothing is generated and nothing has to be parsed.
 from __future__ import annotations
 
 import csv
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from sft.evaluation.answers import is_split, prompt_texts
+from sft.evaluation.reading import Kept, bare, columns_held, keeps_all, read_prompts
+from sft.evaluation.shared import pass_cost, with_beginnings
 from sft.models.model import answering, preserved_random_state
 from sft.scoring.forgetting import TaskScores
 
@@ -91,7 +92,8 @@ def _likelihoods(
 
     prompts = [encoded(prompt) for prompt, _ in asked]
     choices = [[encoded(choice) for choice in found] for _, found in asked]
-    totals = _behind_prompts if _keeps_all(model) else _one_by_one
+    kept: Kept = {}
+    totals = partial(_behind_prompts, kept=kept) if _keeps_all(model) else _one_by_one
     order = sorted(range(len(asked)), key=lambda number: len(prompts[number]))
     found: list[list[float]] = [[] for _ in asked]
     for start in range(0, len(order), _AT_ONCE):
@@ -104,10 +106,8 @@ def _likelihoods(
 
 
 def _keeps_all(model: Any) -> bool:
-    """Whether every layer keeps all keys and values of its own: then a prompt is read once for all its choices."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    taken = inspect.signature(type(bare).forward).parameters.keys() >= {"position_ids", "logits_to_keep"}
-    return taken and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    """Whether a prompt can be read once for all its choices."""
+    return keeps_all(bare(model))
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,27 +120,34 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.
     return ids.to(device), mask.to(device)
 
 
-def _behind_prompts(model: Any, prompts: list[list[int]], choices: list[list[list[int]]]) -> list[list[float]]:
-    """Log-likelihoods of the choices: the prompts first, then all choices behind their cached keys and values."""
-    ids, mask = _padded(prompts, model.device)
-    ends = mask.sum(dim=1) - 1
-    kept = ends.unique()
-    cache = DynamicCache(config=model.config)
-    read = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, "logits_to_keep": kept}
-    logits = model(input_ids=ids, **read).logits
-    lines = torch.arange(len(prompts), device=ids.device)
-    first = logits[lines, torch.searchsorted(kept, ends)].float().log_softmax(dim=-1)
-    repeats, rows = len(choices[0]), [choice for each in choices for choice in each]
+def _behind_prompts(
+    model: Any, prompts: list[list[int]], choices: list[list[list[int]]], kept: Kept | None = None
+) -> list[list[float]]:
+    """Log-likelihoods of the choices: the prompts first, then all choices behind their cached keys and values. What
+    prompts begin with alike (a template's system prompt) is read once for all batches that have `kept` in common."""
+    cost = pass_cost(model.device.type)
+    asked = with_beginnings(prompts, cost=cost, room=sum(map(len, prompts)))
+    read = read_prompts(model, asked, room=0, kept={} if kept is None else kept)
+    if read is None:
+        return _one_by_one(model, prompts, choices)
+    repeats, rows = len(choices[0]), [choice for number in read.order for choice in choices[number]]
+    first = read.logits.float().log_softmax(dim=-1)
     totals = first.repeat_interleave(repeats, dim=0)[range(len(rows)), [row[0] for row in rows]]
     if any(len(row) > 1 for row in rows):
-        cache.batch_repeat_interleave(repeats)
+        cache = DynamicCache(config=model.config)
+        for number, layer in enumerate(read.cache.rooms):
+            keys, values = (room.repeat_interleave(repeats, dim=0) for room in layer.rooms)
+            cache.update(keys, values, number)
         ids, own = _padded(rows, model.device)
-        positions = (ends + 1).repeat_interleave(repeats)[:, None] + torch.arange(ids.shape[1] - 1, device=ids.device)
+        mask = columns_held(read.lengths, width=read.width, columns=read.width, device=ids.device).long()
+        ends = torch.tensor(read.lengths, device=ids.device).repeat_interleave(repeats)
+        positions = ends[:, None] + torch.arange(ids.shape[1] - 1, device=ids.device)
         seen = torch.cat([mask.repeat_interleave(repeats, dim=0), own[:, :-1]], dim=1)
         behind = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         logits = model(input_ids=ids[:, :-1], **behind).logits.float().log_softmax(dim=-1)
         totals = totals + (logits.gather(2, ids[:, 1:, None])[:, :, 0] * own[:, 1:]).sum(dim=1)
-    return totals.reshape(len(prompts), repeats).tolist()
+    found = dict(zip(read.order, totals.reshape(len(prompts), repeats).tolist(), strict=True))
+    return [found[number] for number in range(len(prompts))]
 
 
 def _one_by_one(model: Any, prompts: list[list[int]], choices: list[list[list[int]]]) -> list[list[float]]:

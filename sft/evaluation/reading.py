@@ -74,13 +74,14 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[Prompt], *, room: int
     """Reads all prompts, beginnings that are not in `kept` first, which are put there.
 
     Args:
+        model: as it is called, in PEFT's wrapper or without.
         room: columns for tokens that follow.
 
     Returns:
         None where a layer of the model keeps something else than all keys and values of its own (a window, a recurrent
         state, those of another layer), or the model's settings ask for another cache.
     """
-    if not keeps_all(model):
+    if not keeps_all(bare(model)):
         return None
     missing = sorted({prompt.beginning for prompt in prompts if prompt.shared} - kept.keys())
     if missing:
