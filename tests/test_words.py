@@ -104,7 +104,19 @@ def test_an_encoder_of_known_words_mixes_both():
     """Texts keep their order whichever answers; a tokenizer of words is the library's alone."""
     tokenizer = byte_tokenizer()
     rows = ["One", "東京", " two", "é", ""]
-    known = encoder(tokenizer, known=True)(rows)
+    encode = encoder(tokenizer, known=True)
+    assert all(isinstance(each, FastEncoded) for each in encode(rows))  # the first time the library is asked too
+    known = encode(rows)
     assert [each.ids for each in known] == [each.ids for each in encoder(tokenizer)(rows)]
     assert [isinstance(each, KnownEncoded) for each in known] == [True, False, True, False, True]
     assert isinstance(encoder(word_tokenizer(), known=True)(["One"])[0], FastEncoded)
+
+
+def test_words_that_the_library_cuts_otherwise_are_not_believed(monkeypatch: Any):
+    """A library that changes how it cuts: the first texts say so, and its tokens are taken."""
+    monkeypatch.setattr(words, "_GPT2", words._GPT2.replace(r" ?\p{L}+", r"\p{L}+"))
+    tokenizer = byte_tokenizer()
+    encode = encoder(tokenizer, known=True)
+    for rows in (["東京"], ["One the"], ["One the"]):
+        assert [each.ids for each in encode(rows)] == [each.ids for each in encoder(tokenizer)(rows)]
+        assert all(isinstance(each, FastEncoded) for each in encode(rows))

@@ -232,8 +232,18 @@ def encoder(
     if words is None:
         return encode_batch
 
-    def encode_known(texts: list[str]) -> list[Encoded]:
+    believed: bool | None = None  # the library is asked too until it has agreed about the first texts
+
+    def encode_known(texts: list[str]) -> Sequence[Encoded]:
+        nonlocal believed
+        if believed is False:
+            return encode_batch(texts)
         found = [words.ids(text) for text in texts]
+        if believed is None:
+            asked = encode_batch(texts)
+            said = [ids == one.ids for ids, one in zip(found, asked, strict=True) if ids is not None]
+            believed = all(said) if said else None
+            return asked
         left = iter(encode_batch([text for text, ids in zip(texts, found, strict=True) if ids is None]))
         return [
             next(left) if ids is None else KnownEncoded(text, ids, words.sizes, backend)
