@@ -15,6 +15,7 @@ from typing import Any
 
 from sft.distributed.signals import die_with_parent
 from sft.errors import RunFailed
+from sft.heap import return_holes
 
 # Items handed out beyond those being worked on: a process never waits for its next one.
 _AHEAD = 2
@@ -41,6 +42,7 @@ def in_order(work: Callable[[Any], Any], items: Iterable[Any], *, processes: int
     os.putenv("TOKENIZERS_PARALLELISM", "false")
     # What the collector looks through it writes to: each process would get a copy of all there is.
     gc.freeze()
+    return_holes()
     try:
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(work,)) as pool:

@@ -14,6 +14,7 @@ from sft.data.labels.template import TEMPLATE_ERRORS, Chat, ChatTemplate, chats_
 from sft.data.labels.tokens import encoder
 from sft.data.masked_loss.edge_mask import MASKED
 from sft.data.sources.load import Rows
+from sft.data.sources.pages import in_turn
 from sft.data.sources.store import clean_mark
 from sft.storage.atomic import write_text
 
@@ -87,7 +88,7 @@ def _unknown(rows: Rows, unknown: int | None) -> list[int]:
     """Rows of which more than half the tokens stand for text the tokenizer does not know."""
     found: list[int] = []
     start = 0
-    for table in rows.dataset.select_columns(["input_ids"]).with_format("arrow").iter(_ROWS_AT_ONCE):
+    for table in in_turn(rows.dataset, ["input_ids"], _ROWS_AT_ONCE):
         ids = table["input_ids"].combine_chunks()
         counts = np.add.reduceat(np.append(ids.flatten().to_numpy() == unknown, 0), ids.offsets.to_numpy()[:-1])
         found += (np.flatnonzero(counts * 2 > ids.value_lengths().to_numpy()) + start).tolist()
@@ -99,7 +100,7 @@ def _scan(rows: Rows, ends: Sequence[int]) -> tuple[list[int], list[int], list[i
     """Rows without a trained token, rows whose last trained token ends no turn, rows with labels of other tokens."""
     faulty: tuple[list[int], list[int], list[int]] = ([], [], [])
     start = 0
-    for table in rows.dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(_ROWS_AT_ONCE):
+    for table in in_turn(rows.dataset, ["input_ids", "labels"], _ROWS_AT_ONCE):
         ids, labels = (np.asarray(table[name].combine_chunks().flatten()) for name in ("input_ids", "labels"))
         lengths = np.asarray(table["labels"].combine_chunks().value_lengths())
         borders = np.concatenate([[0], np.cumsum(lengths)])

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from sft.data.labels.tokens import Encoded, PromptBorder, encode_up_to, encoder,
 from sft.data.masked_loss.edge_mask import MASKED
 from sft.data.sources.columns import Tally
 from sft.data.sources.load import SCHEMA, Rows
+from sft.data.sources.pages import giving_back
 from sft.data.sources.store import Write, key_of, stored
 from sft.data.sources.turns import Dropped, packed
 from sft.data.workers import cores, in_order
@@ -34,6 +35,7 @@ VERSION = 6
 _ROWS_AT_ONCE = 512  # handed to a process at once
 # Below, the tokenizer's own threads are as fast: starting processes takes about as long as they save.
 _ROWS_WORTH_PROCESSES = 5000
+_CALLS_BETWEEN = 16  # two times that a process gives back the pages it read
 # Up to so many, looking words up in one process is as fast as the tokenizer's own threads.
 _CORES_LIKE_KNOWN_WORDS = 4
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
@@ -96,7 +98,8 @@ def _label_all(
 ) -> dict[str, Counter[str]]:
     """Label all rows in their order, batch by batch, so that memory does not grow with the rows."""
     total = len(rows.dataset)
-    tables = rows.dataset.with_format("arrow")
+    tables, give_back = rows.dataset.with_format("arrow"), giving_back(rows.dataset)
+    calls = count(1)
     opening = template.opening if template else ""
     processes = settings.num_proc or (cores() if total >= _ROWS_WORTH_PROCESSES else 1)
     if template is None:
@@ -108,7 +111,10 @@ def _label_all(
         table = tables[start : start + _ROWS_AT_ONCE]
         table, chats = _chats(table, template)
         rendered = render(template, chats, ends=ends, train=settings.train_turns)
-        return _label_batch(table, rendered, encode(rendered), settings)
+        labelled = _label_batch(table, rendered, encode(rendered), settings)
+        if next(calls) % _CALLS_BETWEEN == 0:
+            give_back()
+        return labelled
 
     starts = range(0, total, _ROWS_AT_ONCE)
     dropped, noted = Tally(), Counter[str]()
