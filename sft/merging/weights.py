@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from sft.errors import Problems, RunFailed, first_line, hub_errors
-from sft.settings.rules import is_missing_folder
 from sft.stages.paths import MODEL_CONFIG
 
 DTYPES = {
@@ -179,6 +178,8 @@ def model_folder(base: str, revision: str | None = None) -> tuple[Path, str | No
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder, None
+    from sft.settings.rules import is_missing_folder  # with all settings: a merge of folders needs none
+
     if is_missing_folder(base):
         raise Problems([f"SFT_BASE_MODEL={base}: there is no such folder; put the model there again"])
     from huggingface_hub import snapshot_download

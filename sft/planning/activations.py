@@ -53,6 +53,10 @@ class BatchShape:
     trained: int
     rows: int = 1
 
+    def within(self, other: BatchShape) -> bool:
+        """Whether the other is nowhere smaller."""
+        return self.tokens <= other.tokens and self.trained <= other.trained and self.rows <= other.rows
+
 
 @dataclass(frozen=True)
 class Device:

@@ -185,19 +185,30 @@ def need_of(config: PretrainedConfig, settings: Settings, mix: Mix, **where: Any
     """
     answers, processes = largest_answers(mix.val, settings), where["launch"].processes if where else None
 
-    def under(tokens: int, checkpointing: bool) -> tuple[BatchShape, Estimate]:
-        batch = shape_of(mix.train, largest_pass(mix.train, settings, tokens, processes=processes))
-        return batch, estimate(config, settings, batch, checkpointing=checkpointing, answers=answers, **where)
+    def shape(tokens: int) -> BatchShape:
+        return shape_of(mix.train, largest_pass(mix.train, settings, tokens, processes=processes))
 
-    tokens, checkpointing = settings.micro_batch_tokens or 0, settings.gradient_checkpointing == "1"
-    batch, found = under(tokens, checkpointing)
-    if settings.gradient_checkpointing == "auto" and found.training > COMFORTABLE * found.available:
-        checkpointing = True
-        batch, found = under(tokens, checkpointing)
-    chosen = pass_tokens(config, settings, mix.train, checkpointing=checkpointing, **where)
-    if chosen != tokens:
-        batch, found = under(chosen, checkpointing)
-    return Need(found, batch, answers, checkpointing, chosen)
+    def under(batch: BatchShape, checkpointing: bool) -> Estimate:
+        return estimate(config, settings, batch, checkpointing=checkpointing, answers=answers, **where)
+
+    def with_passes(checkpointing: bool) -> Need:
+        chosen = pass_tokens(config, settings, mix.train, checkpointing=checkpointing, **where)
+        batch = shape(chosen)
+        return Need(under(batch, checkpointing), batch, answers, checkpointing, chosen)
+
+    if settings.gradient_checkpointing != "auto":
+        return with_passes(settings.gradient_checkpointing == "1")
+    asked = shape(settings.micro_batch_tokens or 0)
+    if not (where or torch.cuda.is_available()):
+        need = with_passes(False)
+        if asked.within(need.batch) and comfortable(need.estimate):  # then so is what is smaller: a trace is saved
+            return need
+    return with_passes(not comfortable(under(asked, False)))
+
+
+def comfortable(found: Estimate) -> bool:
+    """Whether a training step leaves some of the memory free."""
+    return found.training <= COMFORTABLE * found.available
 
 
 def shortage(need: Estimate, settings: Settings, *, checkpointed: bool = False, tokens: int = 0) -> str:
