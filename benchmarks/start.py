@@ -35,10 +35,10 @@ def measure(bench: Bench) -> dict[str, Any]:
     bare = "bare script, same imports and step"
     cpu = {name: found["median"]["cpu_seconds"] for name, found in figures.items() if name != "trl"}
     lines = [
-        limit("--help", seconds["help"], "<= 0.5", unit="s"),
-        limit("a settings mistake", seconds["mistake"], "<= 0.6", unit="s"),
+        limit("--help", seconds["help"], "<= 0.2", unit="s"),
+        limit("a settings mistake", seconds["mistake"], "<= 0.2", unit="s"),
         comparison("--help", seconds["help"], seconds["interpreter"], unit="s", against="python -c 'import argparse'"),
-        comparison("to the first step", seconds["first"], seconds["bare"], unit="s", against=bare, target="<= 1.3"),
+        comparison("to the first step", seconds["first"], seconds["bare"], unit="s", against=bare, target="<= 1.0"),
         comparison("labels cached", seconds["again"], seconds["bare"], unit="s", against=bare),
         comparison("CPU seconds to the end", cpu["first"], cpu["bare"], unit="s", against=f"{bare}; nothing saved"),
     ]
