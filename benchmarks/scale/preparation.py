@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.common import ROOT, Bench, answer, comparison, cores, environment, limit, progress
 from benchmarks.inputs import benchmark_model, short_rows
 from benchmarks.tables import amount, comparisons, grid
+from sft.heap import tight_environment
 
 PROCESSES = (1, 2, 4, 16, 64)
 _EVERY = 0.05  # seconds between two looks
@@ -82,7 +83,9 @@ def compare(model: Path, folder: Path, size: int) -> dict[str, dict[str, float]]
 def watched(arguments: list[object], **variables: str) -> dict[str, float]:
     """What a child says of its run, and what was seen of all its processes between its first line and its last."""
     command = [sys.executable, "-m", "benchmarks.scale.preparation", *map(str, arguments)]
-    child = subprocess.Popen(command, env=environment(**variables), cwd=ROOT, stdout=subprocess.PIPE)
+    environ = environment(**variables)
+    environ = tight_environment(environ) or environ  # as train.py begins anew
+    child = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
     seen = Seen(child.pid)
@@ -148,9 +151,14 @@ def _sizes(pid: int) -> dict[str, int]:
 
 def prepare(model: Path, rows: Path, folder: Path) -> dict[str, float]:
     """As the program prepares a source, with what it has loaded by then."""
+    from sft.environment import silence_libraries, silence_torch, uncollected
+
+    silence_libraries()
+    with uncollected():
+        silence_torch()
+        import sft.run  # noqa: F401 - the memory of the program is that of its libraries as well
     from transformers import AutoTokenizer
 
-    import sft.run  # noqa: F401 - the memory of the program is that of its libraries as well
     from sft.data.labels.audit import audit
     from sft.data.labels.label import label
     from sft.data.sources.load import load_source
