@@ -76,7 +76,7 @@ _MARKS = 1 << 22
 
 def among(hashes: Hashes, contents: Hashes) -> NDArray[np.bool_]:
     """np.isin(hashes, contents) in one pass for hashes, whose lowest bits alone rule nearly all of them out."""
-    marks = np.zeros(_MARKS, bool)
+    marks, contents = np.zeros(_MARKS, bool), np.asarray(contents, np.uint64)
     marks[contents & np.uint64(_MARKS - 1)] = True
     found = marks[hashes & np.uint64(_MARKS - 1)]
     maybe = np.flatnonzero(found)
