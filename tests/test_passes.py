@@ -333,3 +333,24 @@ def test_a_pass_on_a_cpu_is_as_long_as_pays_where_memory_allows(make_settings: A
         config: Any = SimpleNamespace(get_text_config=lambda text=text: text)
         assert need.cpu_tokens(config, settings, rows(), checkpointing=False) == expected
     assert asked == [(200, 29), (step, 29)]
+
+
+@pytest.mark.parametrize(("available", "traced", "checkpointed"), [(1_000, [40], False), (30, [40, 10, 40], True)])
+def test_one_estimate_answers_where_memory_allows(
+    make_settings: Any, monkeypatch: pytest.MonkeyPatch, available: int, traced: list[int], checkpointed: bool
+):
+    """Passes of 40 tokens, 10 in a micro-batch: the larger one says all; else the smaller decides on checkpointing."""
+    asked: list[int] = []
+
+    def estimate(config: Any, settings: Any, batch: BatchShape, *, checkpointing: bool, **how: Any) -> Any:
+        asked.append(batch.tokens)
+        return SimpleNamespace(training=batch.tokens + 20 - 40 * checkpointing, available=available)
+
+    monkeypatch.setattr(need, "estimate", estimate)
+    monkeypatch.setattr(need, "largest_answers", lambda val, settings: None)
+    monkeypatch.setattr(need, "pass_tokens", lambda *step, **how: 40)
+    monkeypatch.setattr(need, "largest_pass", lambda train, settings, tokens, **how: tokens)
+    monkeypatch.setattr(need, "shape_of", lambda train, tokens: BatchShape(tokens or 10, 5))
+    mix: Any = SimpleNamespace(train=None, val=None)
+    found = need.need_of(None, make_settings(), mix)  # type: ignore[arg-type]
+    assert (asked, found.checkpointing, found.tokens) == (traced, checkpointed, 40)

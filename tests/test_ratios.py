@@ -89,6 +89,15 @@ def test_help_and_mistakes_import_nothing_heavy(mistake: list[str], tmp_path: Pa
         "accelerate",
     }
     assert loaded & heavy == set()
+    assert mistake or not loaded & {"pydantic", "sft.settings"}  # help names no settings
+
+
+def test_a_merge_of_folders_imports_torch_and_little_else():
+    """Its start-up counts as much as the merge itself: no settings, and none of torch's companions."""
+    code = "import json, sys, sft.merging.merge; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)))
+    assert "torch" in loaded
+    assert not loaded & {"pydantic", "transformers", "peft", "datasets", "accelerate"}
 
 
 def test_the_step_of_the_growth_table_trains(tmp_path: Path):
